@@ -1,0 +1,51 @@
+"""Pick the few per cent of an instruction-tuning pool that help your task, by their gradients.
+
+>>> import gradsift
+>>> gradsift.Budget.parse("5%").unit
+'%'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gradsift.config import Config
+    from gradsift.errors import GradsiftError
+    from gradsift.explain import Explanation, explain
+    from gradsift.pipeline import run, select
+    from gradsift.types import Budget, RunResult, Selection
+
+_HOME = {
+    "Budget": "types",
+    "Config": "config",
+    "Explanation": "explain",
+    "GradsiftError": "errors",
+    "RunResult": "types",
+    "Selection": "types",
+    "explain": "explain",
+    "run": "pipeline",
+    "select": "pipeline",
+}
+__all__ = [
+    "Budget",
+    "Config",
+    "Explanation",
+    "GradsiftError",
+    "RunResult",
+    "Selection",
+    "explain",
+    "run",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import gradsift` loads neither torch nor numpy."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"gradsift.{_HOME[name]}"), name)

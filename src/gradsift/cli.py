@@ -1,0 +1,215 @@
+"""The command line: verbs, messages, exit codes. 0: done. 1: a fault of ours. 2: mend your input."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gradsift.types import RunResult
+
+_SOURCES_SHOWN = 8
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+app = typer.Typer(
+    help="Pick the few per cent of an instruction-tuning pool that help your task.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Warmup(StrEnum):
+    """What precedes the measuring."""
+
+    train = "train"
+    none = "none"
+
+
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any other setting")
+]
+Overwrite = Annotated[bool, typer.Option(help="redo stages made with other settings")]
+
+
+@app.command()
+def select(
+    output_dir: Annotated[Path, typer.Option(help="the run folder; the same one resumes")],
+    model: Annotated[str | None, typer.Option(help="a local folder or a Hub id")] = None,
+    pool: Annotated[
+        list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")
+    ] = [],  # noqa: B006
+    target: Annotated[
+        list[str], typer.Option(metavar="NAME=FILE", help="the task you care about; repeatable")
+    ] = [],  # noqa: B006
+    budget: Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok  [default: 5%]")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
+    ] = None,
+    warmup: Annotated[
+        Warmup | None, typer.Option(help="'none' measures at a fresh adapter")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; flags go before it")
+    ] = None,
+    settings: Settings = [],  # noqa: B006
+    strict: Annotated[bool, typer.Option(help="stop at the first unusable row")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score a pool against target examples and pick the best within a budget."""
+    from gradsift.config import Config, merge, parse_assignment, read_yaml
+
+    flags: dict[str, Any] = {
+        "model": {"name": model},
+        "data": {"pool": pool, "targets": _targets(target)},
+        "policy": {"budget": budget},
+        "warmup": {"adapter": adapter, "mode": warmup and warmup.value},
+    }
+    given = {
+        section: {key: value for key, value in values.items() if value}
+        for section, values in flags.items()
+    }
+    resolved = Config.build(
+        merge(
+            read_yaml(config) if config else {},
+            {section: values for section, values in given.items() if values},
+            *map(parse_assignment, settings),
+        )
+    )
+    with _logged(output_dir):
+        from gradsift.pipeline import run
+
+        result = run(resolved, output_dir, strict=strict, overwrite=overwrite)
+    _show(result)
+
+
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="the run folder")],
+    example: Annotated[str, typer.Argument(metavar="ID", help="id of a pool example")],
+) -> None:
+    """Say how one pool example fared: scores, ranks, what it is like, why it was picked or not."""
+    from rich.console import Console
+
+    from gradsift.explain import explain as explained
+
+    console = Console()
+    for explanation in explained(run, example):
+        console.print(explanation.text(), markup=False, highlight=False)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
+) -> None:
+    """Show on made-up skills that the picks are the right ones and help: no network, 5 minutes."""
+    from gradsift.demo import run_demo
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _logged(None):
+        table = run_demo(output_dir)
+    typer.echo(table)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        from gradsift import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line, with one line for a fault that the user can mend."""
+    from gradsift.errors import GradsiftError
+
+    try:
+        app()
+    except GradsiftError as error:
+        typer.secho(f"gradsift: {error}", err=True, fg="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.secho("gradsift: interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+def _targets(given: list[str]) -> dict[str, Any]:
+    """Read NAME=FILE, or FILE alone under its stem; a name given twice joins its files."""
+    targets: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).name.split(".")[0], text
+        targets.setdefault(name, []).append(path)
+    return targets
+
+
+@contextmanager
+def _logged(folder: Path | None) -> Iterator[None]:
+    """Send our log to the terminal and to the run folder, and quieten the libraries below."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logger = logging.getLogger("gradsift")
+    logger.setLevel(logging.INFO)
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    handlers: list[logging.Handler] = [console]
+    if folder is not None:  # opened with the first line, when the folder is known to be ours
+        handlers.append(logging.FileHandler(folder / "log.txt", delay=True, encoding="utf-8"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _show(result: RunResult) -> None:
+    """Print what was picked for each target, and from where."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gradsift.pipeline import source_shares
+
+    console = Console()
+    for name, selection in result.selections.items():
+        picks = selection.picks
+        table = Table(
+            "source",
+            *(("picks", "of the picks", "of the pool", "lift")),
+            title=f"{name}: {len(picks):,} picks of {result.num_pool:,}, "
+            f"{sum(picks['num_tokens'].to_pylist()):,} tokens",
+        )
+        for row in source_shares(result, name)[:_SOURCES_SHOWN]:
+            table.add_row(
+                row.source,
+                f"{row.num_picks:,}",
+                f"{row.of_picks:.1%}",
+                f"{row.of_pool:.1%}",
+                f"{row.of_picks / row.of_pool:.1f}×",
+            )
+        console.print(table)
+        if selection.shortfall:
+            console.print(f"short of the budget: {selection.shortfall}", style="yellow")
+        console.print(f"→ {selection.path}", highlight=False, soft_wrap=True)
+    if result.num_rejected:
+        console.print(f"{result.num_rejected:,} unusable rows: {result.path / 'rejected.jsonl'}")
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    console.print(f"stages: {took}", highlight=False)

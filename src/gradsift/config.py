@@ -1,0 +1,283 @@
+"""Every setting of a run: small frozen models, one per section, unknown keys refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gradsift.errors import ConfigError
+from gradsift.types import Budget
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def parse_share(text: str) -> Decimal:
+    """Return `"5%"` as `Decimal("0.05")`.
+
+    Raises:
+        ValueError: If the text is not a percentage above 0 and up to 100.
+    """
+    try:
+        share = Decimal(text.removesuffix("%").strip()) / 100
+    except InvalidOperation:
+        share = Decimal(0)
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {text!r}")
+    return share
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(_Section):
+    """The base model, its precision and its place."""
+
+    name: str = Field(description="a local folder or a Hugging Face Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+
+
+class DataConfig(_Section):
+    """Pool and targets, and how their rows become token sequences."""
+
+    pool: Sources
+    targets: dict[str, Sources] = Field(min_length=1)
+    max_length: int = Field(2048, ge=2)
+    columns: dict[
+        Literal["messages", "prompt", "completion", "system", "id", "source", "task"], str
+    ] = Field({}, description="field to column, for files that no schema fits")
+    template: str | None = Field(None, description="'tulu' or the path of a Jinja chat template")
+
+    @field_validator("targets")
+    @classmethod
+    def _names_are_file_names(cls, targets: dict[str, Sources]) -> dict[str, Sources]:
+        for name in targets:
+            if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
+                raise ValueError(
+                    f"a target's name becomes a file name: expected letters, digits, '-', '_' and "
+                    f"'.', found {name!r}"
+                )
+        return targets
+
+
+class LoraConfig(_Section):
+    """The adapter whose gradients are measured."""
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(512, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
+
+
+class WarmupConfig(_Section):
+    """Short LoRA training on a random part of the pool, before gradients mean anything."""
+
+    mode: Literal["train", "none"] = "train"
+    adapter: str | None = Field(None, description="an existing PEFT LoRA adapter, used as it is")
+    fraction: Share = 0.05
+    epochs: int = Field(1, ge=1)
+    checkpoints: int = Field(1, ge=1, description="how many of the last epochs are measured")
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(128, ge=1, description="examples per optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    keep_optimizer: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WarmupConfig:
+        if self.adapter is not None and self.mode == "none":
+            raise ValueError("give an adapter or mode 'none', not both")
+        if self.checkpoints > self.epochs:
+            raise ValueError(
+                f"{self.checkpoints} checkpoints need as many epochs, found {self.epochs}"
+            )
+        if self.batch_size % self.micro_batch_size and self.batch_size > self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+
+class GistConfig(_Section):
+    """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
+
+    rank: int | str = Field("auto", description="'auto', 'full', a share such as '95%', or a count")
+    aggregation: Literal["max", "task-mean", "mean-cosine"] = "max"
+    norm_power: float = Field(0.0, ge=0)
+
+    @field_validator("rank")
+    @classmethod
+    def _known_rank(cls, rank: int | str) -> int | str:
+        if isinstance(rank, str) and rank.isdecimal():
+            rank = int(rank)
+        if isinstance(rank, int):
+            if rank < 1:
+                raise ValueError(f"expected at least 1, found {rank}")
+        elif rank not in ("auto", "full"):
+            parse_share(rank)
+        return rank
+
+
+class PolicyConfig(_Section):
+    """From scores to picks."""
+
+    budget: str = "5%"
+    strategy: Literal["top", "round-robin"] = "top"
+    per: Literal["example", "task"] = Field("example", description="whose turn round-robin takes")
+    source_cap: str | dict[str, str] | None = Field(
+        None, description="largest share of the budget from one source: '20%' or {dolly: 10%}"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field("exact", description="what is removed")
+    decontaminate: Literal["none", "exact", "near"] = "near"
+    similarity: Share = Field(0.8, description="Jaccard similarity from which texts are near")
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, budget: Any) -> str:
+        return str(Budget.parse(str(budget)))
+
+    @field_validator("source_cap")
+    @classmethod
+    def _source_cap(cls, cap: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for share in cap.values() if isinstance(cap, dict) else filter(None, [cap]):
+            parse_share(share)
+        return cap
+
+
+class EngineConfig(_Section):
+    """How the work is cut; no setting here changes a score beyond rounding."""
+
+    batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
+    shard_size: int = Field(1024, ge=1, description="examples per stored shard")
+
+
+class Config(_Section):
+    """A whole run, as it stands in `config.yaml`.
+
+    >>> config = Config.build({"model": {"name": "m"},
+    ...                        "data": {"pool": "pool.jsonl", "targets": {"t": "t.jsonl"}}})
+    >>> config.policy.budget, config.data.pool
+    ('5%', ('pool.jsonl',))
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    gist: GistConfig = GistConfig()
+    policy: PolicyConfig = PolicyConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Config:
+        """Return the validated configuration of a nested mapping.
+
+        Raises:
+            ConfigError: Naming each unknown key with its nearest match, and each wrong value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from None
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `read_yaml` and `build` take back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        ConfigError: If the file is missing or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected sections such as 'warmup:' in {path}, found {values!r}")
+    return values
+
+
+def merge(
+    base: Mapping[str, Any], *overlays: Mapping[str, Any], replaced: Iterable[str] = ("targets",)
+) -> dict[str, Any]:
+    """Return `base` with the overlays laid over it, section by section, the last one winning.
+
+    Mappings under a key in `replaced` are taken whole instead of being mixed.
+
+    >>> merge({"lora": {"rank": 8, "alpha": 16}}, {"lora": {"rank": 4}})
+    {'lora': {'rank': 4, 'alpha': 16}}
+    """
+    result = dict(base)
+    for overlay in overlays:
+        for key, value in overlay.items():
+            old = result.get(key)
+            mixed = isinstance(old, dict) and isinstance(value, Mapping) and key not in replaced
+            result[key] = merge(old, value, replaced=replaced) if mixed else value
+    return result
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """Return `"lora.rank=8"` as `{"lora": {"rank": 8}}`, the value read as YAML.
+
+    Raises:
+        ConfigError: If the text has no `=` or the key no section.
+    """
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name:
+        raise ConfigError(f"expected SECTION.KEY=VALUE such as lora.rank=16, found {text!r}")
+    try:
+        result: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value of {text!r}: {error}") from None
+    for part in reversed([section, *name.split(".")]):
+        result = {part: result}
+    return result
+
+
+def _explain(error: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _keys_of(path[:-1])
+        nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or known[:1]
+        return f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"missing setting {where!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (found {error['input']!r})" if path else message
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return [".".join([*path, name]) for name in model.model_fields]

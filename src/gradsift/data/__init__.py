@@ -1,0 +1,17 @@
+"""Pool and target files: read, understood, encoded once, and kept in the run folder."""
+
+from gradsift.data.conversations import Message, to_messages
+from gradsift.data.encoded import EncodedSet, encode_set
+from gradsift.data.encoding import Encoded, Encoder
+from gradsift.data.sources import Source, resolve
+
+__all__ = [
+    "Encoded",
+    "EncodedSet",
+    "Encoder",
+    "Message",
+    "Source",
+    "encode_set",
+    "resolve",
+    "to_messages",
+]

@@ -1,0 +1,160 @@
+"""From a row of any known schema to one conversation: a list of messages with role and content."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn."""
+
+    role: str
+    content: str
+
+
+class UnusableRowError(ValueError):
+    """A row that cannot become an example; its text is the reason given to the user."""
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+# what a file's columns must hold for each schema, the most telling first
+_SCHEMAS = {
+    "messages": {"messages"},
+    "sharegpt": {"conversations"},
+    "prompt-completion": {"prompt", "completion"},
+    "alpaca": {"instruction", "output"},
+}
+EXPECTED = (
+    "messages; prompt + completion; instruction (+ input) + output; conversations; or map your "
+    "columns, for example --set data.columns.prompt=question --set data.columns.completion=answer"
+)
+
+
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the row with the mapped columns under their field names, all others kept."""
+    return {**row, **{field: row[name] for field, name in columns.items() if name in row}}
+
+
+def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    """Return the name of the schema that the (renamed) row fits, mapped columns first.
+
+    >>> detect({"instruction": "Add.", "output": "2"}, {})
+    'alpaca'
+    """
+    mapped = {field for field, name in columns.items() if name in row}
+    for present in (mapped, row.keys()):
+        for schema, required in _SCHEMAS.items():
+            if required <= present:
+                return schema
+    return None
+
+
+def to_messages(row: Mapping[str, Any], schema: str) -> list[Message]:
+    """Return the conversation of a (renamed) row.
+
+    Raises:
+        UnusableRowError: If a part is missing or of the wrong kind, a role is unknown, or no
+            assistant turn has text.
+    """
+    required = _SCHEMAS[schema]
+    if not required <= row.keys():
+        raise UnusableRowError(
+            f"the file's schema is {schema} ({_listed(required)}), this row has {_listed(row)}"
+        )
+    messages = _PARSERS[schema](row)
+    if row.get("system") and schema != "messages" and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        turns = [m["role"] for m in messages]
+        raise UnusableRowError(f"no assistant turn with text (turns: {', '.join(turns) or 'none'})")
+    return messages
+
+
+def _from_messages(row: Mapping[str, Any], field: str = "messages") -> list[Message]:
+    return [
+        _message(turn, "role", "content", number, {role: role for role in _ROLES})
+        for number, turn in enumerate(_turns(row[field], field), start=1)
+    ]
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    turns = list(enumerate(_turns(row["conversations"], "conversations"), start=1))
+    return [_message(turn, "from", "value", number, _SHAREGPT_ROLES) for number, turn in turns]
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    for field, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row[field], list):
+            messages += _from_messages(row, field)
+        else:
+            messages.append({"role": role, "content": _text(row[field], field)})
+    return messages
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    if row.get("history"):
+        raise UnusableRowError("earlier turns in 'history' are not read; use the messages schema")
+    question = _text(row["instruction"], "instruction")
+    if row.get("input"):
+        question += "\n\n" + _text(row["input"], "input")
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _text(row["output"], "output")},
+    ]
+
+
+_PARSERS = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "prompt-completion": _from_prompt_completion,
+    "alpaca": _from_alpaca,
+}
+
+
+def _turns(value: Any, field: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise UnusableRowError(f"{field} is {_kind(value)}, expected a list of turns")
+    return value
+
+
+def _message(
+    turn: Any, role_key: str, content_key: str, number: int, roles: Mapping[str, str]
+) -> Message:
+    if not isinstance(turn, dict) or role_key not in turn:
+        raise UnusableRowError(f"turn {number} is {_kind(turn)}, expected an object with {role_key!r}")
+    role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
+    if role is None:
+        raise UnusableRowError(
+            f"unknown role {turn[role_key]!r} in turn {number}, expected one of {_listed(roles)}"
+        )
+    return {"role": role, "content": _text(turn.get(content_key), f"{content_key} of turn {number}")}
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise UnusableRowError(f"{what} is {_kind(value)}, expected text")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None or value == []:
+        return "empty"
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,264 @@
+"""A pool or target, encoded once and kept as Parquet: tokens, masks, raw bytes, where from.
+
+Everything later reads this file, so picks can be written out byte for byte even when the sources
+have moved, and a range of examples is read without touching the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradsift.data.conversations import (
+    EXPECTED,
+    Message,
+    UnusableRowError,
+    detect,
+    rename,
+    to_messages,
+)
+from gradsift.data.encoding import Encoded, Encoder
+from gradsift.data.sources import Row, Source
+from gradsift.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_GROUP = 1024  # rows encoded, written and read together
+_NAME = pa.dictionary(pa.int32(), pa.string())
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "source": _NAME,
+        "task": _NAME,
+        "file": _NAME,
+        "line": pa.int64(),
+        "schema": _NAME,
+        "num_tokens": pa.int32(),
+        "num_supervised": pa.int32(),
+        "truncated": pa.bool_(),
+        "text_hash": pa.binary(16),  # of the conversation, but for case and white space
+        "prompt_hash": pa.binary(16),  # of all but the assistant turns; null where there are none
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "raw": pa.binary(),
+    }
+)
+
+
+class EncodedSet:
+    """The encoded examples of one pool or target; rows count from 0 in the order of the sources."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = pq.read_metadata(path)
+        self.num_examples = metadata.num_rows
+        self._starts = np.cumsum(
+            [0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
+        )
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Return whole columns, `row` among them if asked for."""
+        stored = pq.read_table(self.path, columns=[c for c in columns if c != "row"])
+        if "row" in columns:
+            stored = stored.add_column(0, "row", pa.array(np.arange(len(self))))
+        return stored.select(list(columns))
+
+    def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Return some columns of some rows, in the order asked for, reading only their groups."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        unique, inverse = np.unique(wanted, return_inverse=True)
+        owners = np.searchsorted(self._starts, unique, side="right") - 1
+        parts = []
+        with pq.ParquetFile(self.path) as file:
+            for group in np.unique(owners):
+                local = unique[owners == group] - self._starts[group]
+                parts.append(file.read_row_group(int(group), columns=list(columns)).take(local))
+            empty = file.schema_arrow.empty_table().select(list(columns))
+        return pa.concat_tables(parts or [empty]).unify_dictionaries().take(inverse)
+
+    def examples(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
+        """Return the tokens of some rows, in the order asked for."""
+        table = self.take(rows, ["input_ids", "supervised", "truncated"])
+        return [
+            Encoded(np.asarray(ids, dtype=np.int32), np.asarray(supervised, dtype=bool), truncated)
+            for ids, supervised, truncated in zip(
+                *(table[name].to_pylist() for name in table.column_names), strict=True
+            )
+        ]
+
+    def conversations(
+        self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]
+    ) -> list[list[Message]]:
+        """Return the conversations of some rows, understood as they were when they came in."""
+        table = self.take(rows, ["raw", "schema"])
+        return [
+            to_messages(rename(json.loads(raw.removeprefix(b"\xef\xbb\xbf")), columns), schema)
+            for raw, schema in zip(
+                table["raw"].to_pylist(), table["schema"].to_pylist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A row with its conversation, not yet encoded."""
+
+    row: Row
+    source: Source
+    schema: str
+    fields: Mapping[str, Any]
+    messages: list[Message]
+
+
+def encode_set(
+    name: str,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    columns: Mapping[str, str],
+    directory: Path,
+    strict: bool = False,
+) -> EncodedSet:
+    """Encode every row of the sources into `NAME.parquet`, the unusable into `NAME.rejected.jsonl`.
+
+    Raises:
+        DataError: If no row is usable, or the first unusable row under `strict`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path, partial = directory / f"{name}.parquet", directory / f"{name}.parquet.partial"
+    rejected, accepted, reasons = directory / f"{name}.rejected.jsonl", 0, Counter[str]()
+    with (
+        pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer,
+        rejected.open("w", encoding="utf-8") as rejections,
+    ):
+        items = _candidates(sources, columns)
+        while group := list(islice(items, _GROUP)):
+            records = []
+            for row, outcome in _encode(group, encoder):
+                if isinstance(outcome, UnusableRowError):
+                    if strict:
+                        raise DataError(f"{row.file}:{row.line}: {outcome}")
+                    reasons[str(outcome)] += 1
+                    record = {"set": name, "file": row.file, "line": row.line}
+                    record["reason"] = str(outcome)
+                    rejections.write(json.dumps(record, ensure_ascii=False) + "\n")
+                else:
+                    records.append(outcome)
+            accepted += len(records)
+            if records:
+                writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
+    if not accepted:
+        raise DataError(_nothing_usable(name, sources, reasons))
+    if reasons:
+        logger.warning(
+            "%s: %d of %d rows are unusable, for example: %s (all in rejected.jsonl)",
+            name,
+            reasons.total(),
+            reasons.total() + accepted,
+            reasons.most_common(1)[0][0],
+        )
+    partial.rename(path)
+    return EncodedSet(path)
+
+
+def _nothing_usable(name: str, sources: Sequence[Source], reasons: Counter[str]) -> str:
+    files = ", ".join(source.name for source in sources)
+    if not reasons:
+        return f"{name} is empty: no row in {files}"
+    listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+    return f"{name} has no usable row in {files}: {listed}"
+
+
+def _candidates(
+    sources: Sequence[Source], columns: Mapping[str, str]
+) -> Iterator[tuple[Row, _Candidate | UnusableRowError]]:
+    """Yield each row with its conversation; a file's schema is that of its first readable row."""
+    for source in sources:
+        schema = None
+        for row in source.rows():
+            if row.value is None:
+                yield row, UnusableRowError(row.problem)
+                continue
+            if schema is None:
+                schema = detect(row.value, columns)
+                if schema is None:
+                    found = ", ".join(row.value)
+                    raise DataError(
+                        f"{row.file}:{row.line}: no known schema; expected {EXPECTED}; "
+                        f"found the columns {found or '(none)'}"
+                    )
+                logger.info("%s: %s", source.name, schema)
+            fields = rename(row.value, columns)
+            try:
+                messages = to_messages(fields, schema)
+            except UnusableRowError as reason:
+                yield row, reason
+            else:
+                yield row, _Candidate(row, source, schema, fields, messages)
+
+
+def _encode(
+    group: Sequence[tuple[Row, _Candidate | UnusableRowError]], encoder: Encoder
+) -> Iterator[tuple[Row, dict[str, Any] | UnusableRowError]]:
+    good = [item for _, item in group if isinstance(item, _Candidate)]
+    encoded = iter(encoder.encode([candidate.messages for candidate in good]))
+    for row, item in group:
+        if isinstance(item, UnusableRowError):
+            yield row, item
+            continue
+        outcome = next(encoded)
+        yield row, outcome if isinstance(outcome, UnusableRowError) else _record(item, outcome)
+
+
+def _record(candidate: _Candidate, encoded: Encoded) -> dict[str, Any]:
+    fields, row = candidate.fields, candidate.row
+    prompt = [m for m in candidate.messages if m["role"] != "assistant"]
+    return {
+        "id": _name(fields.get("id"), f"{candidate.source.stem}-{row.line}"),
+        "source": _name(fields.get("source"), candidate.source.stem),
+        "task": _name(fields.get("task"), ""),
+        "file": row.file,
+        "line": row.line,
+        "schema": candidate.schema,
+        "num_tokens": len(encoded.input_ids),
+        "num_supervised": int(encoded.supervised.sum()),
+        "truncated": encoded.truncated,
+        "text_hash": _hash(candidate.messages),
+        "prompt_hash": _hash(prompt) if any(m["content"].strip() for m in prompt) else None,
+        "input_ids": encoded.input_ids,
+        "supervised": encoded.supervised,
+        "raw": row.raw,
+    }
+
+
+def _name(value: Any, default: str) -> str:
+    return default if value is None or value == "" else str(value)
+
+
+def _hash(messages: Sequence[Message]) -> bytes:
+    """Return a hash that is blind to case, white space and Unicode's compatibility variants."""
+    text = "\0".join(f"{m['role']}\1{normalise(m['content'])}" for m in messages)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def normalise(text: str) -> str:
+    """Return the text folded to what makes two examples the same: no case, single spaces.
+
+    >>> normalise("Two\\n  APPLES ")
+    'two apples'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

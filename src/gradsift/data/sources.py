@@ -1,0 +1,193 @@
+"""Rows of files, folders and Hub data sets, each with the place it came from and its bytes.
+
+JSON and JSON Lines are read here, line by line, because a broken line must be named and the others
+kept, and because picks are written back byte for byte; everything else goes through `datasets`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+
+from gradsift.errors import DataError
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_LINES = (".jsonl", ".ndjson")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_KNOWN = ", ".join([*_LINES, ".json", *_TABLES])
+_HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it came in: `value` where it is a JSON object, else `problem`.
+
+    `line` counts from 1; `raw` holds the row's own bytes (JSON Lines) or its JSON.
+    """
+
+    file: str
+    line: int
+    raw: bytes
+    value: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, folder or Hub data set."""
+
+    name: str
+    kind: Literal["lines", "json", "table", "folder", "hub"]
+
+    @property
+    def stem(self) -> str:
+        """The name that its rows have as `source` where they name none."""
+        name = re.sub(r":[\w.-]+$", "", self.name) if self.kind == "hub" else self.name
+        return Path(name).name.split(".")[0]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the content; for a Hub data set, its name."""
+        if self.kind == "hub":
+            return self.name
+        files = sorted(Path(self.name).rglob("*")) if self.kind == "folder" else [Path(self.name)]
+        digest = hashlib.sha256()
+        for path in filter(Path.is_file, files):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every row in order.
+
+        Raises:
+            DataError: If the whole source cannot be read.
+        """
+        if self.kind == "lines":
+            return _read_lines(self.name)
+        return _read_json(self.name) if self.kind == "json" else _read_table(self)
+
+
+def resolve(specs: Iterable[str]) -> list[Source]:
+    """Return the sources that paths, globs and Hub ids (`org/name[/config][:split]`) stand for.
+
+    Raises:
+        DataError: If nothing is there, or a file's kind is unknown.
+    """
+    return [source for spec in specs for source in _resolve(spec)]
+
+
+def _resolve(spec: str) -> list[Source]:
+    if glob.has_magic(spec) and not Path(spec).exists():
+        names = sorted(glob.glob(spec, recursive=True))
+        if not names:
+            raise DataError(f"no file matches {spec!r}")
+        return [_local(name) for name in names]
+    if Path(spec).exists():
+        return [_local(spec)]
+    suffixes = Path(spec).suffixes
+    if _HUB.fullmatch(spec) and not {*suffixes} & {*_LINES, ".json", *_TABLES}:
+        return [Source(spec, "hub")]
+    raise DataError(f"no such file: {spec!r} (looked in {Path.cwd()})")
+
+
+def _local(name: str) -> Source:
+    path = Path(name)
+    if path.is_dir():
+        return Source(name, "folder")
+    suffix = next((s for s in reversed(path.suffixes) if s not in _COMPRESSED), "")
+    if suffix in _LINES:
+        return Source(name, "lines")
+    if suffix == ".json":
+        return Source(name, "json")
+    if suffix in _TABLES and path.suffix == suffix:
+        return Source(name, "table")
+    raise DataError(f"{name!r} is of an unknown kind; expected a folder or one of {_KNOWN}")
+
+
+def _read_lines(name: str) -> Iterator[Row]:
+    with fsspec.open(name, "rb", compression="infer") as file:
+        for number, line in enumerate(file, start=1):  # type: ignore[arg-type]
+            raw = line.removesuffix(b"\n")
+            if raw.strip():
+                yield _parse(name, number, raw)
+
+
+def _parse(name: str, number: int, raw: bytes) -> Row:
+    try:
+        value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+    except json.JSONDecodeError as error:
+        return Row(name, number, raw, problem=f"not valid JSON: {error.msg} at column {error.colno}")
+    except UnicodeDecodeError as error:
+        return Row(name, number, raw, problem=f"not valid UTF-8 at byte {error.start}")
+    return _row(name, number, raw, value)
+
+
+def _row(name: str, number: int, raw: bytes, value: Any) -> Row:
+    if not isinstance(value, dict):
+        problem = f"expected a JSON object, found {type(value).__name__}"
+        return Row(name, number, raw, problem=problem)
+    return Row(name, number, raw, value)
+
+
+def _read_json(name: str) -> Iterator[Row]:
+    """Yield the elements of a JSON array, or the lines of a JSON Lines file under another name."""
+    with fsspec.open(name, "rb", compression="infer") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[union-attr]
+        if not start.startswith(b"["):
+            yield from _read_lines(name)
+            return
+        file.seek(0)  # type: ignore[union-attr]
+        try:
+            values = json.load(file)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise DataError(f"{name} is not valid JSON: {error}") from None
+    for number, value in enumerate(values, start=1):
+        yield _row(name, number, json.dumps(value, ensure_ascii=False).encode(), value)
+
+
+def _read_table(source: Source) -> Iterator[Row]:
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for number, value in enumerate(_load(source), start=1):
+            raw = json.dumps(value, ensure_ascii=False, default=str).encode()
+            yield Row(source.name, number, raw, value)
+    except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
+        raise DataError(f"cannot read {source.name!r}: {error}") from error
+
+
+def _load(source: Source) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    if source.kind == "table":
+        suffix = Path(source.name).suffix
+        options: dict[str, Any] = {}
+        if suffix != ".parquet":  # text stays text: "007" is no number, "NA" no gap
+            options = {"dtype": str, "keep_default_na": False, "na_values": []}
+            options["sep"] = "\t" if suffix == ".tsv" else ","
+        return datasets.load_dataset(
+            _TABLES[suffix], data_files=source.name, split="train", streaming=True, **options
+        )
+    if source.kind == "folder" and (Path(source.name) / "state.json").exists():
+        loaded = datasets.load_from_disk(source.name)
+        if isinstance(loaded, datasets.Dataset):
+            return loaded
+        raise DataError(f"{source.name!r} holds the splits {[*loaded]}; name the folder of one")
+    match = _HUB.fullmatch(source.name) if source.kind == "hub" else None
+    name = match["id"] if match else source.name
+    splits = datasets.load_dataset(name, match["config"] if match else None, streaming=True)
+    wanted = (match and match["split"]) or ("train" if "train" in splits else None)
+    if wanted is None and len(splits) == 1:
+        wanted = next(iter(splits))
+    if wanted not in splits:
+        raise DataError(f"{source.name!r} has the splits {[*splits]}; name one as {name}:SPLIT")
+    return splits[wanted]

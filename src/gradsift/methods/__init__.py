@@ -1,0 +1,1 @@
+"""Ways to score a pool against targets, one file each."""

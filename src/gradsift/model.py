@@ -1,0 +1,225 @@
+"""Base models, tokenizers and LoRA adapters, loaded through transformers and PEFT and checked.
+
+What gradsift cannot measure exactly (DoRA, LoRA on embeddings or experts, trained biases and
+modules) is refused here, with the name of the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from gradsift.config import LoraConfig, ModelConfig
+from gradsift.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER = "default"
+
+
+class LoraPair(NamedTuple):
+    """The two matrices of one adapted layer."""
+
+    a: nn.Linear
+    b: nn.Linear
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Return the device asked for; `auto` is CUDA where there is one, else the CPU."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the precision asked for; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(config.name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {config.name!r}: {error}") from error
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """Load the base model, frozen and in evaluation mode, on its device and in its precision.
+
+    Raises:
+        ModelError: If it cannot be loaded or has no output head.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, dtype=resolve_dtype(config), attn_implementation=config.attention
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load the model {config.name!r}: {error}") from error
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{config.name!r} ({type(model).__name__}) has no output embeddings")
+    return model.to(resolve_device(config)).requires_grad_(False).eval()
+
+
+def context_length(model_name: str) -> int | None:
+    """Return how many positions the model knows, None where its configuration does not say.
+
+    Raises:
+        ModelError: If there is no configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model {model_name!r}: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
+    """Return the base model with a fresh, trainable adapter; same seed, same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(
+            base,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]
+                lora_dropout=config.dropout,
+                target_modules=_target_modules(base, config.target_modules),
+                task_type="CAUSAL_LM",
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+            ),
+        )
+    assert isinstance(model, peft.PeftModel)
+    return model
+
+
+def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
+    """Return the base model with a stored LoRA adapter, frozen, in the base model's precision.
+
+    Raises:
+        ModelError: If the folder holds no LoRA adapter, one that cannot be measured exactly, or one
+            whose layers are not those of this model.
+    """
+    config = _read_adapter_config(path)
+    try:
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"the adapter {path} does not fit {base.name_or_path!r}: {error}") from error
+    assert isinstance(model, peft.PeftModel)
+    _check_fit(path, peft.get_peft_model_state_dict(model), base.name_or_path)
+    trained_on = config.base_model_name_or_path
+    if trained_on and Path(trained_on).name != Path(base.name_or_path).name:
+        logger.warning(
+            "the adapter %s says it was trained on %r and is used on %r; their shapes agree",
+            path,
+            trained_on,
+            base.name_or_path,
+        )
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
+    return model.to(base.dtype).requires_grad_(False).eval()
+
+
+def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
+    """Return the A and B matrices of every adapted layer, by the layer's name in the base model.
+
+    Raises:
+        ModelError: Naming the first layer whose gradient cannot be measured exactly.
+    """
+    pairs = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        short = name.removeprefix("base_model.model.")
+        a, b = (_matrix(matrices) for matrices in (layer.lora_A, layer.lora_B))
+        if a is None or b is None:
+            base = type(layer.get_base_layer()).__name__
+            raise ModelError(f"cannot measure LoRA on {short} ({base}); adapt linear layers only")
+        if _ADAPTER in layer.lora_variant:
+            variant = type(layer.lora_variant[_ADAPTER]).__name__.removesuffix("Variant")
+            raise ModelError(f"cannot measure {short}: its adapter is {variant}, not plain LoRA")
+        if a.bias is not None or b.bias is not None:
+            raise ModelError(f"cannot measure {short}: its LoRA matrices have biases (lora_bias)")
+        pairs[short] = LoraPair(a, b)
+    if not pairs:
+        raise ModelError("the model has no LoRA layer")
+    return pairs
+
+
+def _matrix(matrices: Mapping[str, nn.Module] | nn.ModuleDict) -> nn.Linear | None:
+    matrix = matrices[_ADAPTER] if _ADAPTER in matrices else None
+    return matrix if isinstance(matrix, nn.Linear) else None
+
+
+def _read_adapter_config(path: Path) -> peft.LoraConfig:
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no adapter in {path}: expected a PEFT folder ({error})") from error
+    if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
+        raise ModelError(f"{path} is a {config.peft_type} adapter; gradsift measures LoRA only")
+    extras = {
+        "DoRA (use_dora)": config.use_dora,
+        "fully trained modules (modules_to_save)": config.modules_to_save,
+        "trained biases (bias)": config.bias != "none",
+        "trained tokens (trainable_token_indices)": config.trainable_token_indices,
+        "experts' parameters (target_parameters)": getattr(config, "target_parameters", None),
+    }
+    found = [name for name, value in extras.items() if value]
+    if found:
+        raise ModelError(
+            f"the adapter {path} holds more than plain LoRA matrices: {', '.join(found)}; "
+            "use a plain LoRA adapter, or leave --adapter out and let gradsift train one"
+        )
+    return config
+
+
+def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str) -> None:
+    weights = path / "adapter_model.safetensors"
+    if not weights.exists():
+        raise ModelError(f"{path} has no adapter_model.safetensors (pickled weights are not read)")
+    with safe_open(weights, "pt") as file:
+        found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    wanted = {key: list(value.shape) for key, value in expected.items()}
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            raise ModelError(
+                f"the adapter {path} belongs to another base model: {key} is "
+                f"{found.get(key, 'missing')} there and {wanted.get(key, 'missing')} in "
+                f"{model_name!r}"
+            )
+
+
+def _target_modules(base: nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
+    """Return what PEFT is to adapt; `attention` is every projection inside an attention module."""
+    if wanted != "attention":
+        return wanted if isinstance(wanted, str) else list(wanted)
+    linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    attention = {name for name in linear if re.search(r"attn|attention", name)}
+    if not attention:
+        raise ModelError("found no attention projections; name them with lora.target_modules")
+    leaves = {name.rpartition(".")[2] for name in attention}
+    elsewhere = {name.rpartition(".")[2] for name in linear if name not in attention}
+    return sorted(leaves if not leaves & elsewhere else attention)

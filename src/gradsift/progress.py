@@ -1,0 +1,65 @@
+"""Progress of long stages: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextmanager
+def track(label: str, total: int, unit: str = "examples") -> Iterator[Callable[[int], None]]:
+    """Show the progress of `total` units of work; call what it yields with each amount done."""
+    if sys.stderr.isatty():
+        yield from _bar(label, total, unit)
+    else:
+        yield from _lines(label, total, unit)
+
+
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        Remaining(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, rate="")
+        started, done = time.monotonic(), 0
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            rate = done / max(time.monotonic() - started, 1e-9)
+            progress.update(task, completed=done, rate=f"{rate:.3g} {unit}/s")
+
+        yield advance
+
+
+def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last, rate = now, done / (now - started)
+            left = (total - done) / rate
+            logger.info(
+                "%s: %d of %d %s, %.3g/s, %.0f s left", label, done, total, unit, rate, left
+            )
+
+    yield advance

@@ -1,0 +1,108 @@
+"""All stages of a run, each with everything that its result depends on, known before any work.
+
+What only shifts the rounding (device, batch size) is no input: a run may go on elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradsift.config import Config
+from gradsift.data import resolve
+from gradsift.store import Stage, identity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages in the order of their work; `data` has `pool` and `target.NAME`."""
+
+    data: Mapping[str, Stage]
+    warmup: Stage
+    subspaces: Mapping[str, Stage]
+    coordinates: Stage
+    scores: Stage
+    selections: Mapping[str, Stage]
+
+    @classmethod
+    def of(cls, config: Config) -> Plan:
+        """Return the stages of a configuration.
+
+        Raises:
+            DataError: If a pool or target file is not there.
+            ModelError: If the model or adapter is not there.
+        """
+        data = _data(config)
+        warmup = _warmup(config, data["pool"])
+        subspaces = {
+            name: _subspace(config, name, data[f"target.{name}"], warmup)
+            for name in config.data.targets
+        }
+        inputs = {
+            "pool": data["pool"].fingerprint,
+            "warmup": warmup.fingerprint,
+            "targets": {name: stage.fingerprint for name, stage in subspaces.items()},
+            "shard_size": config.engine.shard_size,
+        }
+        coordinates = Stage("coordinates", inputs, ("coordinates",))
+        inputs = {"coordinates": coordinates.fingerprint}
+        inputs |= config.gist.model_dump(include={"aggregation", "norm_power"})
+        scores = Stage("scores", inputs, ("scores.parquet",), cheap=True)
+        selections = {name: _selection(config, name, scores) for name in config.data.targets}
+        return cls(data, warmup, subspaces, coordinates, scores, selections)
+
+    def __iter__(self) -> Any:
+        yield from self.data.values()
+        yield self.warmup
+        yield from self.subspaces.values()
+        yield self.coordinates
+        yield self.scores
+        yield from self.selections.values()
+
+
+def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return the sources of the pool and of every target, by the name of their encoded set."""
+    targets = {f"target.{name}": sources for name, sources in config.data.targets.items()}
+    return {"pool": config.data.pool} | targets
+
+
+def _data(config: Config) -> dict[str, Stage]:
+    tokenizer = identity(config.model.name)
+    shared = config.data.model_dump(include={"max_length", "columns", "template"})
+    stages = {}
+    for name, specs in data_sets(config).items():
+        files = {source.name: source.fingerprint() for source in resolve(specs)}
+        outputs = (f"data/{name}.parquet", f"data/{name}.rejected.jsonl")
+        stages[name] = Stage(
+            f"data/{name}", {"files": files, "tokenizer": tokenizer} | shared, outputs
+        )
+    return stages
+
+
+def _warmup(config: Config, pool: Stage) -> Stage:
+    model = config.model.model_dump(include={"name", "dtype", "attention"})
+    inputs: dict[str, Any] = {
+        "pool": pool.fingerprint,
+        "model": {"identity": identity(config.model.name)} | model,
+    }
+    if config.warmup.adapter is None:
+        inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
+    else:
+        inputs["adapter"] = identity(config.warmup.adapter)
+    return Stage("warmup", inputs, ("warmup",))
+
+
+def _subspace(config: Config, name: str, data: Stage, warmup: Stage) -> Stage:
+    inputs = {
+        "data": data.fingerprint,
+        "warmup": warmup.fingerprint,
+        "rank": config.gist.rank,
+    }
+    return Stage(f"targets/{name}", inputs, (f"targets/{name}",))
+
+
+def _selection(config: Config, name: str, scores: Stage) -> Stage:
+    inputs = {"scores": scores.fingerprint} | config.policy.model_dump()
+    outputs = tuple(f"selected/{name}{end}" for end in (".jsonl", ".parquet", ".refused.parquet"))
+    return Stage(f"selected/{name}", inputs, outputs, cheap=True)

@@ -1,0 +1,253 @@
+"""The run folder: stages with manifests, atomic files, one process at a time.
+
+A stage's manifest holds all that its result depends on. It is written before the work begins, and
+again, marked complete, when the work is done. A complete stage with the same manifest is not run
+again; one that differs is named, with the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gradsift.config import Config, read_yaml
+from gradsift.errors import ModelError, RunError
+from gradsift.types import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a run: its name, all that its result depends on, and the paths that it writes.
+
+    `cheap` stages take seconds and are simply done again when they differ.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    cheap: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the inputs, by which later stages depend on this one."""
+        text = json.dumps(self.inputs, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Run:
+    """An open run folder; use `open_run`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def log(self) -> Path:
+        """Where the log of all sessions goes."""
+        return self.path / "log.txt"
+
+    def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
+        """Compare every stage with what the folder holds, before any work.
+
+        Raises:
+            RunError: Naming the first costly stage that was made with other inputs, unless
+                `overwrite`, with which it and what depends on it are removed.
+        """
+        for stage in stages:
+            manifest = self._manifest(stage.name)
+            differences = list(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else []
+            if not differences:
+                continue
+            told = "; ".join(differences)
+            if not (stage.cheap or overwrite):
+                raise RunError(
+                    f"{self.path} holds the stage {stage.name!r} made with other settings: {told}. "
+                    "Use another --output-dir, or --overwrite to do it again"
+                )
+            logger.info("%s is done again: %s", stage.name, told)
+            self._remove(stage)
+
+    @contextmanager
+    def stage(self, stage: Stage) -> Iterator[bool]:
+        """Yield whether the stage is still to do; mark it complete when the block ends well."""
+        manifest = self._manifest(stage.name)
+        if manifest and manifest["complete"]:
+            logger.info("%s: already done", stage.name)
+            yield False
+            return
+        self._write_manifest(stage, complete=False)
+        started = time.perf_counter()
+        yield True
+        seconds = time.perf_counter() - started
+        self._write_manifest(
+            stage,
+            complete=True,
+            seconds=round(seconds, 3),
+            resumed=manifest is not None,
+            peak_memory_bytes=peak_memory(),
+            versions=_versions(),
+        )
+        logger.info("%s: %.1f s", stage.name, seconds)
+
+    def seconds(self, stages: Iterable[Stage]) -> dict[str, float]:
+        """Return how long each complete stage took in its last session."""
+        manifests = {stage.name: self._manifest(stage.name) for stage in stages}
+        return {name: m["seconds"] for name, m in manifests.items() if m and m["complete"]}
+
+    def write_config(self, config: Config) -> None:
+        """Keep the resolved configuration."""
+        write_atomically(self.path / "config.yaml", config.to_yaml().encode())
+
+    def _manifest(self, name: str) -> dict[str, Any] | None:
+        path = self.path / "manifests" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _write_manifest(self, stage: Stage, **facts: Any) -> None:
+        manifest = {"stage": stage.name, "inputs": stage.inputs, **facts}
+        path = self.path / "manifests" / f"{stage.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(manifest, indent=2).encode())
+
+    def _remove(self, stage: Stage) -> None:
+        (self.path / "manifests" / f"{stage.name}.json").unlink()
+        for output in stage.outputs:
+            path = self.path / output
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[Run]:
+    """Open a run folder, making it if need be, and keep every other process out of it.
+
+    Raises:
+        RunError: If another process has it, or it holds files that are not a run's.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; expected a folder for the run")
+    foreign = path.exists() and any(path.iterdir()) and not (path / ".lock").exists()
+    if foreign:
+        raise RunError(f"{path} is not empty and is not a gradsift run; use another --output-dir")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", blocking=False)
+    try:
+        with lock:
+            (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}")
+            yield Run(path)
+    except Timeout:
+        owner = (path / ".owner").read_text() if (path / ".owner").exists() else "another process"
+        raise RunError(
+            f"{path} is in use by {owner}; wait for it to end or use another --output-dir"
+        ) from None
+
+
+def read_config(path: Path) -> Config:
+    """Return the configuration of a finished or begun run.
+
+    Raises:
+        RunError: If the folder is not a run.
+    """
+    if not (path / "config.yaml").exists():
+        raise RunError(f"{path} is not a gradsift run: it has no config.yaml")
+    return Config.build(read_yaml(path / "config.yaml"))
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file so that it is either whole under its name or not there at all.
+
+    `content` is the bytes, or a function that writes a file at the path it is given.
+    """
+    partial = path.with_name(path.name + ".partial")
+    if callable(content):
+        content(partial)
+    else:
+        partial.write_bytes(content)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_checkpoints(directory: Path, weights: Mapping[str, float]) -> None:
+    """Keep the labels of a warm-up's adapters, each a folder beside, and how much each counts."""
+    write_atomically(directory / "checkpoints.json", json.dumps(weights).encode())
+
+
+def read_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Return the adapters that a warm-up left, their weights summing to 1."""
+    weights = json.loads((directory / "checkpoints.json").read_text(encoding="utf-8"))
+    total = sum(weights.values())
+    return [Checkpoint(label, directory / label, w / total) for label, w in weights.items()]
+
+
+def identity(name: str) -> str:
+    """Return what tells this model or adapter from another under the same name.
+
+    For a folder: a hash over its files, of large ones only the two ends, so that it takes no time
+    with 100 GB of weights. For a Hub id: the commit.
+
+    Raises:
+        ModelError: If the name is neither a folder nor a model on the Hub.
+    """
+    if not Path(name).is_dir():
+        if Path(name).is_absolute() or name.startswith("."):
+            raise ModelError(f"no such folder: {name!r}")
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(name)._commit_hash or name  # noqa: SLF001
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the model {name!r}: {error}") from error
+    end = 1 << 20  # bytes
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(name).iterdir() if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(end))
+            file.seek(max(size - end, 0))
+            digest.update(file.read(end))
+    return digest.hexdigest()
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            inner = f"{path}.{key}" if path else key
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{path} was {json.dumps(old)}, is now {json.dumps(new)}"

@@ -1,0 +1,99 @@
+"""The few nouns that more than one module speaks of, as frozen values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kKMG]?tok)?")
+_SCALE = {"tok": 1, "ktok": 10**3, "Ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be picked: a share of the pool, a count of examples, or tokens.
+
+    >>> Budget.parse("5%"), str(Budget.parse("3Mtok"))
+    (Budget(amount=Decimal('5'), unit='%'), '3000000tok')
+    """
+
+    amount: Decimal
+    unit: Literal["%", "examples", "tok"]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `5%`, `2000` or `3Mtok`.
+
+        Raises:
+            ValueError: If the text is none of these, or nothing or more than all is asked for.
+        """
+        match = _BUDGET.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"expected a share (5%), a count (2000) or tokens (3Mtok), found {text!r}"
+            )
+        amount, unit = Decimal(match[1]), match[2]
+        if unit in _SCALE:
+            amount, unit = amount * _SCALE[unit], "tok"
+        if amount == 0 or (unit == "%" and amount > 100):
+            raise ValueError(f"a budget is above 0 and at most the whole pool, found {text!r}")
+        if unit != "%" and amount != amount.to_integral_value():
+            raise ValueError(f"a budget of examples or tokens is a whole number, found {text!r}")
+        return cls(amount, unit or "examples")
+
+    def __str__(self) -> str:
+        if self.unit == "%":
+            return f"{self.amount}%"
+        return f"{int(self.amount)}{'tok' if self.unit == 'tok' else ''}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter (a PEFT folder) at which gradients are measured.
+
+    `weight` is its share in the score; over the checkpoints of a run they sum to 1.
+    """
+
+    label: str
+    path: Path
+    weight: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The picks for one target.
+
+    `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
+    `projected_share`, `best` (id of the target example that won), `task` (of that example).
+    `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
+    """
+
+    target: str
+    path: Path
+    picks: pa.Table
+    refused: pa.Table
+    shortfall: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left in its folder: selections by target, and seconds by stage."""
+
+    path: Path
+    selections: Mapping[str, Selection]
+    num_pool: int
+    num_rejected: int
+    seconds: Mapping[str, float]
+
+    def scores(self) -> pa.Table:
+        """Return `scores.parquet`: one row per pool example, `T/score` and so on per target."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / "scores.parquet")

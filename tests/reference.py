@@ -1,0 +1,55 @@
+"""The slow, obvious way: one example at a time, autograd, whole rows, a textbook SVD.
+
+Nothing here is shared with the package but the adapted model and the encoded examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradsift.data import Encoded
+
+
+def loss(model: nn.Module, example: Encoded) -> Tensor:
+    """Mean negative log-likelihood of the supervised tokens, with all logits."""
+    ids = torch.from_numpy(example.input_ids).long()[None]
+    labels = ids.clone()
+    labels[0, ~torch.from_numpy(example.supervised)] = -100
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def gradient_rows(model: nn.Module, examples: Sequence[Encoded]) -> Tensor:
+    """G: one row of concatenated LoRA gradients per example."""
+    parameters = lora_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    rows = []
+    for example in examples:
+        gradients = torch.autograd.grad(loss(model, example), list(parameters.values()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    return torch.stack(rows)
+
+
+def select(
+    target: Tensor, pool: Tensor, rank: int | None = None, share: float = 0.95
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GIST by the book: coordinates of the pool, of the target, and the max-cosine score."""
+    _, sigma, right = torch.linalg.svd(target, full_matrices=False)
+    if rank is None:
+        variance = torch.cumsum(sigma**2, 0)
+        rank = int((variance < share * variance[-1] * (1 - 1e-12)).sum()) + 1
+    basis = right[:rank]
+    coordinates, references = pool @ basis.T, target @ basis.T
+    cosines = F.normalize(coordinates) @ F.normalize(references).T
+    return coordinates, references, cosines.max(dim=1).values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +9,9 @@ import torch.nn.functional as F
 import models
 import reference
 from gradsift.gradients import (
-    Batch,
-    PerExampleGradients,
-    blocks,
     combine_rows,
     gram_matrix,
-    plan_batches,
     project,
-    token_losses,
 )
 from gradsift.subspace import fit_subspace
 
@@ -34,10 +28,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("family", "tied", "targets"), CASES)
-def test_coordinates_and_scores_equal_the_plain_loop(
-    family: str, tied: bool, targets: str
-) -> None:
-    # seeds without nearly equal singular values: there single coordinates turn, though no score does
+def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, targets: str) -> None:
+    # seeds without nearly equal singular values: there coordinates turn, though no score does
     target, pool = models.examples(20, seed=3), models.examples(60, seed=2)
     plain = models.adapted(family, tied, targets, torch.float64)
     target_rows = reference.gradient_rows(plain, target)
@@ -56,9 +48,10 @@ def test_coordinates_and_scores_equal_the_plain_loop(
     assert relative(found.gradient_norms, pool_rows.norm(dim=1)) < 1e-4
     losses = torch.stack([reference.loss(plain, example) for example in pool])
     assert relative(found.losses, losses) < 1e-5
-    cosines = F.normalize(found.coordinates.double()) @ F.normalize(
-        torch.from_numpy(subspace.coordinates)
-    ).T
+    cosines = (
+        F.normalize(found.coordinates.double())
+        @ F.normalize(torch.from_numpy(subspace.coordinates)).T
+    )
     found_scores = cosines.max(dim=1).values
     assert relative(found_scores, scores) < 1e-4
     order = torch.argsort(found_scores, descending=True)[:6]

@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that `import gradsift` loads neither torch nor numpy."""
+    """Import a public name on first use: `import gradsift` loads neither torch nor numpy."""
     if name not in _HOME:
         raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
     from importlib import import_module

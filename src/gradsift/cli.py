@@ -1,4 +1,7 @@
-"""The command line: verbs, messages, exit codes. 0: done. 1: a fault of ours. 2: mend your input."""
+"""The command line: verbs, messages, exit codes.
+
+0: done. 1: a fault of ours. 2: something the user can mend.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +128,9 @@ def demo(
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
     if version:
         from gradsift import __version__
 

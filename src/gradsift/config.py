@@ -46,6 +46,9 @@ def parse_share(text: str) -> Decimal:
     return share
 
 
+_FIELDS = ("messages", "prompt", "completion", "system", "id", "source", "task")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -64,11 +67,19 @@ class DataConfig(_Section):
 
     pool: Sources
     targets: dict[str, Sources] = Field(min_length=1)
-    max_length: int = Field(2048, ge=2)
-    columns: dict[
-        Literal["messages", "prompt", "completion", "system", "id", "source", "task"], str
-    ] = Field({}, description="field to column, for files that no schema fits")
-    template: str | None = Field(None, description="'tulu' or the path of a Jinja chat template")
+    max_length: int = Field(default=2048, ge=2)
+    columns: dict[str, str] = Field(default={}, description="field to column, where no schema fits")
+    template: str | None = Field(
+        default=None, description="'tulu' or the path of a Jinja chat template"
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        for field in columns:
+            if field not in _FIELDS:
+                raise ValueError(f"{field!r} is no field; expected one of {', '.join(_FIELDS)}")
+        return columns
 
     @field_validator("targets")
     @classmethod
@@ -85,9 +96,9 @@ class DataConfig(_Section):
 class LoraConfig(_Section):
     """The adapter whose gradients are measured."""
 
-    rank: int = Field(128, ge=1)
-    alpha: float = Field(512, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    rank: int = Field(default=128, ge=1)
+    alpha: float = Field(default=512, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
 
 
@@ -95,15 +106,19 @@ class WarmupConfig(_Section):
     """Short LoRA training on a random part of the pool, before gradients mean anything."""
 
     mode: Literal["train", "none"] = "train"
-    adapter: str | None = Field(None, description="an existing PEFT LoRA adapter, used as it is")
+    adapter: str | None = Field(
+        default=None, description="an existing PEFT LoRA adapter, used as it is"
+    )
     fraction: Share = 0.05
-    epochs: int = Field(1, ge=1)
-    checkpoints: int = Field(1, ge=1, description="how many of the last epochs are measured")
-    learning_rate: float = Field(2e-5, gt=0)
-    batch_size: int = Field(128, ge=1, description="examples per optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    epochs: int = Field(default=1, ge=1)
+    checkpoints: int = Field(
+        default=1, ge=1, description="how many of the last epochs are measured"
+    )
+    learning_rate: float = Field(default=2e-5, gt=0)
+    batch_size: int = Field(default=128, ge=1, description="examples per optimizer step")
+    micro_batch_size: int = Field(default=8, ge=1, description="examples per forward pass")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
     keep_optimizer: bool = False
     seed: int = 0
 
@@ -126,9 +141,11 @@ class WarmupConfig(_Section):
 class GistConfig(_Section):
     """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
 
-    rank: int | str = Field("auto", description="'auto', 'full', a share such as '95%', or a count")
+    rank: int | str = Field(
+        default="auto", description="'auto', 'full', a share such as '95%', or a count"
+    )
     aggregation: Literal["max", "task-mean", "mean-cosine"] = "max"
-    norm_power: float = Field(0.0, ge=0)
+    norm_power: float = Field(default=0.0, ge=0)
 
     @field_validator("rank")
     @classmethod
@@ -148,13 +165,19 @@ class PolicyConfig(_Section):
 
     budget: str = "5%"
     strategy: Literal["top", "round-robin"] = "top"
-    per: Literal["example", "task"] = Field("example", description="whose turn round-robin takes")
-    source_cap: str | dict[str, str] | None = Field(
-        None, description="largest share of the budget from one source: '20%' or {dolly: 10%}"
+    per: Literal["example", "task"] = Field(
+        default="example", description="whose turn round-robin takes"
     )
-    duplicates: Literal["keep", "exact", "near"] = Field("exact", description="what is removed")
+    source_cap: str | dict[str, str] | None = Field(
+        default=None, description="largest share from one source: '20%' or {dolly: 10%}"
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="exact", description="what is removed"
+    )
     decontaminate: Literal["none", "exact", "near"] = "near"
-    similarity: Share = Field(0.8, description="Jaccard similarity from which texts are near")
+    similarity: Share = Field(
+        default=0.8, description="Jaccard similarity from which texts are near"
+    )
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -172,8 +195,8 @@ class PolicyConfig(_Section):
 class EngineConfig(_Section):
     """How the work is cut; no setting here changes a score beyond rounding."""
 
-    batch_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass")
-    shard_size: int = Field(1024, ge=1, description="examples per stored shard")
+    batch_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward pass")
+    shard_size: int = Field(default=1024, ge=1, description="examples per stored shard")
 
 
 class Config(_Section):
@@ -240,7 +263,7 @@ def merge(
         for key, value in overlay.items():
             old = result.get(key)
             mixed = isinstance(old, dict) and isinstance(value, Mapping) and key not in replaced
-            result[key] = merge(old, value, replaced=replaced) if mixed else value
+            result[key] = merge(old or {}, value, replaced=replaced) if mixed else value
     return result
 
 
@@ -269,7 +292,9 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         known = _keys_of(path[:-1])
         nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or known[:1]
-        return f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
+        return (
+            f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
+        )
     if error["type"] == "missing":
         return f"missing setting {where!r}"
     message = error["msg"].removeprefix("Value error, ")

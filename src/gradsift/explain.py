@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +79,14 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
         raise RunError(f"{path} has not finished; run `gradsift select` with it again")
     pool = EncodedSet(path / "data" / "pool.parquet")
-    rows = np.flatnonzero(pc.equal(pool.table(["id"])["id"], example_id).to_numpy())
-    if not len(rows):
+    matching = pool.table(["row", "id"]).filter(pc.field("id") == example_id)
+    rows = matching["row"].to_pylist()
+    if not rows:
         raise DataError(
             f"the pool of {path} has no example {example_id!r}; ids stand in its scores.parquet, "
             "rows that could not be used in rejected.jsonl"
         )
-    return [_explain(path, config, pool, int(r), t) for r in rows for t in config.data.targets]
+    return [_explain(path, config, pool, r, t) for r in rows for t in config.data.targets]
 
 
 def _explain(run: Path, config: Config, pool: EncodedSet, row: int, name: str) -> Explanation:
@@ -128,7 +129,7 @@ def _verdict(run: Path, name: str, row: int) -> str:
 
 
 def _nearest(
-    target: EncodedSet, by_example: np.ndarray, columns: dict[str, str]
+    target: EncodedSet, by_example: np.ndarray, columns: Mapping[str, str]
 ) -> tuple[Neighbour, ...]:
     order = np.argsort(-by_example, kind="stable")[:_SHOWN]
     ids = target.take(order, ["id"])["id"].to_pylist()

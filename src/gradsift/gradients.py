@@ -40,10 +40,10 @@ class Batch:
     """
 
     input_ids: Int[Tensor, "example token"]
-    rows: Int[Tensor, "label"]
-    columns: Int[Tensor, "label"]
-    labels: Int[Tensor, "label"]
-    weights: Float[Tensor, "label"]
+    rows: Int[Tensor, " label"]
+    columns: Int[Tensor, " label"]
+    labels: Int[Tensor, " label"]
+    weights: Float[Tensor, " label"]
 
     @classmethod
     def of(cls, examples: Sequence[Encoded], device: torch.device) -> Batch:
@@ -127,7 +127,7 @@ class PerExampleGradients:
             handle.remove()
         self._handles = []
 
-    def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, "example"]:
+    def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " example"]:
         """Return the losses of the batch, having handed on every block's gradients."""
         assert self._handles, "use it as a context manager"
         self._batch, self._consume = batch, consume
@@ -169,7 +169,7 @@ class PerExampleGradients:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Negative log-likelihoods with the softmax in float32, in pieces, formed again on the way back.
+    """Negative log-likelihoods, their softmax in float32, in pieces, formed again on the way back.
 
     Autograd would keep the float32 softmax of the whole batch; this keeps the logits alone.
     """
@@ -195,8 +195,8 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def token_losses(
-    logits: Float[Tensor, "label vocabulary"], labels: Int[Tensor, "label"]
-) -> Float[Tensor, "label"]:
+    logits: Float[Tensor, "label vocabulary"], labels: Int[Tensor, " label"]
+) -> Float[Tensor, " label"]:
     """Return the negative log-likelihood of each label, in nats and float32.
 
     >>> token_losses(torch.zeros(1, 8), torch.tensor([3])).item()  # log 8
@@ -263,8 +263,8 @@ class Projections:
     """What one pass over a range of examples yields, row by row, on the host."""
 
     coordinates: Float[Tensor, "example rank"]
-    losses: Float[Tensor, "example"]
-    gradient_norms: Float[Tensor, "example"]
+    losses: Float[Tensor, " example"]
+    gradient_norms: Float[Tensor, " example"]
 
 
 def project(
@@ -300,7 +300,7 @@ def project(
 
 def each_batch(
     model: nn.Module, examples: Sequence[Encoded], max_tokens: int
-) -> Iterator[tuple[Int[Tensor, "batch"], Callable[[Consume], Float[Tensor, "batch"]]]]:
+) -> Iterator[tuple[Int[Tensor, " batch"], Callable[[Consume], Float[Tensor, " batch"]]]]:
     """Yield each batch as the indices of its examples and the function that runs it."""
     device = _device(model)
     lengths = [int(np.flatnonzero(example.supervised)[-1]) for example in examples]

@@ -79,7 +79,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
         raise ModelError(f"cannot load the model {config.name!r}: {error}") from error
     if model.get_output_embeddings() is None:
         raise ModelError(f"{config.name!r} ({type(model).__name__}) has no output embeddings")
-    return model.to(resolve_device(config)).requires_grad_(False).eval()
+    return model.to(resolve_device(config)).requires_grad_(False).eval()  # type: ignore[arg-type]
 
 
 def context_length(model_name: str) -> int | None:
@@ -123,20 +123,20 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
         ModelError: If the folder holds no LoRA adapter, one that cannot be measured exactly, or one
             whose layers are not those of this model.
     """
-    config = _read_adapter_config(path)
+    config, name = _read_adapter_config(path), str(base.name_or_path)
     try:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ModelError(f"the adapter {path} does not fit {base.name_or_path!r}: {error}") from error
+        raise ModelError(f"the adapter {path} does not fit {name!r}: {error}") from error
     assert isinstance(model, peft.PeftModel)
-    _check_fit(path, peft.get_peft_model_state_dict(model), base.name_or_path)
+    _check_fit(path, peft.get_peft_model_state_dict(model), name)
     trained_on = config.base_model_name_or_path
-    if trained_on and Path(trained_on).name != Path(base.name_or_path).name:
+    if trained_on and Path(trained_on).name != Path(name).name:
         logger.warning(
             "the adapter %s says it was trained on %r and is used on %r; their shapes agree",
             path,
             trained_on,
-            base.name_or_path,
+            name,
         )
     peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
     return model.to(base.dtype).requires_grad_(False).eval()
@@ -169,7 +169,7 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
 
 
 def _matrix(matrices: Mapping[str, nn.Module] | nn.ModuleDict) -> nn.Linear | None:
-    matrix = matrices[_ADAPTER] if _ADAPTER in matrices else None
+    matrix = dict(matrices.items()).get(_ADAPTER)
     return matrix if isinstance(matrix, nn.Linear) else None
 
 

@@ -30,7 +30,8 @@ from gradsift.types import Checkpoint, RunResult, Selection
 
 logger = logging.getLogger(__name__)
 
-def select(
+
+def select(  # noqa: PLR0913
     *,
     model: str,
     pool: str | Sequence[str],
@@ -139,9 +140,7 @@ def _encoder(config: Config) -> Encoder:
     )
 
 
-def _warm_up(
-    config: Config, plan: Plan, folder: Run, pool: EncodedSet
-) -> list[Checkpoint]:
+def _warm_up(config: Config, plan: Plan, folder: Run, pool: EncodedSet) -> list[Checkpoint]:
     directory = folder.path / "warmup"
     with folder.stage(plan.warmup) as todo:
         if todo:
@@ -173,7 +172,12 @@ def _score(
 
 
 def _select(
-    config: Config, folder: Run, name: str, pool: EncodedSet, target: EncodedSet, alignment: Alignment
+    config: Config,
+    folder: Run,
+    name: str,
+    pool: EncodedSet,
+    target: EncodedSet,
+    alignment: Alignment,
 ) -> None:
     """Write the picks of one target: their own bytes, and why each was picked or passed over."""
     policy, columns = config.policy, config.data.columns
@@ -232,9 +236,7 @@ def source_shares(result: RunResult, name: str) -> list[SourceShare]:
     in_pool = Counter(everything.to_pylist())
     in_picks = Counter(result.selections[name].picks["source"].to_pylist())
     return [
-        SourceShare(
-            source, count, count / in_picks.total(), in_pool[source] / in_pool.total()
-        )
+        SourceShare(source, count, count / in_picks.total(), in_pool[source] / in_pool.total())
         for source, count in in_picks.most_common()
     ]
 

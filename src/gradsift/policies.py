@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -41,7 +41,7 @@ class Candidates:
 
     texts: Texts
     sources: Sequence[str]
-    num_tokens: Int[np.ndarray, "example"]
+    num_tokens: Int[np.ndarray, " example"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def pick(
             refused[row] = refusal
         return False
 
-    while any([take_turn(turn) for turn in range(len(orders))]):
+    while sum(map(take_turn, range(len(orders)))):
         pass
     if not picked and not refused:
         raise ConfigError(f"a budget of {policy.budget} does not hold even one example")
@@ -141,7 +141,9 @@ class _Purse:
         if budget.unit == "%":
             limit = max(1, int(budget.amount * size / 100))
         if limit > size:
-            raise ConfigError(f"a budget of {limit} {unit}, but the pool holds {size}; ask for less")
+            raise ConfigError(
+                f"a budget of {limit} {unit}, but the pool holds {size}; ask for less"
+            )
         return cls(policy, pool, limit, budget.unit == "tok")
 
     @property
@@ -222,7 +224,9 @@ class _Repeats:
 
     def refuses(self, row: int) -> Refusal | None:
         text, prompt = self._pool.text_hashes[row], self._pool.prompt_hashes[row]
-        like = self._target.get(text) or (prompt and self._target.get(prompt))
+        like = self._target.get(text)
+        if like is None and prompt is not None:
+            like = self._target.get(prompt)
         if like is None and self._policy.decontaminate == "near":
             like = self._near_target.find(self._shingles_of(row))
         if like is not None:
@@ -255,9 +259,7 @@ class _NearIndex:
     def __init__(self, similarity: float) -> None:
         self._similarity = similarity
         # far more weight on not missing a pair: what is found is checked exactly
-        self._index = MinHashLSH(
-            threshold=similarity, num_perm=_PERMUTATIONS, weights=(0.1, 0.9)
-        )
+        self._index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
         self._members: list[tuple[str, frozenset[str]]] = []
 
     def add(self, name: str, members: frozenset[str]) -> None:
@@ -265,12 +267,14 @@ class _NearIndex:
         self._members.append((name, members))
 
     def find(self, members: frozenset[str]) -> str | None:
-        """Return the name of the most similar member at or above the threshold, the first of many."""
+        """Return the name of the first of the most similar, None where none is near."""
         if not self._members:
             return None
-        near = [(_jaccard(members, self._members[i][1]), -i) for i in self._index.query(_minhash(members))]
-        best, negative = max(near, default=(0.0, 0))
-        return self._members[-negative][0] if best >= self._similarity else None
+        found = sorted(int(i) for i in self._index.query(_minhash(members)))  # type: ignore[arg-type]
+        likeness = [_jaccard(members, self._members[i][1]) for i in found]
+        if not found or max(likeness) < self._similarity:
+            return None
+        return self._members[found[likeness.index(max(likeness))]][0]
 
 
 def shingles(messages: Sequence[Message]) -> frozenset[str]:

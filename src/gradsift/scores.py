@@ -13,7 +13,7 @@ from gradsift.config import GistConfig, PolicyConfig
 _ENTRIES_AT_ONCE = 1 << 25  # float32 entries of one piece of the example × target matrix: 128 MB
 
 
-Rows = slice | Int[np.ndarray, "row"]
+Rows = slice | Int[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class View:
     """
 
     pool: Float[np.ndarray, "example rank"]
-    gradient_norms: Float[np.ndarray, "example"]
+    gradient_norms: Float[np.ndarray, " example"]
     target: Float[np.ndarray, "query rank"]
     weight: float = 1.0
 
@@ -75,14 +75,17 @@ class Alignment:
         if self._config.aggregation == "task-mean":
             power = self._config.norm_power
             return _sum(
-                [view.cosines(rows, _means(view.target, self._members), power) for view in self.views]
+                [
+                    view.cosines(rows, _means(view.target, self._members), power)
+                    for view in self.views
+                ]
             )
         aggregate = np.max if self._config.aggregation == "max" else np.mean
         return np.stack([aggregate(by_example[:, own], axis=1) for own in self._members], axis=1)
 
     def best(
-        self, rows: Rows, tasks: Int[np.ndarray, "row"] | None = None
-    ) -> tuple[Float[np.ndarray, "row"], Int[np.ndarray, "row"]]:
+        self, rows: Rows, tasks: Int[np.ndarray, " row"] | None = None
+    ) -> tuple[Float[np.ndarray, " row"], Int[np.ndarray, " row"]]:
         """Return the score of some rows and the target example that won.
 
         The score is that with the best task, or with the task given for each row; the winner is the
@@ -94,13 +97,13 @@ class Alignment:
         score = by_task[np.arange(len(winner)), winner]
         return score, np.where(self._members[winner], by_example, -np.inf).argmax(axis=1)
 
-    def scores(self) -> tuple[Float[np.ndarray, "example"], Int[np.ndarray, "example"]]:
+    def scores(self) -> tuple[Float[np.ndarray, " example"], Int[np.ndarray, " example"]]:
         """Return every pool example's final score and the target example that won."""
         parts = [self.best(rows) for rows in self._pieces()]
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
-        """Return the alignment with each of those whose turn it can be: all at once, or one each."""
+        """Return the alignment with each whose turn it can be: the whole target, or one each."""
         if policy.strategy == "top":
             return self.scores()[0][:, None]
         parts = [self.with_examples(rows) for rows in self._pieces()]
@@ -110,8 +113,8 @@ class Alignment:
         return np.concatenate(parts)
 
     def winners(
-        self, policy: PolicyConfig, rows: Int[np.ndarray, "row"], turns: Int[np.ndarray, "row"]
-    ) -> Int[np.ndarray, "row"]:
+        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], turns: Int[np.ndarray, " row"]
+    ) -> Int[np.ndarray, " row"]:
         """Return the target example that each pick was made for."""
         if policy.strategy == "top":
             return self.best(rows)[1]
@@ -138,6 +141,6 @@ def _unit(rows: Float[np.ndarray, "row rank"]) -> Float[np.ndarray, "row rank"]:
     return rows * _inverse(np.linalg.norm(rows, axis=1))[:, None]
 
 
-def _inverse(norms: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+def _inverse(norms: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
     """Return 1/n, and 0 where n is 0."""
     return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)

@@ -72,7 +72,9 @@ class Run:
         """
         for stage in stages:
             manifest = self._manifest(stage.name)
-            differences = list(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else []
+            differences = (
+                list(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else []
+            )
             if not differences:
                 continue
             told = "; ".join(differences)
@@ -213,7 +215,7 @@ def identity(name: str) -> str:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(name)._commit_hash or name  # noqa: SLF001
+            return AutoConfig.from_pretrained(name)._commit_hash or name
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {name!r}: {error}") from error
     end = 1 << 20  # bytes

@@ -31,7 +31,7 @@ class Subspace:
 
     combination: Float[np.ndarray, "query rank"]
     coordinates: Float[np.ndarray, "query rank"]
-    singular_values: Float[np.ndarray, "query"]
+    singular_values: Float[np.ndarray, " query"]
 
     @property
     def rank(self) -> int:
@@ -72,7 +72,7 @@ def fit_subspace(
     return Subspace(left / sigma_k, left * sigma_k, sigma)
 
 
-def choose_rank(sigma: Float[np.ndarray, "query"], span: int, rank: int | str) -> int:
+def choose_rank(sigma: Float[np.ndarray, " query"], span: int, rank: int | str) -> int:
     """Return how many of the `span` directions above rounding to keep.
 
     Raises:
@@ -91,7 +91,7 @@ def choose_rank(sigma: Float[np.ndarray, "query"], span: int, rank: int | str) -
     return min(span, rank_of_share(sigma, share))
 
 
-def rank_of_share(sigma: Float[np.ndarray, "query"], share: float) -> int:
+def rank_of_share(sigma: Float[np.ndarray, " query"], share: float) -> int:
     """Return the smallest k whose Σ σ² is at least the share of the total.
 
     >>> rank_of_share(np.array([3.0, 2.0, 1.0]), 0.95)

@@ -46,7 +46,7 @@ class Budget:
             raise ValueError(f"a budget is above 0 and at most the whole pool, found {text!r}")
         if unit != "%" and amount != amount.to_integral_value():
             raise ValueError(f"a budget of examples or tokens is a whole number, found {text!r}")
-        return cls(amount, unit or "examples")
+        return cls(amount, unit or "examples")  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         if self.unit == "%":

@@ -122,6 +122,19 @@ def train(
     return watcher.log
 
 
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 32) -> float:
+    """Return the mean negative log-likelihood of all supervised tokens, in nats."""
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        tokens = sum(int(example.supervised.sum()) for example in part)
+        batch = {name: tensor.to(device) for name, tensor in _collate(part).items()}
+        total += float(model(**batch).loss) * tokens
+        count += tokens
+    return total / count
+
+
 class _Watcher(TrainerCallback):
     """Follow the Trainer: progress, learning rates, finite losses, the end of each epoch."""
 
@@ -168,7 +181,9 @@ def optimizer_state(
 
     Names are those of the tensors in the adapter's own file.
     """
-    names = {p: name.replace(".default.", ".") for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {
+        p: name.replace(".default.", ".") for name, p in model.named_parameters()
+    }
     return {
         f"{names[parameter]}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
         for parameter, state in optimizer.state.items()

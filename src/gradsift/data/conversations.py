@@ -135,13 +135,18 @@ def _message(
     turn: Any, role_key: str, content_key: str, number: int, roles: Mapping[str, str]
 ) -> Message:
     if not isinstance(turn, dict) or role_key not in turn:
-        raise UnusableRowError(f"turn {number} is {_kind(turn)}, expected an object with {role_key!r}")
+        raise UnusableRowError(
+            f"turn {number} is {_kind(turn)}, expected an object with {role_key!r}"
+        )
     role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
         raise UnusableRowError(
             f"unknown role {turn[role_key]!r} in turn {number}, expected one of {_listed(roles)}"
         )
-    return {"role": role, "content": _text(turn.get(content_key), f"{content_key} of turn {number}")}
+    return {
+        "role": role,
+        "content": _text(turn.get(content_key), f"{content_key} of turn {number}"),
+    }
 
 
 def _text(value: Any, what: str) -> str:

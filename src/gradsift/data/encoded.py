@@ -258,7 +258,7 @@ def _hash(messages: Sequence[Message]) -> bytes:
 def normalise(text: str) -> str:
     """Return the text folded to what makes two examples the same: no case, single spaces.
 
-    >>> normalise("Two\\n  APPLES ")
+    >>> normalise("Two   APPLES ")
     'two apples'
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

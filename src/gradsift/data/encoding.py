@@ -21,6 +21,7 @@ from gradsift.data.conversations import Message, UnusableRowError
 from gradsift.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Encoded:
     """One example as the model sees it; `supervised` marks the tokens whose loss counts."""
 
-    input_ids: Int[np.ndarray, "token"]
-    supervised: Bool[np.ndarray, "token"]
+    input_ids: Int[np.ndarray, " token"]
+    supervised: Bool[np.ndarray, " token"]
     truncated: bool = False
 
 
 class Encoder:
-    """The one way from a conversation to tokens, for pool, targets, warm-up and evaluation alike."""
+    """The one way from a conversation to tokens, for pool, targets and training alike."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None = None
@@ -64,8 +65,8 @@ class Encoder:
         self.max_length = max_length
         self._marked = _GENERATION.search(self.template) is not None
         # without its post-processor, which adds no token here but trims white space off offsets
-        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._tokenizer.post_processor = None
+        self._tokenizer: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)  # type: ignore[assignment]
+        self._tokenizer.post_processor = None  # type: ignore[assignment]
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._variables = {
@@ -150,7 +151,7 @@ class Encoder:
             add_generation_prompt=add_generation_prompt,
             **self._variables,
         )
-        return texts[0], [(start, end) for start, end in spans[0]] if marked else []
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marked else []
 
 
 def _end_of_turn(text: str, start: int, content: str) -> int:
@@ -177,10 +178,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
             tokenizer.name_or_path,
         )
         return TULU
-    return tokenizer.get_chat_template()
+    return str(tokenizer.get_chat_template())
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the beginning-of-sequence token where the tokenizer itself would put one."""
     first = tokenizer("a").input_ids[0]
-    return tokenizer.bos_token or "" if first == tokenizer.bos_token_id else ""
+    return str(tokenizer.bos_token) if first == tokenizer.bos_token_id else ""

@@ -86,7 +86,7 @@ def resolve(specs: Iterable[str]) -> list[Source]:
 
 def _resolve(spec: str) -> list[Source]:
     if glob.has_magic(spec) and not Path(spec).exists():
-        names = sorted(glob.glob(spec, recursive=True))
+        names = sorted(glob.glob(spec, recursive=True))  # noqa: PTH207 (absolute patterns too)
         if not names:
             raise DataError(f"no file matches {spec!r}")
         return [_local(name) for name in names]
@@ -124,7 +124,9 @@ def _parse(name: str, number: int, raw: bytes) -> Row:
     try:
         value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
     except json.JSONDecodeError as error:
-        return Row(name, number, raw, problem=f"not valid JSON: {error.msg} at column {error.colno}")
+        return Row(
+            name, number, raw, problem=f"not valid JSON: {error.msg} at column {error.colno}"
+        )
     except UnicodeDecodeError as error:
         return Row(name, number, raw, problem=f"not valid UTF-8 at byte {error.start}")
     return _row(name, number, raw, value)
@@ -180,7 +182,7 @@ def _load(source: Source) -> Iterable[dict[str, Any]]:
     if source.kind == "folder" and (Path(source.name) / "state.json").exists():
         loaded = datasets.load_from_disk(source.name)
         if isinstance(loaded, datasets.Dataset):
-            return loaded
+            return loaded  # type: ignore[return-value]
         raise DataError(f"{source.name!r} holds the splits {[*loaded]}; name the folder of one")
     match = _HUB.fullmatch(source.name) if source.kind == "hub" else None
     name = match["id"] if match else source.name
@@ -188,6 +190,6 @@ def _load(source: Source) -> Iterable[dict[str, Any]]:
     wanted = (match and match["split"]) or ("train" if "train" in splits else None)
     if wanted is None and len(splits) == 1:
         wanted = next(iter(splits))
-    if wanted not in splits:
+    if wanted is None or wanted not in splits:
         raise DataError(f"{source.name!r} has the splits {[*splits]}; name one as {name}:SPLIT")
     return splits[wanted]

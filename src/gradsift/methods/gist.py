@@ -102,7 +102,9 @@ def project_pool(
         if not missing:
             continue
         if len(missing) < len(shards):
-            logger.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
+            logger.info(
+                "%d of %d shards are there already", len(shards) - len(missing), len(shards)
+            )
         subspaces = {name: load_subspace(run, name, checkpoint) for name in targets}
         total = sum(shard.stop - shard.start for shard in missing)
         ranks = {name: subspace.rank for name, subspace in subspaces.items()}
@@ -128,13 +130,14 @@ def align(
     for checkpoint in checkpoints:
         stored = load_pool(run, checkpoint, (f"coordinates/{name}", "gradient_norm"))
         references = load_subspace(run, name, checkpoint).coordinates.astype(np.float32)
-        views.append(View(*stored.values(), references, checkpoint.weight))
+        coordinates, norms = stored[f"coordinates/{name}"], stored["gradient_norm"]
+        views.append(View(coordinates, norms, references, checkpoint.weight))
     return Alignment(views, target.table(["task"])["task"].to_pylist(), config)
 
 
 def load_pool(
     run: Path, checkpoint: Checkpoint, names: Sequence[str]
-) -> dict[str, Float[np.ndarray, "example *rank"]]:
+) -> dict[str, Float[np.ndarray, "..."]]:
     """Return what the pool pass stored under these names, for the whole pool."""
     paths = sorted((run / "coordinates" / checkpoint.label).glob("*.safetensors"))
     shards = [load_file(path) for path in paths]
@@ -227,7 +230,7 @@ def _project_shard(
     for what, values in tensors.items():
         broken = np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))
         if len(broken):
-            where = pool.take([rows[broken[0]]], ["id", "file", "line"]).to_pylist()[0]
+            where = pool.take(rows[broken[:1]], ["id", "file", "line"]).to_pylist()[0]
             raise NumericsError(
                 f"the {what.replace('_', ' ')} of {where['id']!r} ({where['file']}:"
                 f"{where['line']}) is not finite, and so for {len(broken)} of {len(rows)} examples "

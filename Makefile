@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make check` is what CI holds a change to.
+
+python := .venv/bin/python
+ready := .venv/.ready
+
+.PHONY: demo test check format lint types imports
+
+demo: $(ready)
+	.venv/bin/gradsift demo
+
+test: $(ready)
+	$(python) -m pytest -n 2 --dist worksteal
+
+check: format lint types imports test
+
+format: $(ready)
+	$(python) -m ruff format --check .
+
+lint: $(ready)
+	$(python) -m ruff check .
+
+types: $(ready)
+	$(python) -m pyright
+
+imports: $(ready)
+	.venv/bin/lint-imports
+
+# pip 25.1 and later read dependency groups
+$(ready): pyproject.toml constraints.txt
+	test -x $(python) || python3 -m venv .venv
+	$(python) -m pip install --quiet 'pip>=25.1'
+	$(python) -m pip install --quiet -c constraints.txt torch
+	$(python) -m pip install --quiet -c constraints.txt -e . --group dev
+	touch $(ready)

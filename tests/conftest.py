@@ -2,7 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama with a tokenizer and a chat template."""
+    import models
+
+    return models.save_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA adapter of that model, both of its matrices random."""
+    import models
+
+    return models.save_adapter(base, tmp_path_factory.mktemp("adapter") / "lora")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows as JSON Lines and return the path."""
+
+    def writer(name: str, rows: Sequence[dict[str, Any] | str]) -> Path:
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        path = tmp_path / name
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return writer
+
+
+@pytest.fixture(scope="session")
+def pool_rows() -> list[dict[str, Any]]:
+    """Ninety examples of three skills."""
+    from gradsift.demo.skills import make_examples
+
+    made = [make_examples(skill, 30, seed=1) for skill in ("sorting", "sql", "record")]
+    return [example for together in zip(*made, strict=True) for example in together]
+
+
+@pytest.fixture(scope="session")
+def target_rows() -> list[dict[str, Any]]:
+    """Seven examples of two skills, as two tasks of unequal size."""
+    from gradsift.demo.skills import make_examples
+
+    return [e | {"task": "a"} for e in make_examples("sql", 5, seed=2)] + [
+        e | {"task": "b"} for e in make_examples("record", 2, seed=2)
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import peft
 import torch
@@ -80,3 +82,55 @@ def examples(count: int, seed: int = 0, longest: int = 40) -> list[Encoded]:
         ids = rng.integers(3, VOCABULARY, size=length).astype(np.int32)
         result.append(Encoded(ids, supervised))
     return result
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(template: str | None = CHATML) -> tf.PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of 300 tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+    from tokenizers import models as token_models
+
+    inner = Tokenizer(token_models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    # as Llama 3 has it: white space is cut off the reported offsets
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>", "<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["user assistant the what is answer of and one two"] * 9, trainer)
+    result = tf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    result.chat_template = template
+    return result
+
+
+def save_base(path: Path, hidden_size: int = 32, template: str | None = CHATML) -> Path:
+    torch.manual_seed(0)
+    shape = _SHAPE | {"vocab_size": 300, "hidden_size": hidden_size, "tie_word_embeddings": True}
+    tf.LlamaForCausalLM(tf.LlamaConfig(**shape, initializer_range=0.1)).save_pretrained(str(path))
+    tokenizer(template).save_pretrained(str(path))
+    return path
+
+
+def save_adapter(base: Path, path: Path, **changes: object) -> Path:
+    """Save a random adapter, its configuration changed as asked for."""
+    model = tf.AutoModelForCausalLM.from_pretrained(str(base))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | changes
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(str(path))
+    return path

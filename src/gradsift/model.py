@@ -124,13 +124,13 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
             whose layers are not those of this model.
     """
     config, name = _read_adapter_config(path), str(base.name_or_path)
+    trained_on, config.base_model_name_or_path = config.base_model_name_or_path, name
     try:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(f"the adapter {path} does not fit {name!r}: {error}") from error
     assert isinstance(model, peft.PeftModel)
     _check_fit(path, peft.get_peft_model_state_dict(model), name)
-    trained_on = config.base_model_name_or_path
     if trained_on and Path(trained_on).name != Path(name).name:
         logger.warning(
             "the adapter %s says it was trained on %r and is used on %r; their shapes agree",

@@ -22,7 +22,7 @@ from gradsift.config import Config, merge
 from gradsift.data import EncodedSet, Encoder, encode_set, resolve
 from gradsift.errors import DataError
 from gradsift.methods import gist
-from gradsift.policies import Candidates, Texts, pick
+from gradsift.policies import Candidates, Texts, check_policy, pick
 from gradsift.scores import Alignment, View
 from gradsift.stages import Plan, data_sets
 from gradsift.store import Run, open_run, read_checkpoints, write_atomically
@@ -78,6 +78,8 @@ def run(
         folder.prepare(plan, overwrite)
         folder.write_config(config)
         pool, targets = _encode(config, plan, folder, strict)
+        sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
+        check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
         checkpoints = _warm_up(config, plan, folder, pool)
         for name, target in targets.items():
             with folder.stage(plan.subspaces[name]) as todo:

@@ -77,7 +77,7 @@ def pick(
     Raises:
         ConfigError: If the budget is more than the pool, or too small for a single example.
     """
-    purse = _Purse.of(policy, pool)
+    purse = _Purse.of(policy, pool.sources, pool.num_tokens)
     orders = [np.argsort(-column, kind="stable") for column in alignment.T]
     orders = [order[np.isfinite(alignment[order, j])] for j, order in enumerate(orders)]
     positions = [0] * len(orders)
@@ -119,12 +119,24 @@ def pick(
     return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
 
 
+def check_policy(
+    policy: PolicyConfig, sources: Sequence[str], num_tokens: Int[np.ndarray, " example"]
+) -> None:
+    """Find out before the work whether a policy fits the pool.
+
+    Raises:
+        ConfigError: If the budget is more than the pool, or a capped source is not in it.
+    """
+    _ = _Purse.of(policy, sources, num_tokens).caps
+
+
 @dataclass
 class _Purse:
     """The budget and the caps on sources, in examples or tokens, as they are spent."""
 
     policy: PolicyConfig
-    pool: Candidates
+    sources: Sequence[str]
+    num_tokens: Int[np.ndarray, " example"]
     limit: int
     in_tokens: bool
     spent: int = 0
@@ -132,11 +144,13 @@ class _Purse:
     num_picked: int = 0
 
     @classmethod
-    def of(cls, policy: PolicyConfig, pool: Candidates) -> _Purse:
+    def of(
+        cls, policy: PolicyConfig, sources: Sequence[str], num_tokens: Int[np.ndarray, " example"]
+    ) -> _Purse:
         budget = Budget.parse(policy.budget)
-        size, unit = len(pool.num_tokens), "examples"
+        size, unit = len(num_tokens), "examples"
         if budget.unit == "tok":
-            size, unit = int(pool.num_tokens.sum()), "tokens"
+            size, unit = int(num_tokens.sum()), "tokens"
         limit = int(budget.amount)
         if budget.unit == "%":
             limit = max(1, int(budget.amount * size / 100))
@@ -144,17 +158,17 @@ class _Purse:
             raise ConfigError(
                 f"a budget of {limit} {unit}, but the pool holds {size}; ask for less"
             )
-        return cls(policy, pool, limit, budget.unit == "tok")
+        return cls(policy, sources, num_tokens, limit, budget.unit == "tok")
 
     @property
     def examples_left(self) -> int:
         left = self.limit - self.spent
-        return left if not self.in_tokens else int(left / max(self.pool.num_tokens.mean(), 1))
+        return left if not self.in_tokens else int(left / max(self.num_tokens.mean(), 1))
 
     @cached_property
     def caps(self) -> Mapping[str, int]:
         cap = self.policy.source_cap
-        sources = set(self.pool.sources)
+        sources = set(self.sources)
         if isinstance(cap, str):
             cap = dict.fromkeys(sources, cap)
         unknown = sorted(set(cap or ()) - sources)
@@ -166,14 +180,14 @@ class _Purse:
         return {name: int(parse_share(s) * Decimal(self.limit)) for name, s in (cap or {}).items()}
 
     def cost(self, row: int) -> int:
-        return int(self.pool.num_tokens[row]) if self.in_tokens else 1
+        return int(self.num_tokens[row]) if self.in_tokens else 1
 
     def is_spent_by(self, row: int) -> bool:
         """Whether the example is more than what is left: the picks end there."""
         return self.spent + self.cost(row) > self.limit
 
     def refuses(self, row: int) -> Refusal | None:
-        source = self.pool.sources[row]
+        source = self.sources[row]
         cap = self.caps.get(source)
         if cap is not None and self.spent_by_source[source] + self.cost(row) > cap:
             return Refusal(row, "source cap")
@@ -181,7 +195,7 @@ class _Purse:
 
     def pay(self, row: int) -> None:
         self.spent += self.cost(row)
-        self.spent_by_source[self.pool.sources[row]] += self.cost(row)
+        self.spent_by_source[self.sources[row]] += self.cost(row)
         self.num_picked += 1
 
     def shortfall(self, refusals: Counter[str]) -> str | None:

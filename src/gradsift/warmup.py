@@ -63,6 +63,11 @@ def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
             save_file(optimizer_state(model, optimizer), folder / "optimizer.safetensors")
         rates[folder.name] = mean_rate
 
+    logger.info(
+        "warm-up on %d examples in %d steps",
+        count,
+        math.ceil(count / warmup.batch_size) * warmup.epochs,
+    )
     log = train(model, pool.examples(rows), warmup, keep)
     write_atomically(directory / "log.json", json.dumps(log, indent=1).encode())
     write_checkpoints(directory, rates)
@@ -74,7 +79,7 @@ def train(
     settings: WarmupConfig,
     on_epoch: Callable[[int, float, torch.optim.Optimizer], None] = lambda *_: None,
     label: str = "warm-up",
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
 
     `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
@@ -94,7 +99,8 @@ def train(
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup_ratio,
+            # rounded down: as a ratio it is rounded up, and a warm-up of one step learns nothing
+            warmup_steps=int(settings.warmup_ratio * steps),
             weight_decay=settings.weight_decay,
             bf16=device.type == "cuda" and dtype == torch.bfloat16,
             fp16=device.type == "cuda" and dtype == torch.float16,
@@ -147,7 +153,7 @@ class _Watcher(TrainerCallback):
         self._advance = advance
         self._rates: list[float] = []
         self._epoch = 0
-        self.log: list[dict[str, float]] = []
+        self.log: list[dict[str, int | float]] = []
 
     def on_step_begin(self, *_: Any, lr_scheduler: Any, **__: Any) -> None:
         self._rates.append(lr_scheduler.get_last_lr()[0])

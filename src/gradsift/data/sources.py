@@ -1,11 +1,13 @@
 """Rows of files, folders and Hub data sets, each with the place it came from and its bytes.
 
-JSON and JSON Lines are read here, line by line, because a broken line must be named and the others
-kept, and because picks are written back byte for byte; everything else goes through `datasets`.
+JSON Lines are read here, line by line, because a broken line must be named and the others kept, and
+because picks are written back byte for byte; CSV by the standard library, because there text must
+stay text ("007" is no number, "NA" no gap); everything else goes through `datasets`.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import json
@@ -21,8 +23,8 @@ from gradsift.errors import DataError
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")
-_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-_KNOWN = ", ".join([*_LINES, ".json", *_TABLES])
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_KNOWN = (*_LINES, ".json", *_SEPARATORS, ".parquet")
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -45,7 +47,7 @@ class Source:
     """One file, folder or Hub data set."""
 
     name: str
-    kind: Literal["lines", "json", "table", "folder", "hub"]
+    kind: Literal["lines", "json", "csv", "parquet", "folder", "hub"]
 
     @property
     def stem(self) -> str:
@@ -70,9 +72,8 @@ class Source:
         Raises:
             DataError: If the whole source cannot be read.
         """
-        if self.kind == "lines":
-            return _read_lines(self.name)
-        return _read_json(self.name) if self.kind == "json" else _read_table(self)
+        readers = {"lines": _read_lines, "json": _read_json, "csv": _read_csv}
+        return readers[self.kind](self.name) if self.kind in readers else _read_data_set(self)
 
 
 def resolve(specs: Iterable[str]) -> list[Source]:
@@ -93,7 +94,7 @@ def _resolve(spec: str) -> list[Source]:
     if Path(spec).exists():
         return [_local(spec)]
     suffixes = Path(spec).suffixes
-    if _HUB.fullmatch(spec) and not {*suffixes} & {*_LINES, ".json", *_TABLES}:
+    if _HUB.fullmatch(spec) and not {*suffixes} & {*_KNOWN}:
         return [Source(spec, "hub")]
     raise DataError(f"no such file: {spec!r} (looked in {Path.cwd()})")
 
@@ -107,9 +108,13 @@ def _local(name: str) -> Source:
         return Source(name, "lines")
     if suffix == ".json":
         return Source(name, "json")
-    if suffix in _TABLES and path.suffix == suffix:
-        return Source(name, "table")
-    raise DataError(f"{name!r} is of an unknown kind; expected a folder or one of {_KNOWN}")
+    if suffix in _SEPARATORS:
+        return Source(name, "csv")
+    if path.suffix == ".parquet":
+        return Source(name, "parquet")
+    raise DataError(
+        f"{name!r} is of an unknown kind; expected a folder or one of {', '.join(_KNOWN)}"
+    )
 
 
 def _read_lines(name: str) -> Iterator[Row]:
@@ -155,7 +160,24 @@ def _read_json(name: str) -> Iterator[Row]:
         yield _row(name, number, json.dumps(value, ensure_ascii=False).encode(), value)
 
 
-def _read_table(source: Source) -> Iterator[Row]:
+def _read_csv(name: str) -> Iterator[Row]:
+    separator = next(mark for suffix, mark in _SEPARATORS.items() if suffix in Path(name).suffixes)
+    csv.field_size_limit(1 << 30)  # the default of 128 KB is less than many a document
+    with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=separator, strict=True)  # type: ignore[arg-type]
+        try:
+            for value in reader:
+                raw = json.dumps(value, ensure_ascii=False, default=str).encode()
+                if None in value or None in value.values():
+                    problem = f"expected {len(reader.fieldnames or ())} fields as in the header"
+                    yield Row(name, reader.line_num, raw, problem=problem)
+                else:
+                    yield Row(name, reader.line_num, raw, value)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{name}:{reader.line_num + 1}: {error}") from None
+
+
+def _read_data_set(source: Source) -> Iterator[Row]:
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
@@ -170,14 +192,9 @@ def _read_table(source: Source) -> Iterator[Row]:
 def _load(source: Source) -> Iterable[dict[str, Any]]:
     import datasets
 
-    if source.kind == "table":
-        suffix = Path(source.name).suffix
-        options: dict[str, Any] = {}
-        if suffix != ".parquet":  # text stays text: "007" is no number, "NA" no gap
-            options = {"dtype": str, "keep_default_na": False, "na_values": []}
-            options["sep"] = "\t" if suffix == ".tsv" else ","
+    if source.kind == "parquet":
         return datasets.load_dataset(
-            _TABLES[suffix], data_files=source.name, split="train", streaming=True, **options
+            "parquet", data_files=source.name, split="train", streaming=True
         )
     if source.kind == "folder" and (Path(source.name) / "state.json").exists():
         loaded = datasets.load_from_disk(source.name)

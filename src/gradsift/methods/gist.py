@@ -67,7 +67,11 @@ def measure_subspaces(
         model = _load_model(config, checkpoint)
         gram = gram_matrix(model, examples, config.engine.batch_tokens)
         dtype = str(model.dtype).removeprefix("torch.")
-        subspace = fit_subspace(gram[np.ix_(inverse, inverse)], config.gist.rank, dtype)
+        gram = gram[np.ix_(inverse, inverse)]
+        broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
+        if len(broken):
+            raise _not_finite(f"gradient of the target {directory.name!r}", target, broken)
+        subspace = fit_subspace(gram, config.gist.rank, dtype)
         _save_subspace(subspace, directory / f"{checkpoint.label}.safetensors")
         spectra[checkpoint.label] = _spectrum(subspace)
         logger.info(
@@ -230,13 +234,16 @@ def _project_shard(
     for what, values in tensors.items():
         broken = np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))
         if len(broken):
-            where = pool.take(rows[broken[:1]], ["id", "file", "line"]).to_pylist()[0]
-            raise NumericsError(
-                f"the {what.replace('_', ' ')} of {where['id']!r} ({where['file']}:"
-                f"{where['line']}) is not finite, and so for {len(broken)} of {len(rows)} examples "
-                "of this shard; is the adapter broken? Try model.dtype=float32"
-            )
+            raise _not_finite(f"{what.replace('_', ' ')} of the pool", pool, rows[broken])
     return tensors
+
+
+def _not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsError:
+    where = encoded.take(rows[:1], ["id", "file", "line"]).to_pylist()[0]
+    return NumericsError(
+        f"the {what} is not finite for {len(rows)} examples, the first being {where['id']!r} "
+        f"({where['file']}:{where['line']}); is the adapter broken? Try model.dtype=float32"
+    )
 
 
 def _split(

@@ -1,0 +1,116 @@
+"""Adapters that can be measured exactly, and the refusal of all others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import models
+from gradsift.config import LoraConfig, ModelConfig
+from gradsift.errors import ModelError
+from gradsift.model import attach_lora, load_adapter, load_base, lora_pairs
+
+
+def on(base: Path) -> ModelConfig:
+    return ModelConfig(name=str(base), device="cpu")
+
+
+def test_an_adapter_comes_back_as_it_was(base: Path, adapter: Path) -> None:
+    ours = load_adapter(load_base(on(base)), adapter)
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(str(base)), str(adapter)
+    ).eval()
+    ids = torch.arange(40)[None]
+    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert [*lora_pairs(ours)] == [
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "v_proj")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, r"more than plain LoRA matrices: DoRA \(use_dora\)"),
+        ({"modules_to_save": ["lm_head"]}, "fully trained modules"),
+        ({"bias": "lora_only"}, "trained biases"),
+        ({"trainable_token_indices": [1, 2]}, "trained tokens"),
+        ({"target_modules": ["embed_tokens", "q_proj"]},
+         r"cannot measure LoRA on model.embed_tokens \(Embedding\); adapt linear layers only"),
+        ({"lora_bias": True}, r"cannot measure model.layers.0.self_attn.q_proj: .*have biases"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_plain_lora_is_refused(
+    base: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    adapter = models.save_adapter(base, tmp_path / "adapter", **changes)
+    with pytest.raises(ModelError, match=message):
+        lora_pairs(load_adapter(load_base(on(base)), adapter))
+
+
+def test_an_adapter_that_is_no_lora_is_refused(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(base))
+    config = peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]
+    )
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match=r"is a .*IA3 adapter; gradsift measures LoRA only"):
+        load_adapter(load_base(on(base)), tmp_path)
+
+
+def test_an_adapter_of_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    wider = models.save_base(tmp_path / "wider", hidden_size=64)
+    with pytest.raises(
+        ModelError, match=r"belongs to another base model: .*lora_A.* is \[4, 32\] th"
+    ):
+        load_adapter(load_base(on(wider)), adapter)
+    models.build("gpt2").save_pretrained(str(tmp_path / "gpt2"))
+    with pytest.raises(ModelError, match=r"does not fit .*gpt2"):
+        load_adapter(load_base(on(tmp_path / "gpt2")), adapter)
+
+
+def test_a_model_of_another_name_but_equal_shapes_is_told(
+    base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_adapter(load_base(on(models.save_base(tmp_path / "copy"))), adapter)
+    assert "says it was trained on" in caplog.text
+
+
+def test_no_adapter_at_all(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no adapter in .*: expected a PEFT folder"):
+        load_adapter(load_base(on(base)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("gpt2", {"c_attn", "c_proj"}),
+    ],
+)
+def test_attention_means_its_projections_alone(family: str, layers: set[str]) -> None:
+    pairs = lora_pairs(attach_lora(models.build(family), LoraConfig(rank=2), seed=0))
+    assert {name.rpartition(".")[2] for name in pairs} == layers
+    assert all("attn" in name for name in pairs)
+
+
+def test_a_fresh_adapter_is_the_same_for_the_same_seed() -> None:
+    states = [
+        peft.get_peft_model_state_dict(attach_lora(models.build("llama"), LoraConfig(rank=2), seed))
+        for seed in (3, 3, 4)
+    ]
+    name = next(key for key in states[0] if "lora_A" in key)
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_unknown_attention_and_layers(base: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot load the model"):
+        load_base(ModelConfig(name=str(base), device="cpu", attention="nonsense"))

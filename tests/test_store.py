@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradsift.errors import ModelError, RunError
+from gradsift.store import (
+    Run,
+    Stage,
+    identity,
+    open_run,
+    read_checkpoints,
+    read_config,
+    write_atomically,
+    write_checkpoints,
+)
+
+STAGE = Stage("warmup", {"lora": {"rank": 8}, "seed": 0}, ("warmup",))
+
+
+def do(run: Run, stage: Stage) -> bool:
+    with run.stage(stage) as todo:
+        if todo:
+            (run.path / stage.outputs[0]).mkdir(exist_ok=True)
+            (run.path / stage.outputs[0] / "file").write_text("x")
+        return todo
+
+
+def test_a_stage_runs_once(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        assert [do(run, STAGE), do(run, STAGE)] == [True, False]
+        assert run.seconds([STAGE]).keys() == {"warmup"}
+
+
+def test_a_stage_that_broke_off_runs_again(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        with pytest.raises(KeyError), run.stage(STAGE) as todo:
+            raise KeyError(todo)
+        assert do(run, STAGE)
+        assert not do(run, STAGE)
+
+
+def test_a_changed_stage_is_named_with_the_difference(tmp_path: Path) -> None:
+    changed = Stage("warmup", {"lora": {"rank": 16}, "seed": 0}, ("warmup",))
+    with open_run(tmp_path) as run:
+        do(run, STAGE)
+        run.prepare([STAGE])
+        with pytest.raises(RunError) as error:
+            run.prepare([changed])
+        assert "the stage 'warmup' made with other settings: lora.rank was 8, is now 16" in str(
+            error.value
+        )
+        assert (tmp_path / "warmup" / "file").exists()
+        run.prepare([changed], overwrite=True)
+        assert not (tmp_path / "warmup").exists()
+        assert do(run, changed)
+
+
+def test_a_cheap_stage_that_changed_is_done_again(tmp_path: Path) -> None:
+    stage = Stage("scores", {"power": 0}, ("scores",), cheap=True)
+    changed = Stage("scores", {"power": 1}, ("scores",), cheap=True)
+    with open_run(tmp_path) as run:
+        do(run, stage)
+        run.prepare([changed])
+        assert do(run, changed)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from gradsift.store import open_run\n"
+        f"with open_run(Path({str(tmp_path)!r})): pass"
+    )
+    with open_run(tmp_path):
+        found = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True
+        )
+    assert f"{tmp_path} is in use by process {os.getpid()} on" in found.stderr
+    assert subprocess.run([sys.executable, "-c", code], check=True).returncode == 0
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with (
+        pytest.raises(RunError, match="is not empty and is not a gradsift run"),
+        open_run(tmp_path),
+    ):
+        pass
+    with pytest.raises(RunError, match="is a file"), open_run(tmp_path / "thesis.tex"):
+        pass
+    with pytest.raises(RunError, match="is not a gradsift run: it has no config"):
+        read_config(tmp_path)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "a", fail)
+    assert not (tmp_path / "a").exists()
+    write_atomically(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def test_checkpoints_weigh_as_their_learning_rates(tmp_path: Path) -> None:
+    write_checkpoints(tmp_path, {"epoch-1": 3e-4, "epoch-2": 1e-4})
+    found = read_checkpoints(tmp_path)
+    assert [(c.label, c.path) for c in found] == [
+        (label, tmp_path / label) for label in ("epoch-1", "epoch-2")
+    ]
+    assert [c.weight for c in found] == pytest.approx([0.75, 0.25])
+
+
+def test_identity_follows_the_content(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    before = identity(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"x")
+    assert identity(str(tmp_path)) != before
+    with pytest.raises(ModelError, match="no such folder"):
+        identity("./nowhere")
+    with pytest.raises(ModelError, match="cannot load the model 'nobody/nothing'"):
+        identity("nobody/nothing")

@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,14 @@ import torch.nn.functional as F
 import models
 import reference
 from gradsift.gradients import (
+    Batch,
+    PerExampleGradients,
+    blocks,
     combine_rows,
     gram_matrix,
+    plan_batches,
     project,
+    token_losses,
 )
 from gradsift.subspace import fit_subspace
 
@@ -56,3 +62,43 @@ def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, ta
     assert relative(found_scores, scores) < 1e-4
     order = torch.argsort(found_scores, descending=True)[:6]
     assert scores[order].min() >= torch.sort(scores, descending=True).values[5] - 1e-5
+
+
+def test_losses_and_their_gradient_equal_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsift.gradients._LOGITS_AT_ONCE", 50)  # several pieces
+    logits = torch.randn(17, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels, weights = torch.arange(17) % 11, torch.linspace(0.1, 2, 17)
+    found = token_losses(logits, labels)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((x * weights).sum(), logits)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_every_block_is_handed_on_once_and_nothing_is_left_behind() -> None:
+    model = models.adapted("llama", targets="all-linear")
+    batch = Batch.of(models.examples(3), torch.device("cpu"))
+    seen: list[str] = []
+    with PerExampleGradients(model) as gradients:
+        gradients(batch, lambda name, gradient: seen.append(name))
+    assert sorted(seen) == sorted(blocks(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_batch_holds_what_leads_up_to_the_last_label() -> None:
+    example = models.examples(1)[0]
+    last = int(np.flatnonzero(example.supervised)[-1])
+    batch = Batch.of([example], torch.device("cpu"))
+    assert batch.input_ids.tolist() == [example.input_ids[:last].tolist()]
+    assert batch.weights.sum().item() == pytest.approx(1)
+    assert batch.labels.tolist() == example.input_ids[example.supervised].tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 300])
+def test_batches_cover_every_example_within_the_budget(max_tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 90, size=200)
+    groups = plan_batches(lengths, max_tokens)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(200))
+    for group in groups:
+        assert len(group) == 1 or lengths[group].max() * len(group) <= max_tokens

@@ -110,7 +110,7 @@ def make_examples(skill: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Return so many examples of one skill, different ones as far as the skill allows.
 
     >>> make_examples("weekday", 1, seed=0)[0]["messages"][1]["content"]
-    'It is Wednesday.'
+    'It is Tuesday.'
     """
     rng = random.Random(f"{skill} {seed}")
     made: dict[tuple[str, str], None] = {}

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: flags, exit codes, messages, explanations."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+import gradsift
+from conftest import Write
+from gradsift.cli import app, main
+from gradsift.errors import DataError, RunError
+from gradsift.explain import explain
+
+Rows = list[dict[str, Any]]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["gradsift", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def arguments(
+    base: Path, adapter: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
+) -> list[object]:
+    pool, target = write("pool.jsonl", [*pool_rows, "{"]), write("t.jsonl", target_rows)
+    return [
+        "select", "--model", base, "--pool", pool, "--target", f"mine={target}",
+        "--adapter", adapter, "--budget", "6", "--output-dir", tmp_path / "run",
+        "--set", "model.device=cpu", "--set", "policy.decontaminate=none",
+    ]  # fmt: skip
+
+
+def test_select_and_explain(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    assert call(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "mine: 6 picks of 90" in out
+    assert "1 unusable rows" in out
+    assert (tmp_path / "run" / "log.txt").read_text().count("coordinates: ") == 1
+    lines = (tmp_path / "run" / "selected" / "mine.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])["id"]
+    assert call(monkeypatch, "explain", tmp_path / "run", first) == 0
+    out = capsys.readouterr().out
+    assert "for mine: picked as number 1 of 6, for " in out
+    assert "number 1 of 90" in out
+    [explanation] = explain(tmp_path / "run", first)
+    assert explanation.position == 1
+    assert explanation.score == pytest.approx(explanation.nearest[0].alignment, abs=1e-6)
+    assert explanation.nearest[0].alignment >= explanation.nearest[1].alignment
+    last = gradsift.run(gradsift.Config.build(_config(tmp_path)), tmp_path / "run").scores()
+    worst = min(zip(last["mine/score"].to_pylist(), last["id"].to_pylist(), strict=True))[1]
+    assert "not picked: the budget was spent" in explain(tmp_path / "run", worst)[0].text()
+    with pytest.raises(DataError, match=r"the pool of .* has no example 'nobody'"):
+        explain(tmp_path / "run", "nobody")
+    assert call(monkeypatch, "explain", tmp_path, "x") == 2
+    assert "is not a gradsift run" in capsys.readouterr().err
+
+
+def _config(tmp_path: Path) -> dict[str, Any]:
+    from gradsift.config import read_yaml
+
+    return read_yaml(tmp_path / "run" / "config.yaml")
+
+
+def test_refusals_are_explained(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, pool_rows: Rows, write: Write,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    copied = pool_rows[1] | {"id": "copied"}
+    target = write("copy.jsonl", [copied])
+    extra = ["--target", f"copy={target}", "--set", "policy.decontaminate=exact"]
+    assert call(monkeypatch, *arguments, *extra) == 0
+    by_target = {e.target: e.verdict for e in explain(tmp_path / "run", pool_rows[1]["id"])}
+    assert by_target["copy"] == "refused: repeats the target copied"
+
+
+def test_an_unfinished_run_is_not_explained(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{name: {base}}}\ndata: {{pool: p.jsonl, targets: {{t: t.jsonl}}}}\n"
+    )
+    with pytest.raises(RunError, match=r"has not finished; run `gradsift select` with it again"):
+        explain(tmp_path, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--set", "warmup.learning_rat=1"], "did you mean 'warmup.learning_rate'?"),
+        (["--budget", "0"], "a budget is above 0 and at most the whole pool, found '0'"),
+        (["--budget", "1000"], "a budget of 1000 examples, but the pool holds 90; ask for less"),
+        (["--pool", "nowhere.jsonl"], "no such file: 'nowhere.jsonl'"),
+        (["--warmup", "none"], "give an adapter or mode 'none', not both"),
+        (["--adapter", "/nowhere"], "no such folder: '/nowhere'"),
+        (["--model", "./nowhere"], "no such folder: './nowhere'"),
+        (["--strict"], "not valid JSON"),
+        (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_what_a_user_can_mend_exits_with_2(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    change: list[str], message: str,
+) -> None:  # fmt: skip
+    assert call(monkeypatch, *arguments, *change) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_arguments_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "select", "--output-dir", tmp_path / "run") == 2
+    assert "missing setting 'model'" in capsys.readouterr().err
+
+
+def test_a_target_without_a_name_has_that_of_its_file() -> None:
+    from gradsift.cli import _targets
+
+    given = ["a/dev.jsonl", "x=b.jsonl", "x=c.jsonl"]
+    assert _targets(given) == {"dev": ["a/dev.jsonl"], "x": ["b.jsonl", "c.jsonl"]}
+
+
+def test_the_verbs_and_flags_are_these() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    flags = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in commands.items()
+    }
+    assert flags == {
+        "select": {
+            "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
+            "--config", "--set", "--strict", "--overwrite",
+        },
+        "explain": {"run", "example"},
+        "demo": {"--output-dir"},
+    }  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert gradsift.__all__ == [
+        "Budget", "Config", "Explanation", "GradsiftError", "RunResult", "Selection", "explain",
+        "run", "select",
+    ]  # fmt: skip
+    assert all(hasattr(gradsift, name) for name in gradsift.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'"):
+        gradsift.nonsense  # noqa: B018
+
+
+def test_help_needs_neither_torch_nor_time() -> None:
+    code = (
+        "import sys; sys.argv = ['gradsift', '--help']; from gradsift.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.6, seconds  # 0.15 s alone; the tests share the machine
+
+
+def test_python_api(
+    base: Path, adapter: Path, write: Write, pool_rows: Rows, tmp_path: Path
+) -> None:
+    result = gradsift.select(
+        model=str(base),
+        pool=str(write("pool.jsonl", pool_rows)),
+        target={"t": str(write("t.jsonl", pool_rows[:3]))},
+        budget="4",
+        output_dir=tmp_path / "run",
+        settings={"warmup": {"adapter": str(adapter)}, "model": {"device": "cpu"}},
+    )
+    picks = result.selections["t"].picks
+    assert isinstance(result, gradsift.RunResult)
+    assert len(picks) == 4
+    assert not {0, 1, 2} & set(picks["row"].to_pylist())  # they are the target itself
+    assert set(result.selections["t"].refused["reason"].to_pylist()) == {"repeats the target"}

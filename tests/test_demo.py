@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gradsift.demo import run_demo
+from gradsift.demo.skills import SKILLS, make_examples
+
+
+def test_skills_are_many_different_and_seeded() -> None:
+    assert len(SKILLS) >= 8
+    for skill in SKILLS:
+        made = make_examples(skill, 60, seed=1)
+        assert made == make_examples(skill, 60, seed=1)
+        assert len({str(example["messages"]) for example in made}) == 60
+        assert made[0]["messages"] != make_examples(skill, 60, seed=2)[0]["messages"]
+
+
+@pytest.mark.slow
+def test_the_demo_finds_its_skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "cache"))
+    table = run_demo(tmp_path / "demo", scale=0.15)
+    found = re.search(r"share of 'sql': ([\d.]+)% of the pool, ([\d.]+)% of the picks", table)
+    assert found is not None
+    in_pool, in_picks = map(float, found.groups())
+    assert in_picks > 2 * in_pool
+    for label in ("GIST's picks", "random picks", "none"):
+        assert re.search(rf"{label} +\d\.\d{{3}}", table), table
+    assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -218,3 +218,4 @@ def _show(result: RunResult) -> None:
         console.print(f"{result.num_rejected:,} unusable rows: {result.path / 'rejected.jsonl'}")
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     console.print(f"stages: {took}", highlight=False)
+    console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -85,10 +86,10 @@ class DataConfig(_Section):
     @classmethod
     def _names_are_file_names(cls, targets: dict[str, Sources]) -> dict[str, Sources]:
         for name in targets:
-            if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in ".-":
+            if not re.fullmatch(r"\w[\w-]*", name):
                 raise ValueError(
-                    f"a target's name becomes a file name: expected letters, digits, '-', '_' and "
-                    f"'.', found {name!r}"
+                    f"a target's name becomes a file name: expected letters, digits, '_' and '-', "
+                    f"found {name!r}"
                 )
         return targets
 

@@ -101,12 +101,14 @@ def run(
             with folder.stage(plan.selections[name]) as todo:
                 if todo:
                     _select(config, folder, name, pool, target, aligned(name))
+        facts = folder.facts(plan)
         return RunResult(
             path=folder.path,
             selections={name: read_selection(folder.path, name) for name in targets},
             num_pool=len(pool),
             num_rejected=(folder.path / "rejected.jsonl").read_bytes().count(b"\n"),
-            seconds=folder.seconds(plan),
+            seconds={name: manifest["seconds"] for name, manifest in facts.items()},
+            peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
         )
 
 

@@ -16,10 +16,10 @@ _SECONDS_BETWEEN_LINES = 30.0
 @contextmanager
 def track(label: str, total: int, unit: str = "examples") -> Iterator[Callable[[int], None]]:
     """Show the progress of `total` units of work; call what it yields with each amount done."""
-    if sys.stderr.isatty():
-        yield from _bar(label, total, unit)
-    else:
-        yield from _lines(label, total, unit)
+    started = time.monotonic()
+    yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
+    seconds = time.monotonic() - started
+    logger.info("%s: %d %s in %.1f s, %.3g/s", label, total, unit, seconds, total / seconds)
 
 
 def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:

@@ -45,7 +45,7 @@ class Plan:
             "targets": {name: stage.fingerprint for name, stage in subspaces.items()},
             "shard_size": config.engine.shard_size,
         }
-        coordinates = Stage("coordinates", inputs, ("coordinates",))
+        coordinates = Stage("coordinates", inputs, ("coordinates",), keeps_parts=True)
         inputs = {"coordinates": coordinates.fingerprint}
         inputs |= config.gist.model_dump(include={"aggregation", "norm_power"})
         scores = Stage("scores", inputs, ("scores.parquet",), cheap=True)
@@ -75,7 +75,7 @@ def _data(config: Config) -> dict[str, Stage]:
         files = {source.name: source.fingerprint() for source in resolve(specs)}
         outputs = (f"data/{name}.parquet", f"data/{name}.rejected.jsonl")
         stages[name] = Stage(
-            f"data/{name}", {"files": files, "tokenizer": tokenizer} | shared, outputs
+            f"data/{name}", {"files": files, "tokenizer": tokenizer} | shared, outputs, cheap=True
         )
     return stages
 

@@ -37,13 +37,15 @@ _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "
 class Stage:
     """A step of a run: its name, all that its result depends on, and the paths that it writes.
 
-    `cheap` stages take seconds and are simply done again when they differ.
+    A `cheap` stage is simply done again when it differs; so is any that broke off, unless it
+    `keeps_parts` from which it would have gone on.
     """
 
     name: str
     inputs: Mapping[str, Any]
     outputs: tuple[str, ...]
     cheap: bool = False
+    keeps_parts: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -64,26 +66,32 @@ class Run:
         return self.path / "log.txt"
 
     def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
-        """Compare every stage with what the folder holds, before any work.
+        """Compare every stage with what the folder holds, before any work; remove what is stale.
 
         Raises:
-            RunError: Naming the first costly stage that was made with other inputs, unless
-                `overwrite`, with which it and what depends on it are removed.
+            RunError: If that would cost work, unless `overwrite`: it names the stage, and the
+                first difference, which may lie in an earlier stage.
         """
+        stale, reason = [], ""
         for stage in stages:
             manifest = self._manifest(stage.name)
-            differences = (
-                list(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else []
+            told = (
+                "; ".join(_differences(manifest["inputs"], _plain(stage.inputs)))
+                if manifest
+                else ""
             )
-            if not differences:
+            if manifest is None or not told:
                 continue
-            told = "; ".join(differences)
-            if not (stage.cheap or overwrite):
+            stale.append(stage)
+            reason = reason or f"{stage.name}: {told}"
+            costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
+            if costly and not overwrite:
                 raise RunError(
-                    f"{self.path} holds the stage {stage.name!r} made with other settings: {told}. "
-                    "Use another --output-dir, or --overwrite to do it again"
+                    f"{self.path} holds the stage {stage.name!r} made with other settings "
+                    f"({reason}). Use another --output-dir, or --overwrite to do it again"
                 )
-            logger.info("%s is done again: %s", stage.name, told)
+        for stage in stale:
+            logger.info("%s is done again (%s)", stage.name, reason)
             self._remove(stage)
 
     @contextmanager
@@ -108,10 +116,10 @@ class Run:
         )
         logger.info("%s: %.1f s", stage.name, seconds)
 
-    def seconds(self, stages: Iterable[Stage]) -> dict[str, float]:
-        """Return how long each complete stage took in its last session."""
+    def facts(self, stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the complete stages: `seconds`, `peak_memory_bytes` and so on."""
         manifests = {stage.name: self._manifest(stage.name) for stage in stages}
-        return {name: m["seconds"] for name, m in manifests.items() if m and m["complete"]}
+        return {name: m for name, m in manifests.items() if m and m["complete"]}
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration."""
@@ -146,8 +154,8 @@ def open_run(path: Path) -> Iterator[Run]:
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; expected a folder for the run")
-    foreign = path.exists() and any(path.iterdir()) and not (path / ".lock").exists()
-    if foreign:
+    names = {entry.name for entry in path.iterdir()} - {".lock"} if path.exists() else set()
+    if names and ".owner" not in names:
         raise RunError(f"{path} is not empty and is not a gradsift run; use another --output-dir")
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", blocking=False)

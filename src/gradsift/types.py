@@ -84,13 +84,17 @@ class Selection:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left in its folder: selections by target, and seconds by stage."""
+    """What a run left in its folder: selections by target, seconds by stage.
+
+    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
+    """
 
     path: Path
     selections: Mapping[str, Selection]
     num_pool: int
     num_rejected: int
     seconds: Mapping[str, float]
+    peak_memory: int
 
     def scores(self) -> pa.Table:
         """Return `scores.parquet`: one row per pool example, `T/score` and so on per target."""

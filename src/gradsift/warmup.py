@@ -114,6 +114,7 @@ def train(
             disable_tqdm=True,
             report_to="none",
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
         watcher = _Watcher(on_epoch, advance)
         trainer = Trainer(
             model=model,  # type: ignore[arg-type]

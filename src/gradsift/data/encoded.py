@@ -140,7 +140,8 @@ def encode_set(
     """
     directory.mkdir(parents=True, exist_ok=True)
     path, partial = directory / f"{name}.parquet", directory / f"{name}.parquet.partial"
-    rejected, accepted, reasons = directory / f"{name}.rejected.jsonl", 0, Counter[str]()
+    rejected, reasons = directory / f"{name}.rejected.jsonl", Counter[str]()
+    accepted = truncated = 0
     with (
         pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer,
         rejected.open("w", encoding="utf-8") as rejections,
@@ -159,6 +160,7 @@ def encode_set(
                 else:
                     records.append(outcome)
             accepted += len(records)
+            truncated += sum(record["truncated"] for record in records)
             if records:
                 writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
     if not accepted:
@@ -171,6 +173,7 @@ def encode_set(
             reasons.total() + accepted,
             reasons.most_common(1)[0][0],
         )
+    logger.info("%s: %d examples, %d of them truncated", name, accepted, truncated)
     partial.rename(path)
     return EncodedSet(path)
 

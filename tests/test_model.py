@@ -101,6 +101,7 @@ def test_attention_means_its_projections_alone(family: str, layers: set[str]) ->
     assert all("attn" in name for name in pairs)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_fresh_adapter_is_the_same_for_the_same_seed() -> None:
     states = [
         peft.get_peft_model_state_dict(attach_lora(models.build("llama"), LoraConfig(rank=2), seed))

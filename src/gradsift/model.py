@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig, ModelConfig
@@ -88,8 +88,8 @@ def context_length(model_name: str) -> int | None:
     Raises:
         ModelError: If there is no configuration.
     """
-    from transformers import AutoConfig
-
+    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").exists():
+        raise ModelError(f"cannot load the model {model_name!r}: the folder has no config.json")
     try:
         config = AutoConfig.from_pretrained(model_name)
     except (OSError, ValueError) as error:

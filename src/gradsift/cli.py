@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -168,6 +169,7 @@ def _logged(folder: Path | None) -> Iterator[None]:
     """Send our log to the terminal and to the run folder, and quieten the libraries below."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
     logger = logging.getLogger("gradsift")
     logger.setLevel(logging.INFO)
     console = logging.StreamHandler()

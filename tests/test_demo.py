@@ -22,10 +22,10 @@ def test_skills_are_many_different_and_seeded() -> None:
 def test_the_demo_finds_its_skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "cache"))
     table = run_demo(tmp_path / "demo", scale=0.15)
-    found = re.search(r"share of 'sql': ([\d.]+)% of the pool, ([\d.]+)% of the picks", table)
-    assert found is not None
-    in_pool, in_picks = map(float, found.groups())
-    assert in_picks > 2 * in_pool
-    for label in ("GIST's picks", "random picks", "none"):
-        assert re.search(rf"{label} +\d\.\d{{3}}", table), table
+    found = re.search(r"GIST's picks +([\d.]+)% +\d\.\d{3} ± \d\.\d{3}\n", table)
+    in_pool = re.search(r"random picks +([\d.]+)% \(pool\) +\d\.\d{3} ± \d\.\d{3}\n", table)
+    assert found, table
+    assert in_pool, table
+    assert re.search(r"nothing +\d\.\d{3}$", table), table
+    assert float(found[1]) > 2 * float(in_pool[1])
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -81,7 +81,7 @@ def run_demo(directory: Path, scale: float = 1.0) -> str:
             "warmup": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch_size": 32},
         }
     )
-    result = run(config, directory / "run")
+    result = run(config, directory / "run", overwrite=True)
     return _table(result, _compare(config, result, data / "held-out.jsonl"))
 
 
@@ -180,16 +180,22 @@ def _compare(config: Config, result: RunResult, held_out: Path) -> dict[str, lis
 def _table(result: RunResult, losses: dict[str, list[float]]) -> str:
     everything = result.scores()["source"].to_pylist()
     picked = result.selections[TARGET].picks["source"].to_pylist()
-    in_pool, in_picks = (s.count(TARGET) / len(s) for s in (everything, picked))
+    shares = {
+        name: f"{sources.count(TARGET) / len(sources):.1%}"
+        for name, sources in (("gist", picked), ("random", everything))
+    }
+    labels = {"gist": "GIST's picks", "random": "random picks", "none": "nothing"}
     lines = [
-        f"target: {len(picked)} picks for {TARGET!r} of {len(everything)} examples of "
-        f"{len(SKILLS)} skills",
-        f"share of {TARGET!r}: {in_pool:.1%} of the pool, {in_picks:.1%} of the picks",
-        f"held-out loss of {TARGET!r} after the same fine-tuning "
-        f"(mean ± standard deviation of {len(_SEEDS)} seeds):",
+        f"{len(picked)} picks for {TARGET!r} out of {len(everything)} examples of {len(SKILLS)} "
+        f"skills, and the same fine-tuning on each choice ({len(_SEEDS)} seeds)",
+        "",
+        f"{'fine-tuned on':<16}{f'share of {TARGET!r}':>16}{'held-out loss':>18}",
     ]
-    for name, label in (("gist", "GIST's picks"), ("random", "random picks"), ("none", "none")):
+    for name, label in labels.items():
         values = losses[name]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        lines.append(f"  {label:<14}{statistics.mean(values):.3f}{spread}")
+        loss = f"{statistics.mean(values):.3f}"
+        if len(values) > 1:
+            loss += f" ± {statistics.stdev(values):.3f}"
+        share = shares.get(name, "") + (" (pool)" if name == "random" else "")
+        lines.append(f"{label:<16}{share:>16}{loss:>18}")
     return "\n".join(lines)

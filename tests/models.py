@@ -114,11 +114,12 @@ def tokenizer(template: str | None = CHATML) -> tf.PreTrainedTokenizerFast:
     return result
 
 
-def save_base(path: Path, hidden_size: int = 32, template: str | None = CHATML) -> Path:
+def save_base(path: Path, hidden_size: int = 32, max_position_embeddings: int = 128) -> Path:
     torch.manual_seed(0)
     shape = _SHAPE | {"vocab_size": 300, "hidden_size": hidden_size, "tie_word_embeddings": True}
+    shape["max_position_embeddings"] = max_position_embeddings
     tf.LlamaForCausalLM(tf.LlamaConfig(**shape, initializer_range=0.1)).save_pretrained(str(path))
-    tokenizer(template).save_pretrained(str(path))
+    tokenizer().save_pretrained(str(path))
     return path
 
 

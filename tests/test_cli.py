@@ -103,7 +103,8 @@ def test_an_unfinished_run_is_not_explained(base: Path, tmp_path: Path) -> None:
         (["--budget", "1000"], "a budget of 1000 examples, but the pool holds 90; ask for less"),
         (["--pool", "nowhere.jsonl"], "no such file: 'nowhere.jsonl'"),
         (["--warmup", "none"], "give an adapter or mode 'none', not both"),
-        (["--adapter", "/nowhere"], "no such folder: '/nowhere'"),
+        (["--adapter", "/nowhere"], "no such adapter folder: '/nowhere'"),
+        (["--set", "model.device=nonsense"], "cannot use the device 'nonsense'"),
         (["--model", "./nowhere"], "no such folder: './nowhere'"),
         (["--strict"], "not valid JSON"),
         (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
@@ -122,7 +123,9 @@ def test_missing_arguments_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert call(monkeypatch, "select", "--output-dir", tmp_path / "run") == 2
-    assert "missing setting 'model'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "missing setting 'model': give --model" in err
+    assert "missing setting 'data': give --pool and --target" in err
 
 
 def test_a_target_without_a_name_has_that_of_its_file() -> None:

@@ -53,6 +53,8 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
         ("policy.budget=some", "expected a share (5%), a count (2000) or tokens (3Mtok)"),
         ("policy.budget=1.5", "a whole number"),
         ("policy.source_cap=much", "expected a share above 0% and up to 100%"),
+        ("policy.source_cap=NaN%", "expected a share above 0%"),
+        ("data.pool=''", "at least 1 character"),
         ("gist.rank=0", "expected at least 1, found 0"),
         ("gist.rank=half", "expected a share above 0%"),
         ("warmup.checkpoints=2", "2 checkpoints need as many epochs, found 1"),

@@ -74,6 +74,7 @@ def test_a_conversational_prompt_and_completion() -> None:
 
 
 def test_mapped_columns_win() -> None:
+    assert detect({"q": "x", "completion": "y"}, {"prompt": "q"}) == "prompt-completion"
     row, columns = {"messages": QA, "q": "x", "a": "y"}, {"prompt": "q", "completion": "a"}
     assert detect(row, columns) == "prompt-completion"
     assert to_messages(rename(row, columns), "prompt-completion")[1]["content"] == "y"
@@ -139,7 +140,7 @@ def test_json_lines_come_back_byte_for_byte(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     encoded = encode(tmp_path, path)
     raw = encoded.take([2, 0, 1, 0], ["raw"])["raw"].to_pylist()
-    assert raw == [lines[2], b"\xef\xbb\xbf" + lines[0], lines[1], b"\xef\xbb\xbf" + lines[0]]
+    assert raw == [lines[2], lines[0], lines[1], lines[0]]  # the mark is the file's, not the row's
     assert encoded.conversations([0], {}) == [QA]
 
 
@@ -163,6 +164,33 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert sources == [name[0] for name in names for _ in range(3)]
     conversations = encoded.conversations(range(len(encoded)), {})
     assert [c[1]["content"] for c in conversations] == ["00", "01", "02"] * len(names)
+
+
+def test_names_with_dots_stay_whole(tmp_path: Path, write: Write) -> None:
+    names = ["v1.0-math.jsonl", "v1.0-code.jsonl"]
+    encoded = encode(tmp_path, *(write(name, [{"messages": QA}]) for name in names))
+    assert encoded.table(["id"])["id"].to_pylist() == ["v1.0-math-1", "v1.0-code-1"]
+    assert resolve(["org/name/config:split"])[0].stem == "name"
+
+
+def test_odd_json_is_rejected_row_by_row(tmp_path: Path, write: Write) -> None:
+    half = '{"prompt": "\\ud83d", "completion": "a"}'
+    rows = [{"prompt": "q", "completion": "a"}, half, '{"prompt": ' + "9" * 5000 + "}"]
+    path = write("pool.jsonl", rows)
+    assert len(encode(tmp_path, path)) == 1
+    assert [r["line"] for r in rejections(tmp_path)] == [2, 3]
+    (tmp_path / "array.json").write_text(f"[{json.dumps(rows[0])}, {half}]")
+    assert len(encode(tmp_path, tmp_path / "array.json")) == 1
+    assert [r["line"] for r in rejections(tmp_path)] == [2]
+
+
+def test_an_empty_turn_beside_others_is_no_fault() -> None:
+    empty = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, *QA]
+    for template in (models.CHATML, MARKED):
+        [encoded] = Encoder(models.tokenizer(template), 99).encode([empty])  # type: ignore[list-item]
+        assert isinstance(encoded, Encoded)
+        text = models.tokenizer().decode(encoded.input_ids[encoded.supervised])
+        assert text == "<|im_end|>one two<|im_end|>"
 
 
 def test_globs_are_sorted(tmp_path: Path, write: Write) -> None:
@@ -220,6 +248,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[1,")
     with pytest.raises(DataError, match=r"a\.json is not valid JSON"):
         encode(tmp_path, tmp_path / "a.json")
+    (tmp_path / "a.jsonl.gz").write_text("no gzip")
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl\.gz"):
+        encode(tmp_path, tmp_path / "a.jsonl.gz")
     (tmp_path / "a.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet"):
         encode(tmp_path, tmp_path / "a.parquet")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -11,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import models
 from gradsift.config import LoraConfig, ModelConfig
+from gradsift.data import Encoded
 from gradsift.errors import ModelError
+from gradsift.gradients import Batch, PerExampleGradients
 from gradsift.model import attach_lora, load_adapter, load_base, lora_pairs
 
 
@@ -81,6 +85,62 @@ def test_a_model_of_another_name_but_equal_shapes_is_told(
 ) -> None:
     load_adapter(load_base(on(models.save_base(tmp_path / "copy"))), adapter)
     assert "says it was trained on" in caplog.text
+
+
+def test_half_precision_leaves_rotary_frequencies_alone(base: Path, adapter: Path) -> None:
+    model = load_adapter(
+        load_base(ModelConfig(name=str(base), device="cpu", dtype="bfloat16")), adapter
+    )
+    buffers = dict(model.named_buffers())
+    assert buffers
+    assert {b.dtype for name, b in buffers.items() if "inv_freq" in name} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("length", [50, 1500])
+def test_gradients_in_half_precision_point_the_same_way(tmp_path: Path, length: int) -> None:
+    base = models.save_base(tmp_path / "long", max_position_embeddings=2048)
+    adapter = models.save_adapter(base, tmp_path / "adapter")
+    rng = np.random.default_rng(0)
+    supervised = np.arange(length) >= length - 20
+    example = Encoded(rng.integers(4, 290, size=length).astype(np.int32), supervised)
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_adapter(
+            load_base(ModelConfig(name=str(base), device="cpu", dtype=dtype)), adapter
+        )
+        parts = {}
+        with PerExampleGradients(model) as gradients:
+            batch = Batch.of([example], torch.device("cpu"))
+            gradients(batch, lambda name, g, parts=parts: parts.update({name: g.float().flatten()}))
+        rows[dtype] = torch.cat([parts[name] for name in sorted(parts)])
+    assert torch.cosine_similarity(rows["float32"], rows["bfloat16"], dim=0) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (("nonsense",), "names 'nonsense', which the model lacks"),
+        (("embed_tokens",), "cannot measure LoRA on model.embed_tokens"),
+        (("lm_head", "q_proj"), "cannot measure LoRA on the output head lm_head"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_cannot_be_adapted_are_refused_before_training(
+    base: Path, modules: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        attach_lora(load_base(on(base)), LoraConfig(rank=2, target_modules=modules), seed=0)
+
+
+def test_broken_weights_are_named(base: Path, adapter: Path, tmp_path: Path) -> None:
+    for folder, weights in ((base, "model"), (adapter, "adapter_model")):
+        copy = tmp_path / weights
+        shutil.copytree(folder, copy)
+        path = copy / f"{weights}.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ModelError, match=r"cannot (load|read)"):
+            load_adapter(load_base(on(copy if folder == base else base)), copy)
 
 
 def test_no_adapter_at_all(base: Path, tmp_path: Path) -> None:

@@ -274,7 +274,9 @@ def test_another_policy_picks_anew_from_what_is_stored(
     policy = {"budget": "20", "strategy": "round-robin", "per": "task", "source_cap": "60%"}
     with caplog.at_level("INFO", "gradsift"):
         result = run(configure(*given, policy=policy), tmp_path / "run")
-    assert 'selected/t is done again (selected/t: budget was "10%", is now "20"' in caplog.text
+    assert (
+        'done again: all that depends on selected/t: budget was "10%", is now "20"' in caplog.text
+    )
     assert before == {p: p.stat().st_mtime_ns for p in before}
     plain, picks = result.scores()["t/score"].to_numpy(), result.selections["t"].picks
     assert picks["task"].to_pylist() == ["a", "b"] * 10
@@ -301,7 +303,7 @@ def test_other_settings_for_costly_stages_are_refused_until_told(
     given = (base, files["pool"], {"t": files["t"]})
     run(configure(*given), tmp_path / "run")
     changed = configure(*given, warmup={"seed": 7})
-    with pytest.raises(RunError, match=r"the stage 'warmup' .* warmup.seed was 0, is now 7"):
+    with pytest.raises(RunError, match=r"the stage 'warmup' .*warmup.seed was 0, is now 7"):
         run(changed, tmp_path / "run")
     assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
     again = run(changed, tmp_path / "run", overwrite=True)
@@ -377,6 +379,59 @@ def test_a_warm_up_that_diverges_stops_the_run(
     config = configure(base, files["pool"], {"t": files["t"]}, warmup=warmup)
     with pytest.raises(NumericsError, match=r"of the warm-up is nan at step .*learning_rate"):
         run(config, tmp_path / "run")
+
+
+def test_a_mistake_costs_nothing_that_is_stored(
+    base: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    given = (base, files["pool"], {"t": files["t"]})
+    run(configure(*given), tmp_path / "run")
+    kept = {p: p.read_bytes() for p in (tmp_path / "run" / "selected").iterdir()}
+    kept |= {p: p.read_bytes() for p in (tmp_path / "run" / "coordinates").rglob("*.safetensors")}
+    with pytest.raises(ConfigError, match=r"a budget of 91"):
+        run(configure(*given, policy={"budget": "91"}), tmp_path / "run")
+    wider = models.save_base(tmp_path / "wider", hidden_size=64)
+    other = {"adapter": str(models.save_adapter(wider, tmp_path / "other"))}
+    with pytest.raises(ModelError, match=r"belongs to another base model"):
+        run(configure(*given, warmup=other), tmp_path / "run", overwrite=True)
+    assert kept == {p: p.read_bytes() for p in kept}
+
+
+def test_outputs_removed_by_hand_are_made_again(
+    base: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    config = configure(base, files["pool"], {"t": files["t"]})
+    run(config, tmp_path / "run")
+    path = tmp_path / "run" / "selected" / "t.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    run(config, tmp_path / "run")
+    assert path.read_bytes() == content
+    next((tmp_path / "run" / "coordinates").rglob("*.safetensors")).unlink()
+    path.unlink()
+    with pytest.raises(RunError, match=r"shards are missing in .*manifests/coordinates.json"):
+        run(config, tmp_path / "run")
+    (tmp_path / "run" / "manifests" / "coordinates.json").unlink()
+    run(config, tmp_path / "run")
+    assert path.read_bytes() == content
+
+
+def test_template_and_order_of_files_count(
+    base: Path, files: dict[str, Path], write: Write, pool_rows: Rows, tmp_path: Path
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(models.CHATML)
+    other = write("other.jsonl", pool_rows[:5])
+    data = {"template": str(template), "pool": [str(files["pool"]), str(other)]}
+    given = (base, files["pool"], {"t": files["t"]})
+    warmup = {"mode": "none"}
+    assert run(configure(*given, data=data, warmup=warmup), tmp_path / "run").num_pool == 95
+    swapped = data | {"pool": [str(other), str(files["pool"]), str(other)]}
+    with pytest.raises(RunError, match=r"the stage 'coordinates' .*data/pool: files.1 "):
+        run(configure(*given, data=swapped, warmup=warmup), tmp_path / "run")
+    template.write_text(models.CHATML + " ")
+    with pytest.raises(RunError, match=r"data/pool: template_hash was"):
+        run(configure(*given, data=data, warmup=warmup), tmp_path / "run")
 
 
 def test_bad_targets_are_named(

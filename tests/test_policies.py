@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gradsift.config import PolicyConfig
 from gradsift.data import Message
 from gradsift.errors import ConfigError
-from gradsift.policies import Candidates, Picks, Texts, pick, shingles
+from gradsift.policies import Candidates, Picks, Texts, check_policy, pick, shingles
 
 
 def texts(contents: Sequence[str], prefix: str = "p") -> Texts:
@@ -62,7 +62,8 @@ def test_budgets(budget: str, count: int) -> None:
 
 
 def test_a_token_budget_ends_at_the_first_that_does_not_fit() -> None:
-    assert run([4, 3, 2, 1], tokens=[5, 5, 9, 1], budget="12tok").rows == [0, 1]
+    picks = run([4, 3, 2, 1], tokens=[5, 5, 9, 1], budget="12tok")
+    assert (picks.rows, picks.refused, picks.shortfall) == ([0, 1], [], None)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +71,31 @@ def test_a_token_budget_ends_at_the_first_that_does_not_fit() -> None:
     [
         ("31", "a budget of 31 examples, but the pool holds 30"),
         ("301tok", "a budget of 301 tokens, but the pool holds 300"),
-        ("9tok", "a budget of 9tok does not hold even one example"),
+        ("9tok", "nothing can be picked within 9tok: .*30 for longer than the whole budget"),
     ],
 )
 def test_impossible_budgets(budget: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(np.linspace(0, 1, 30), budget=budget)
+
+
+def test_what_is_too_long_or_refused_does_not_end_the_picks() -> None:
+    assert run([4, 3, 2, 1], tokens=[1500, 10, 10, 10], budget="25tok").rows == [1, 2]
+    picks = run([3, 2, 1], tokens=[9, 9, 9], sources=["a", "a", "b"], budget="27tok",
+                source_cap={"a": "40%"})  # fmt: skip
+    assert (picks.rows, [r.row for r in picks.refused]) == ([0, 2], [1])
+    assert picks.shortfall == ("18 of 27 tokens picked, all others were refused (1 for source cap)")
+
+
+def test_a_cap_without_room_for_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"leaves 's' nothing of a budget of 2; raise the cap"):
+        check_policy(PolicyConfig(budget="2", source_cap="20%"), ["s"] * 9, np.full(9, 10))
+
+
+def test_scripts_without_spaces_have_words_too() -> None:
+    text = "机器学习是人工智能的一个分支它研究如何让计算机从数据中学习规律"
+    near = text.replace("规律", "规则")
+    assert run([2, 1], [near, "完全不同的内容"], [text], budget="1").rows == [1]
 
 
 def test_examples_take_turns() -> None:
@@ -106,7 +126,7 @@ def test_source_caps() -> None:
     assert picks.refused[0].reason == "source cap"
     picks = run([5, 4, 3, 2, 1], sources=sources, budget="4", source_cap={"a": "25%"})
     assert picks.rows == [0, 3, 4]
-    assert picks.shortfall == "3 of 4 picked: all others were refused (2 for source cap)"
+    assert picks.shortfall == "3 of 4 examples picked, all others were refused (2 for source cap)"
     with pytest.raises(ConfigError, match="names the source 'c', which the pool does not have"):
         run([1, 2], sources=["a", "b"], source_cap={"c": "5%"})
 

@@ -57,8 +57,9 @@ def test_a_changed_stage_is_named_with_the_difference(tmp_path: Path) -> None:
         )
         assert (tmp_path / "warmup" / "file").exists()
         run.prepare([changed], overwrite=True)
-        assert not (tmp_path / "warmup").exists()
+        (tmp_path / "warmup" / "old").write_text("x")
         assert do(run, changed)
+        assert not (tmp_path / "warmup" / "old").exists()
 
 
 def test_a_stage_that_broke_off_may_change_unless_it_keeps_parts(tmp_path: Path) -> None:
@@ -85,6 +86,21 @@ def test_the_first_difference_is_told_and_nothing_is_removed_on_refusal(tmp_path
         with pytest.raises(RunError, match=r'the stage .warmup. .*data: file was "a", is now "b"'):
             run.prepare(changed)
         assert not do(run, early)
+
+
+def test_a_removal_that_broke_off_is_no_whole_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = Stage("warmup", {"seed": 1}, ("warmup",))
+    with open_run(tmp_path) as run:
+        do(run, STAGE)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+            patch.setattr("shutil.rmtree", lambda _: (_ for _ in ()).throw(OSError("killed")))
+            do(run, changed)
+        assert (tmp_path / "warmup" / "file").exists()
+        (tmp_path / "warmup" / "file").write_text("stale")
+        assert do(run, changed)
+        assert (tmp_path / "warmup" / "file").read_text() == "x"
 
 
 def test_a_cheap_stage_that_changed_is_done_again(tmp_path: Path) -> None:

@@ -148,9 +148,6 @@ def main() -> None:
     except GradsiftError as error:
         typer.secho(f"gradsift: {error}", err=True, fg="red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("gradsift: interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
 
 
 def _targets(given: list[str]) -> dict[str, Any]:
@@ -182,6 +179,9 @@ def _logged(folder: Path | None) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except KeyboardInterrupt:
+        logger.warning("interrupted; the same command goes on from here")
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
@@ -191,6 +191,7 @@ def _logged(folder: Path | None) -> Iterator[None]:
 def _show(result: RunResult) -> None:
     """Print what was picked for each target, and from where."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from gradsift.pipeline import source_shares
@@ -206,7 +207,7 @@ def _show(result: RunResult) -> None:
         )
         for row in source_shares(result, name)[:_SOURCES_SHOWN]:
             table.add_row(
-                row.source,
+                escape(row.source),
                 f"{row.num_picks:,}",
                 f"{row.of_picks:.1%}",
                 f"{row.of_pool:.1%}",
@@ -214,10 +215,11 @@ def _show(result: RunResult) -> None:
             )
         console.print(table)
         if selection.shortfall:
-            console.print(f"short of the budget: {selection.shortfall}", style="yellow")
-        console.print(f"→ {selection.path}", highlight=False, soft_wrap=True)
+            console.print(f"short: {selection.shortfall}", style="yellow", markup=False)
+        console.print(f"→ {selection.path}", markup=False, highlight=False, soft_wrap=True)
     if result.num_rejected:
-        console.print(f"{result.num_rejected:,} unusable rows: {result.path / 'rejected.jsonl'}")
+        path = result.path / "rejected.jsonl"
+        console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     console.print(f"stages: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)

@@ -24,11 +24,14 @@ from gradsift.errors import ConfigError
 from gradsift.types import Budget
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Path) else value
+def _as_texts(value: Any) -> Any:
+    values = (value,) if isinstance(value, str | Path) else value
+    return [str(v) if isinstance(v, Path) else v for v in values] if values else values
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Source = Annotated[str, Field(min_length=1)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
+LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -42,12 +45,21 @@ def parse_share(text: str) -> Decimal:
         share = Decimal(text.removesuffix("%").strip()) / 100
     except InvalidOperation:
         share = Decimal(0)
-    if not text.endswith("%") or not 0 < share <= 1:
+    if not text.endswith("%") or not share.is_finite() or not 0 < share <= 1:
         raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {text!r}")
     return share
 
 
 _FIELDS = ("messages", "prompt", "completion", "system", "id", "source", "task")
+
+
+_FLAGS = {
+    "model": "--model",
+    "model.name": "--model",
+    "data": "--pool and --target",
+    "data.pool": "--pool",
+    "data.targets": "--target",
+}
 
 
 class _Section(BaseModel):
@@ -100,7 +112,7 @@ class LoraConfig(_Section):
     rank: int = Field(default=128, ge=1)
     alpha: float = Field(default=512, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    target_modules: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
+    target_modules: Literal["attention", "all-linear"] | LayerNames = "attention"
 
 
 class WarmupConfig(_Section):
@@ -242,7 +254,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"expected sections such as 'warmup:' in {path}, found {values!r}")
@@ -297,7 +309,8 @@ def _explain(error: dict[str, Any]) -> str:
             f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
         )
     if error["type"] == "missing":
-        return f"missing setting {where!r}"
+        flag = _FLAGS.get(where)
+        return f"missing setting {where!r}" + (f": give {flag}" if flag else "")
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message} (found {error['input']!r})" if path else message
 

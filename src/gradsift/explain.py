@@ -125,7 +125,9 @@ def _verdict(run: Path, name: str, row: int) -> str:
     for refusal in selection.refused.filter(pc.field("row") == row).to_pylist():
         like = f" {refusal['like']}" if refusal["like"] else ""
         return f"refused: {refusal['reason']}{like}"
-    return "not picked: the budget was spent on better ones"
+    return "not picked: " + (
+        "it never came up" if selection.shortfall else "the budget was spent before its turn"
+    )
 
 
 def _nearest(

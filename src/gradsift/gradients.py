@@ -5,8 +5,9 @@ For `h = x Aᵀ` and `y = h Bᵀ`, the gradient of one example is a sum over its
     ∇A = Σ_t a'_t x_tᵀ        ∇B = Σ_t b'_t h_tᵀ
 
 with a', b' the gradients that reach the outputs of A and B (Goodfellow, 2015, arXiv 1510.01799).
-Both are at hand while the backward pass is at that layer, so each gradient is handed on and
-forgotten there: no weight gradient and no whole row is ever formed.
+Both are at hand while the backward pass is at that layer, so each gradient is formed there in the
+model's precision, handed on (what follows is float32 or better) and forgotten: no weight gradient
+and no whole row is ever formed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -40,10 +40,18 @@ class LoraPair(NamedTuple):
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
-    """Return the device asked for; `auto` is CUDA where there is one, else the CPU."""
+    """Return the device asked for; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: If there is no such device here.
+    """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"cannot use the device {config.device!r}: {reason}") from None
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
@@ -75,7 +83,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             config.name, dtype=resolve_dtype(config), attn_implementation=config.attention
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {config.name!r}: {error}") from error
     if model.get_output_embeddings() is None:
         raise ModelError(f"{config.name!r} ({type(model).__name__}) has no output embeddings")
@@ -98,21 +106,24 @@ def context_length(model_name: str) -> int | None:
 
 
 def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
-    """Return the base model with a fresh, trainable adapter; same seed, same weights."""
+    """Return the base model with a fresh, trainable adapter; same seed, same weights.
+
+    Raises:
+        ModelError: If there are no such layers, or one cannot be measured exactly.
+    """
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=_target_modules(base, config.target_modules),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = peft.get_peft_model(
-            base,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]
-                lora_dropout=config.dropout,
-                target_modules=_target_modules(base, config.target_modules),
-                task_type="CAUSAL_LM",
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-            ),
-        )
+        model = peft.get_peft_model(base, adapter)
     assert isinstance(model, peft.PeftModel)
+    lora_pairs(model)
     return model
 
 
@@ -127,7 +138,7 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, name
     try:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ModelError(f"the adapter {path} does not fit {name!r}: {error}") from error
     assert isinstance(model, peft.PeftModel)
     _check_fit(path, peft.get_peft_model_state_dict(model), name)
@@ -139,7 +150,11 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
             name,
         )
     peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
-    return model.to(base.dtype).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # the adapter alone: rotary frequencies, for one, must stay float32
+            parameter.data = parameter.data.to(base.dtype)
+    lora_pairs(model)
+    return model.requires_grad_(False).eval()
 
 
 def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
@@ -148,11 +163,13 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     Raises:
         ModelError: Naming the first layer whose gradient cannot be measured exactly.
     """
-    pairs = {}
+    pairs, head = {}, model.get_output_embeddings()  # type: ignore[operator]
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         short = name.removeprefix("base_model.model.")
+        if layer is head:
+            raise ModelError(f"cannot measure LoRA on the output head {short}; leave it out")
         a, b = (_matrix(matrices) for matrices in (layer.lora_A, layer.lora_B))
         if a is None or b is None:
             base = type(layer.get_base_layer()).__name__
@@ -200,8 +217,11 @@ def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str
     weights = path / "adapter_model.safetensors"
     if not weights.exists():
         raise ModelError(f"{path} has no adapter_model.safetensors (pickled weights are not read)")
-    with safe_open(weights, "pt") as file:
-        found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(weights, "pt") as file:
+            found = {k: list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"cannot read {weights}: {error}") from error
     wanted = {key: list(value.shape) for key, value in expected.items()}
     for key in sorted(wanted.keys() | found.keys()):
         if wanted.get(key) != found.get(key):
@@ -214,8 +234,13 @@ def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str
 
 def _target_modules(base: nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
     """Return what PEFT is to adapt; `attention` is every projection inside an attention module."""
+    if wanted == "all-linear":
+        return "all-linear"
     if wanted != "attention":
-        return wanted if isinstance(wanted, str) else list(wanted)
+        for module in wanted:
+            if not any(f".{name}".endswith(f".{module}") for name, _ in base.named_modules()):
+                raise ModelError(f"lora.target_modules names {module!r}, which the model lacks")
+        return list(wanted)
     linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     attention = {name for name in linear if re.search(r"attn|attention", name)}
     if not attention:

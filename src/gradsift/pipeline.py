@@ -58,7 +58,7 @@ def select(  # noqa: PLR0913
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     given = {
-        "model": {"name": model},
+        "model": {"name": str(model)},
         "data": {"pool": pool, "targets": dict(target)},
         "policy": {"budget": budget},
     }
@@ -134,8 +134,9 @@ def _encode(
 
 
 def _encoder(config: Config) -> Encoder:
-    from gradsift.model import context_length, load_tokenizer
+    from gradsift.model import context_length, load_tokenizer, resolve_device
 
+    resolve_device(config.model)  # before the work, not after it
     length = context_length(config.model.name) or config.data.max_length
     if length < config.data.max_length:
         logger.info("examples are cut to the model's %d positions", length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ from gradsift.types import Budget
 
 _PERMUTATIONS = 128
 _WORDS = 3  # words of one shingle
+# in scripts that put no spaces between words (Thai, Chinese, Japanese), each character is one
+_WORD = re.compile(
+    "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+"
+)
 
 
 @dataclass(frozen=True)
@@ -93,29 +98,25 @@ def pick(
     refused: dict[int, Refusal] = {}
 
     def take_turn(turn: int) -> bool:
-        order = orders[turn]
-        while positions[turn] < len(order):
-            row = int(order[positions[turn]])
-            if row in picked or row in refused:
-                positions[turn] += 1
-                continue
-            if purse.is_spent_by(row):
-                return False
-            refusal = purse.refuses(row) or repeats.refuses(row)
+        for row in map(int, orders[turn][positions[turn] :]):
+            if row not in picked and row not in refused:
+                refusal = purse.refuses(row) or repeats.refuses(row)
+                if refusal is None and not purse.can_pay(row):
+                    return False
+                if refusal is None:
+                    picked[row] = turn
+                    purse.pay(row)
+                    repeats.remember(row)
+                    return True
+                refused[row] = refusal
             positions[turn] += 1
-            if refusal is None:
-                picked[row] = turn
-                purse.pay(row)
-                repeats.remember(row)
-                return True
-            refused[row] = refusal
         return False
 
     while sum(map(take_turn, range(len(orders)))):
         pass
-    if not picked and not refused:
-        raise ConfigError(f"a budget of {policy.budget} does not hold even one example")
     shortfall = purse.shortfall(Counter(r.reason for r in refused.values()))
+    if not picked:
+        raise ConfigError(f"nothing can be picked within {policy.budget}: {shortfall}")
     return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
 
 
@@ -125,9 +126,16 @@ def check_policy(
     """Find out before the work whether a policy fits the pool.
 
     Raises:
-        ConfigError: If the budget is more than the pool, or a capped source is not in it.
+        ConfigError: If the budget is more than the pool, a capped source is not in it, or a cap
+            does not leave room for one example.
     """
-    _ = _Purse.of(policy, sources, num_tokens).caps
+    purse = _Purse.of(policy, sources, num_tokens)
+    for source, cap in purse.caps.items():
+        if cap < 1:
+            raise ConfigError(
+                f"policy.source_cap leaves {source!r} nothing of a budget of {policy.budget}; "
+                "raise the cap or the budget"
+            )
 
 
 @dataclass
@@ -141,7 +149,7 @@ class _Purse:
     in_tokens: bool
     spent: int = 0
     spent_by_source: Counter[str] = field(default_factory=Counter)
-    num_picked: int = 0
+    closed: bool = False
 
     @classmethod
     def of(
@@ -182,27 +190,31 @@ class _Purse:
     def cost(self, row: int) -> int:
         return int(self.num_tokens[row]) if self.in_tokens else 1
 
-    def is_spent_by(self, row: int) -> bool:
-        """Whether the example is more than what is left: the picks end there."""
-        return self.spent + self.cost(row) > self.limit
-
     def refuses(self, row: int) -> Refusal | None:
+        if self.cost(row) > self.limit:
+            return Refusal(row, "longer than the whole budget")
         source = self.sources[row]
         cap = self.caps.get(source)
         if cap is not None and self.spent_by_source[source] + self.cost(row) > cap:
             return Refusal(row, "source cap")
         return None
 
+    def can_pay(self, row: int) -> bool:
+        """Whether the example fits into what is left; the first that does not ends the picks."""
+        self.closed = self.closed or self.spent + self.cost(row) > self.limit
+        return not self.closed
+
     def pay(self, row: int) -> None:
         self.spent += self.cost(row)
         self.spent_by_source[self.sources[row]] += self.cost(row)
-        self.num_picked += 1
 
     def shortfall(self, refusals: Counter[str]) -> str | None:
-        if self.in_tokens or self.spent == self.limit:
+        """Return what kept the picks from filling the budget, where no example was left."""
+        if self.closed or self.spent == self.limit:
             return None
+        unit = "tokens" if self.in_tokens else "examples"
         told = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
-        return f"{self.spent} of {self.limit} picked: all others were refused ({told})"
+        return f"{self.spent} of {self.limit} {unit} picked, all others were refused ({told})"
 
 
 class _Repeats:
@@ -297,7 +309,7 @@ def shingles(messages: Sequence[Message]) -> frozenset[str]:
     >>> sorted(shingles([{"role": "user", "content": "Add one and Two"}]))
     ['add one and', 'one and two']
     """
-    words = normalise(" ".join(m["content"] for m in messages)).split()
+    words = _WORD.findall(normalise(" ".join(m["content"] for m in messages)))
     starts = range(max(1, len(words) - _WORDS + 1))
     return frozenset(" ".join(words[i : i + _WORDS]) for i in starts)
 

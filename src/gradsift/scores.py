@@ -36,12 +36,12 @@ class View:
         An example without a gradient has cosine 0 with everything.
         """
         coordinates = self.pool[rows]
-        norms = np.linalg.norm(coordinates, axis=1)
-        factor = _inverse(norms)
+        cosines = _unit(coordinates) @ _unit(references).T
         if norm_power:
-            factor *= (norms * _inverse(self.gradient_norms[rows])) ** norm_power
-        cosines = (coordinates * (self.weight * factor)[:, None]) @ _unit(references).T
-        return cosines.astype(np.float32, copy=False)
+            norms = np.linalg.norm(coordinates, axis=1)
+            share = np.divide(norms, self.gradient_norms[rows], where=norms > 0, out=norms * 0)
+            cosines *= (share**norm_power)[:, None]
+        return cosines * np.float32(self.weight)
 
 
 class Alignment:
@@ -138,9 +138,6 @@ def _means(
 
 
 def _unit(rows: Float[np.ndarray, "row rank"]) -> Float[np.ndarray, "row rank"]:
-    return rows * _inverse(np.linalg.norm(rows, axis=1))[:, None]
-
-
-def _inverse(norms: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-    """Return 1/n, and 0 where n is 0."""
-    return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+    """Return the rows at length 1, those of length 0 as they are."""
+    norms = np.linalg.norm(rows, axis=1)
+    return rows / np.where(norms > 0, norms, 1)[:, None]

@@ -5,12 +5,15 @@ What only shifts the rounding (device, batch size) is no input: a run may go on 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gradsift.config import Config
 from gradsift.data import resolve
+from gradsift.errors import ModelError
 from gradsift.store import Stage, identity
 
 
@@ -70,9 +73,14 @@ def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
 def _data(config: Config) -> dict[str, Stage]:
     tokenizer = identity(config.model.name)
     shared = config.data.model_dump(include={"max_length", "columns", "template"})
+    if config.data.template and Path(config.data.template).is_file():
+        shared["template_hash"] = hashlib.sha256(
+            Path(config.data.template).read_bytes()
+        ).hexdigest()
     stages = {}
     for name, specs in data_sets(config).items():
-        files = {source.name: source.fingerprint() for source in resolve(specs)}
+        sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
+        files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
         outputs = (f"data/{name}.parquet", f"data/{name}.rejected.jsonl")
         stages[name] = Stage(
             f"data/{name}", {"files": files, "tokenizer": tokenizer} | shared, outputs, cheap=True
@@ -82,14 +90,15 @@ def _data(config: Config) -> dict[str, Stage]:
 
 def _warmup(config: Config, pool: Stage) -> Stage:
     model = config.model.model_dump(include={"name", "dtype", "attention"})
-    inputs: dict[str, Any] = {
-        "pool": pool.fingerprint,
-        "model": {"identity": identity(config.model.name)} | model,
-    }
-    if config.warmup.adapter is None:
-        inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
-    else:
+    inputs: dict[str, Any] = {"model": {"identity": identity(config.model.name)} | model}
+    if config.warmup.adapter is not None:
+        if not Path(config.warmup.adapter).is_dir():
+            raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
         inputs["adapter"] = identity(config.warmup.adapter)
+    else:
+        inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
+        if config.warmup.mode == "train":
+            inputs["pool"] = pool.fingerprint
     return Stage("warmup", inputs, ("warmup",))
 
 

@@ -60,19 +60,14 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @property
-    def log(self) -> Path:
-        """Where the log of all sessions goes."""
-        return self.path / "log.txt"
-
     def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
-        """Compare every stage with what the folder holds, before any work; remove what is stale.
+        """Compare every stage with what the folder holds, before any work.
 
         Raises:
             RunError: If that would cost work, unless `overwrite`: it names the stage, and the
                 first difference, which may lie in an earlier stage.
         """
-        stale, reason = [], ""
+        reason = ""
         for stage in stages:
             manifest = self._manifest(stage.name)
             told = (
@@ -82,7 +77,6 @@ class Run:
             )
             if manifest is None or not told:
                 continue
-            stale.append(stage)
             reason = reason or f"{stage.name}: {told}"
             costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
             if costly and not overwrite:
@@ -90,15 +84,21 @@ class Run:
                     f"{self.path} holds the stage {stage.name!r} made with other settings "
                     f"({reason}). Use another --output-dir, or --overwrite to do it again"
                 )
-        for stage in stale:
-            logger.info("%s is done again (%s)", stage.name, reason)
-            self._remove(stage)
+        if reason:
+            logger.info("done again: all that depends on %s", reason)
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[bool]:
-        """Yield whether the stage is still to do; mark it complete when the block ends well."""
+        """Yield whether the stage is still to do; mark it complete when the block ends well.
+
+        What it left with other inputs is removed first.
+        """
         manifest = self._manifest(stage.name)
-        if manifest and manifest["complete"]:
+        if manifest and manifest["inputs"] != _plain(stage.inputs):
+            self._remove(stage, manifest)
+            manifest = None
+        whole = all((self.path / output).exists() for output in stage.outputs)
+        if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             yield False
             return
@@ -135,14 +135,16 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(manifest, indent=2).encode())
 
-    def _remove(self, stage: Stage) -> None:
-        (self.path / "manifests" / f"{stage.name}.json").unlink()
+    def _remove(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
+        """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""
+        path = self.path / "manifests" / f"{stage.name}.json"
+        write_atomically(path, json.dumps({**manifest, "complete": False}).encode())
         for output in stage.outputs:
-            path = self.path / output
-            if path.is_dir():
-                shutil.rmtree(path)
+            if (self.path / output).is_dir():
+                shutil.rmtree(self.path / output)
             else:
-                path.unlink(missing_ok=True)
+                (self.path / output).unlink(missing_ok=True)
+        path.unlink()
 
 
 @contextmanager
@@ -157,17 +159,22 @@ def open_run(path: Path) -> Iterator[Run]:
     names = {entry.name for entry in path.iterdir()} - {".lock"} if path.exists() else set()
     if names and ".owner" not in names:
         raise RunError(f"{path} is not empty and is not a gradsift run; use another --output-dir")
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", blocking=False)
     try:
-        with lock:
-            (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}")
-            yield Run(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", blocking=False)
+        lock.acquire()
     except Timeout:
         owner = (path / ".owner").read_text() if (path / ".owner").exists() else "another process"
         raise RunError(
             f"{path} is in use by {owner}; wait for it to end or use another --output-dir"
         ) from None
+    except OSError as error:
+        raise RunError(f"cannot write to the run folder {path}: {error}") from None
+    try:
+        (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}")
+        yield Run(path)
+    finally:
+        lock.release()
 
 
 def read_config(path: Path) -> Config:
@@ -211,8 +218,8 @@ def read_checkpoints(directory: Path) -> list[Checkpoint]:
 def identity(name: str) -> str:
     """Return what tells this model or adapter from another under the same name.
 
-    For a folder: a hash over its files, of large ones only the two ends, so that it takes no time
-    with 100 GB of weights. For a Hub id: the commit.
+    For a folder: a hash over its files, of large ones over pieces spread evenly, so that it takes
+    no time with 100 GB of weights. For a Hub id: the commit.
 
     Raises:
         ModelError: If the name is neither a folder nor a model on the Hub.
@@ -226,20 +233,23 @@ def identity(name: str) -> str:
             return AutoConfig.from_pretrained(name)._commit_hash or name
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {name!r}: {error}") from error
-    end = 1 << 20  # bytes
+    piece, pieces = 1 << 16, 256  # 16 MiB of each file at most
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(name).iterdir() if p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
+        step = max(piece, size // pieces)
         with path.open("rb") as file:
-            digest.update(file.read(end))
-            file.seek(max(size - end, 0))
-            digest.update(file.read(end))
+            for start in [*range(0, size, step), max(size - piece, 0)]:
+                file.seek(start)
+                digest.update(file.read(piece))
     return digest.hexdigest()
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
+    """Return the largest resident size of this process so far, in bytes; 0 on Windows."""
+    if sys.platform == "win32":
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

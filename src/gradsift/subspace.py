@@ -69,6 +69,7 @@ def fit_subspace(
     left, sigma_k = directions[:, :kept], sigma[:kept]
     largest = left[np.abs(left).argmax(axis=0), np.arange(kept)]
     left = left * np.sign(largest)
+    left[np.diag(gram) == 0] = 0  # no gradient, no direction: not even one of rounding
     return Subspace(left / sigma_k, left * sigma_k, sigma)
 
 

@@ -87,38 +87,12 @@ def train(
     Raises:
         NumericsError: If the loss or its gradient stops being finite.
     """
-    device = next(model.parameters()).device
-    dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
-    micro = min(settings.micro_batch_size, settings.batch_size)
     steps = math.ceil(len(examples) / settings.batch_size) * settings.epochs
     with tempfile.TemporaryDirectory() as scratch, track(label, steps, "steps") as advance:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // micro,
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
-            # rounded down: as a ratio it is rounded up, and a warm-up of one step learns nothing
-            warmup_steps=int(settings.warmup_ratio * steps),
-            weight_decay=settings.weight_decay,
-            bf16=device.type == "cuda" and dtype == torch.bfloat16,
-            fp16=device.type == "cuda" and dtype == torch.float16,
-            use_cpu=device.type == "cpu",
-            seed=settings.seed,
-            save_strategy="no",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.type == "cuda",
-            disable_tqdm=True,
-            report_to="none",
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
         watcher = _Watcher(on_epoch, advance)
         trainer = Trainer(
             model=model,  # type: ignore[arg-type]
-            args=arguments,
+            args=_arguments(settings, model, steps, scratch),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=_collate,
             callbacks=[watcher],
@@ -127,6 +101,38 @@ def train(
             trainer.remove_callback(callback)
         trainer.train()
     return watcher.log
+
+
+def _arguments(
+    settings: WarmupConfig, model: nn.Module, steps: int, scratch: str
+) -> TrainingArguments:
+    device = next(model.parameters()).device
+    dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
+    micro = min(settings.micro_batch_size, settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        # rounded down: as a ratio it is rounded up, and a warm-up of one step learns nothing
+        warmup_steps=int(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        bf16=device.type == "cuda" and dtype == torch.bfloat16,
+        fp16=device.type == "cuda" and dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
+    return arguments
 
 
 @torch.no_grad()
@@ -177,7 +183,7 @@ class _Watcher(TrainerCallback):
     def on_epoch_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
         self._epoch += 1
         mean = sum(self._rates) / len(self._rates)
-        self._rates = self._rates[:0]
+        self._rates = []
         self._on_epoch(self._epoch, mean, getattr(optimizer, "optimizer", optimizer))
 
 

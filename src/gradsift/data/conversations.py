@@ -49,13 +49,13 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """Return the name of the schema that the (renamed) row fits, mapped columns first.
+    """Return the name of the schema that the row fits once renamed, mapped columns first.
 
     >>> detect({"instruction": "Add.", "output": "2"}, {})
     'alpaca'
     """
     mapped = {field for field, name in columns.items() if name in row}
-    for present in (mapped, row.keys()):
+    for present in (mapped, rename(row, columns).keys()):
         for schema, required in _SCHEMAS.items():
             if required <= present:
                 return schema

@@ -52,7 +52,7 @@ _SCHEMA = pa.schema(
         "prompt_hash": pa.binary(16),  # of all but the assistant turns; null where there are none
         "input_ids": pa.list_(pa.int32()),
         "supervised": pa.list_(pa.bool_()),
-        "raw": pa.binary(),
+        "raw": pa.large_binary(),  # picks may hold more than 2 GiB
     }
 )
 
@@ -107,7 +107,7 @@ class EncodedSet:
         """Return the conversations of some rows, understood as they were when they came in."""
         table = self.take(rows, ["raw", "schema"])
         return [
-            to_messages(rename(json.loads(raw.removeprefix(b"\xef\xbb\xbf")), columns), schema)
+            to_messages(rename(json.loads(raw), columns), schema)
             for raw, schema in zip(
                 table["raw"].to_pylist(), table["schema"].to_pylist(), strict=True
             )

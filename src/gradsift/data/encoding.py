@@ -116,7 +116,7 @@ class Encoder:
             if self._marked:
                 return self._apply(messages, marked=True)
             return self._by_prefixes(messages)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             return UnusableRowError(f"the chat template refuses it: {error}")
 
     def _by_prefixes(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -160,8 +160,8 @@ def _end_of_turn(text: str, start: int, content: str) -> int:
     Where a template ends a turn by white space alone, that white space is the end-of-turn mark.
     """
     turn = text[start:]
-    _, found, tail = turn.partition(content.strip())
-    return start + len(turn.rstrip() if found and tail.strip() else turn)
+    _, _, tail = turn.partition(content.strip() or "\0")
+    return start + len(turn.rstrip() if tail.strip() or not content.strip() else turn)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
@@ -170,7 +170,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     if template is not None:
         try:
             return Path(template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read the chat template {template!r}: {error}") from None
     if tokenizer.chat_template is None:
         logger.warning(

@@ -11,17 +11,21 @@ import csv
 import glob
 import hashlib
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+from fsspec.compression import available_compressions
 
 from gradsift.errors import DataError
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LINES = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KNOWN = (*_LINES, ".json", *_SEPARATORS, ".parquet")
@@ -52,8 +56,13 @@ class Source:
     @property
     def stem(self) -> str:
         """The name that its rows have as `source` where they name none."""
-        name = re.sub(r":[\w.-]+$", "", self.name) if self.kind == "hub" else self.name
-        return Path(name).name.split(".")[0]
+        match = _HUB.fullmatch(self.name) if self.kind == "hub" else None
+        if match is not None:
+            return match["id"].partition("/")[2]
+        path = Path(self.name)
+        while self.kind != "folder" and path.suffix in (*_COMPRESSED, *_KNOWN):
+            path = path.with_suffix("")
+        return path.name
 
     def fingerprint(self) -> str:
         """Return a hash of the content; for a Hub data set, its name."""
@@ -73,7 +82,13 @@ class Source:
             DataError: If the whole source cannot be read.
         """
         readers = {"lines": _read_lines, "json": _read_json, "csv": _read_csv}
-        return readers[self.kind](self.name) if self.kind in readers else _read_data_set(self)
+        try:
+            if self.kind in readers:
+                yield from readers[self.kind](self.name)
+            else:
+                yield from _read_data_set(self)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise DataError(f"cannot read {self.name!r}: {error}") from error
 
 
 def resolve(specs: Iterable[str]) -> list[Source]:
@@ -103,6 +118,8 @@ def _local(name: str) -> Source:
     path = Path(name)
     if path.is_dir():
         return Source(name, "folder")
+    if path.suffix == ".zst" and "zstd" not in available_compressions():
+        raise DataError(f"reading {name!r} needs zstandard: pip install zstandard")
     suffix = next((s for s in reversed(path.suffixes) if s not in _COMPRESSED), "")
     if suffix in _LINES:
         return Source(name, "lines")
@@ -121,23 +138,26 @@ def _read_lines(name: str) -> Iterator[Row]:
     with fsspec.open(name, "rb", compression="infer") as file:
         for number, line in enumerate(file, start=1):  # type: ignore[arg-type]
             raw = line.removesuffix(b"\n")
+            if number == 1:
+                raw = raw.removeprefix(_BYTE_ORDER_MARK)
             if raw.strip():
                 yield _parse(name, number, raw)
 
 
 def _parse(name: str, number: int, raw: bytes) -> Row:
     try:
-        value = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+        value = json.loads(raw)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except json.JSONDecodeError as error:
         return Row(
             name, number, raw, problem=f"not valid JSON: {error.msg} at column {error.colno}"
         )
     except UnicodeDecodeError as error:
         return Row(name, number, raw, problem=f"not valid UTF-8 at byte {error.start}")
-    return _row(name, number, raw, value)
-
-
-def _row(name: str, number: int, raw: bytes, value: Any) -> Row:
+    except UnicodeEncodeError:
+        return Row(name, number, raw, problem="not valid Unicode: half of a surrogate pair")
+    except (ValueError, RecursionError) as error:
+        return Row(name, number, raw, problem=f"not readable JSON: {error}")
     if not isinstance(value, dict):
         problem = f"expected a JSON object, found {type(value).__name__}"
         return Row(name, number, raw, problem=problem)
@@ -147,7 +167,7 @@ def _row(name: str, number: int, raw: bytes, value: Any) -> Row:
 def _read_json(name: str) -> Iterator[Row]:
     """Yield the elements of a JSON array, or the lines of a JSON Lines file under another name."""
     with fsspec.open(name, "rb", compression="infer") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[union-attr]
+        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()  # type: ignore[union-attr]
         if not start.startswith(b"["):
             yield from _read_lines(name)
             return
@@ -157,7 +177,8 @@ def _read_json(name: str) -> Iterator[Row]:
         except ValueError as error:
             raise DataError(f"{name} is not valid JSON: {error}") from None
     for number, value in enumerate(values, start=1):
-        yield _row(name, number, json.dumps(value, ensure_ascii=False).encode(), value)
+        raw = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        yield _parse(name, number, raw)
 
 
 def _read_csv(name: str) -> Iterator[Row]:
@@ -185,7 +206,7 @@ def _read_data_set(source: Source) -> Iterator[Row]:
         for number, value in enumerate(_load(source), start=1):
             raw = json.dumps(value, ensure_ascii=False, default=str).encode()
             yield Row(source.name, number, raw, value)
-    except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
+    except (pa.ArrowException, DatasetsError) as error:
         raise DataError(f"cannot read {source.name!r}: {error}") from error
 
 
@@ -194,13 +215,10 @@ def _load(source: Source) -> Iterable[dict[str, Any]]:
 
     if source.kind == "parquet":
         return datasets.load_dataset(
-            "parquet", data_files=source.name, split="train", streaming=True
+            "parquet", data_files=glob.escape(source.name), split="train", streaming=True
         )
     if source.kind == "folder" and (Path(source.name) / "state.json").exists():
-        loaded = datasets.load_from_disk(source.name)
-        if isinstance(loaded, datasets.Dataset):
-            return loaded  # type: ignore[return-value]
-        raise DataError(f"{source.name!r} holds the splits {[*loaded]}; name the folder of one")
+        return datasets.load_from_disk(source.name)  # type: ignore[return-value]
     match = _HUB.fullmatch(source.name) if source.kind == "hub" else None
     name = match["id"] if match else source.name
     splits = datasets.load_dataset(name, match["config"] if match else None, streaming=True)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config, GistConfig
 from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import NumericsError
+from gradsift.errors import NumericsError, RunError
 from gradsift.progress import track
 from gradsift.scores import Alignment, View
 from gradsift.store import write_atomically
@@ -72,6 +73,12 @@ def measure_subspaces(
         if len(broken):
             raise _not_finite(f"gradient of the target {directory.name!r}", target, broken)
         subspace = fit_subspace(gram, config.gist.rank, dtype)
+        if subspace.rank == 1 and not config.gist.norm_power:
+            logger.warning(
+                "%s has a single direction: every score is 1 or -1 and the pool's order decides; "
+                "give more target examples or set gist.norm_power=1",
+                directory.name,
+            )
         _save_subspace(subspace, directory / f"{checkpoint.label}.safetensors")
         spectra[checkpoint.label] = _spectrum(subspace)
         logger.info(
@@ -144,8 +151,19 @@ def load_pool(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Return what the pool pass stored under these names, for the whole pool."""
     paths = sorted((run / "coordinates" / checkpoint.label).glob("*.safetensors"))
-    shards = [load_file(path) for path in paths]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in names}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for path in paths:
+        with safe_open(path, "np") as shard:
+            for name, part in parts.items():
+                part.append(shard.get_tensor(name))
+    stored = {name: np.concatenate(part) for name, part in parts.items()}
+    num_pool = len(EncodedSet(run / "data" / "pool.parquet"))
+    if any(len(values) != num_pool for values in stored.values()):
+        raise RunError(
+            f"shards are missing in {paths[0].parent}; remove manifests/coordinates.json in {run} "
+            "and run the same command: what is there is kept"
+        )
+    return stored
 
 
 def load_subspace(run: Path, name: str, checkpoint: Checkpoint) -> Subspace:

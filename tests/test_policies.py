@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gradsift.config import PolicyConfig
 from gradsift.data import Message
 from gradsift.errors import ConfigError
-from gradsift.policies import Candidates, Picks, Texts, check_policy, pick, shingles
+from gradsift.policies import Candidates, Picks, check_policy, pick
+from gradsift.repeats import Texts, shingles
 
 
 def texts(contents: Sequence[str], prefix: str = "p") -> Texts:

@@ -22,7 +22,8 @@ from gradsift.config import Config, merge
 from gradsift.data import EncodedSet, Encoder, encode_set, resolve
 from gradsift.errors import DataError
 from gradsift.methods import gist
-from gradsift.policies import Candidates, Texts, check_policy, pick
+from gradsift.policies import Candidates, check_policy, pick
+from gradsift.repeats import Texts
 from gradsift.scores import Alignment, View
 from gradsift.stages import Plan, data_sets
 from gradsift.store import Run, open_run, read_checkpoints, write_atomically
@@ -76,7 +77,8 @@ def run(
     plan = Plan.of(config)
     with open_run(Path(output_dir)) as folder:
         folder.prepare(plan, overwrite)
-        folder.write_config(config)
+        if not (folder.path / "config.yaml").exists():
+            folder.write_config(config)
         pool, targets = _encode(config, plan, folder, strict)
         sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
         check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
@@ -101,6 +103,7 @@ def run(
             with folder.stage(plan.selections[name]) as todo:
                 if todo:
                     _select(config, folder, name, pool, target, aligned(name))
+        folder.write_config(config)  # only now is it that of what the folder holds
         facts = folder.facts(plan)
         return RunResult(
             path=folder.path,

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from jaxtyping import Float, Int
 
 from gradsift.config import PolicyConfig, parse_share
-from gradsift.data import Message
-from gradsift.data.encoded import normalise
 from gradsift.errors import ConfigError
+from gradsift.repeats import Refusal, Repeats, Texts
 from gradsift.types import Budget
-
-_PERMUTATIONS = 128
-_WORDS = 3  # words of one shingle
-# in scripts that put no spaces between words (Thai, Chinese, Japanese), each character is one
-_WORD = re.compile(
-    "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+"
-)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is compared to find repeated examples, row by row.
-
-    Hashes are those of the encoded set; `conversations` fetches some rows' texts, in bulk.
-    """
-
-    ids: Sequence[str]
-    text_hashes: Sequence[bytes]
-    prompt_hashes: Sequence[bytes | None]
-    conversations: Callable[[Sequence[int]], list[list[Message]]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +24,6 @@ class Candidates:
     texts: Texts
     sources: Sequence[str]
     num_tokens: Int[np.ndarray, " example"]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An example that was passed over; `like` is the id of the one it repeats."""
-
-    row: int
-    reason: str
-    like: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +61,7 @@ def pick(
             {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
         )
 
-    repeats = _Repeats(pool.texts, target, policy, upcoming)
+    repeats = Repeats(pool.texts, target, policy, upcoming)
     picked: dict[int, int] = {}
     refused: dict[int, Refusal] = {}
 
@@ -215,110 +183,3 @@ class _Purse:
         unit = "tokens" if self.in_tokens else "examples"
         told = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
         return f"{self.spent} of {self.limit} {unit} picked, all others were refused ({told})"
-
-
-class _Repeats:
-    """Which examples repeat a target example or an earlier pick, exactly or nearly.
-
-    Near means a Jaccard similarity of three-word shingles, found by MinHash and then computed
-    exactly (Broder, 1997). Texts are fetched for those examples alone that come into question.
-    """
-
-    def __init__(
-        self,
-        pool: Texts,
-        target: Texts,
-        policy: PolicyConfig,
-        upcoming: Callable[[], list[int]],
-    ) -> None:
-        self._pool = pool
-        self._policy = policy
-        self._upcoming = upcoming
-        self._shingles: dict[int, frozenset[str]] = {}
-        self._target: dict[bytes, str] = {}
-        self._picked: dict[bytes, str] = {}
-        self._near_target = _NearIndex(policy.similarity)
-        self._near_picked = _NearIndex(policy.similarity)
-        if policy.decontaminate != "none":
-            for hashes in (target.prompt_hashes, target.text_hashes):
-                found = zip(hashes, target.ids, strict=True)
-                self._target |= {key: name for key, name in found if key is not None}
-        if policy.decontaminate == "near":
-            conversations = target.conversations(range(len(target.ids)))
-            for name, messages in zip(target.ids, conversations, strict=True):
-                self._near_target.add(name, shingles(messages))
-
-    def refuses(self, row: int) -> Refusal | None:
-        text, prompt = self._pool.text_hashes[row], self._pool.prompt_hashes[row]
-        like = self._target.get(text)
-        if like is None and prompt is not None:
-            like = self._target.get(prompt)
-        if like is None and self._policy.decontaminate == "near":
-            like = self._near_target.find(self._shingles_of(row))
-        if like is not None:
-            return Refusal(row, "repeats the target", like)
-        like = self._picked.get(text)
-        if like is None and self._policy.duplicates == "near":
-            like = self._near_picked.find(self._shingles_of(row))
-        return None if like is None else Refusal(row, "repeats a pick", like)
-
-    def remember(self, row: int) -> None:
-        if self._policy.duplicates == "keep":
-            return
-        self._picked[self._pool.text_hashes[row]] = self._pool.ids[row]
-        if self._policy.duplicates == "near":
-            self._near_picked.add(self._pool.ids[row], self._shingles_of(row))
-
-    def _shingles_of(self, row: int) -> frozenset[str]:
-        if row not in self._shingles:
-            rows = self._upcoming()
-            conversations = self._pool.conversations(rows)
-            self._shingles = {
-                r: shingles(messages) for r, messages in zip(rows, conversations, strict=True)
-            }
-        return self._shingles[row]
-
-
-class _NearIndex:
-    """Sets of shingles, and the question whether another is near one of them."""
-
-    def __init__(self, similarity: float) -> None:
-        self._similarity = similarity
-        # far more weight on not missing a pair: what is found is checked exactly
-        self._index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
-        self._members: list[tuple[str, frozenset[str]]] = []
-
-    def add(self, name: str, members: frozenset[str]) -> None:
-        self._index.insert(len(self._members), _minhash(members))
-        self._members.append((name, members))
-
-    def find(self, members: frozenset[str]) -> str | None:
-        """Return the name of the first of the most similar, None where none is near."""
-        if not self._members:
-            return None
-        found = sorted(int(i) for i in self._index.query(_minhash(members)))  # type: ignore[arg-type]
-        likeness = [_jaccard(members, self._members[i][1]) for i in found]
-        if not found or max(likeness) < self._similarity:
-            return None
-        return self._members[found[likeness.index(max(likeness))]][0]
-
-
-def shingles(messages: Sequence[Message]) -> frozenset[str]:
-    """Return the runs of three words of a conversation, blind to case and white space.
-
-    >>> sorted(shingles([{"role": "user", "content": "Add one and Two"}]))
-    ['add one and', 'one and two']
-    """
-    words = _WORD.findall(normalise(" ".join(m["content"] for m in messages)))
-    starts = range(max(1, len(words) - _WORDS + 1))
-    return frozenset(" ".join(words[i : i + _WORDS]) for i in starts)
-
-
-def _minhash(members: frozenset[str]) -> MinHash:
-    result = MinHash(num_perm=_PERMUTATIONS, seed=1)
-    result.update_batch([member.encode() for member in members])
-    return result
-
-
-def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other)

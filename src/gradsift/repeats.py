@@ -1,0 +1,154 @@
+"""Examples that repeat another, exactly or nearly: what decontamination and deduplication look for.
+
+Near means a Jaccard similarity of three-word shingles, found by MinHash and then computed exactly
+(Broder, 1997).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from datasketch import MinHash, MinHashLSH
+
+from gradsift.config import PolicyConfig
+from gradsift.data import Message
+from gradsift.data.encoded import normalise
+
+_PERMUTATIONS = 128
+_WORDS = 3  # words of one shingle
+# in scripts that put no spaces between words (Thai, Chinese, Japanese), each character is one
+_WORD = re.compile(
+    "[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+"
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is compared to find repeated examples, row by row.
+
+    Hashes are those of the encoded set; `conversations` fetches some rows' texts, in bulk.
+    """
+
+    ids: Sequence[str]
+    text_hashes: Sequence[bytes]
+    prompt_hashes: Sequence[bytes | None]
+    conversations: Callable[[Sequence[int]], list[list[Message]]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An example that was passed over; `like` is the id of the one it repeats."""
+
+    row: int
+    reason: str
+    like: str | None = None
+
+
+class Repeats:
+    """Which pool examples repeat a target example or an earlier pick.
+
+    Texts are fetched for those examples alone that come into question: `upcoming` says which.
+    """
+
+    def __init__(
+        self,
+        pool: Texts,
+        target: Texts,
+        policy: PolicyConfig,
+        upcoming: Callable[[], list[int]],
+    ) -> None:
+        self._pool = pool
+        self._policy = policy
+        self._upcoming = upcoming
+        self._shingles: dict[int, frozenset[str]] = {}
+        self._target: dict[bytes, str] = {}
+        self._picked: dict[bytes, str] = {}
+        self._near_target = _NearIndex(policy.similarity)
+        self._near_picked = _NearIndex(policy.similarity)
+        if policy.decontaminate != "none":
+            for hashes in (target.prompt_hashes, target.text_hashes):
+                found = zip(hashes, target.ids, strict=True)
+                self._target |= {key: name for key, name in found if key is not None}
+        if policy.decontaminate == "near":
+            conversations = target.conversations(range(len(target.ids)))
+            for name, messages in zip(target.ids, conversations, strict=True):
+                self._near_target.add(name, shingles(messages))
+
+    def refuses(self, row: int) -> Refusal | None:
+        """Return why the example is not to be picked, None where it repeats nothing."""
+        text, prompt = self._pool.text_hashes[row], self._pool.prompt_hashes[row]
+        like = self._target.get(text)
+        if like is None and prompt is not None:
+            like = self._target.get(prompt)
+        if like is None and self._policy.decontaminate == "near":
+            like = self._near_target.find(self._shingles_of(row))
+        if like is not None:
+            return Refusal(row, "repeats the target", like)
+        like = self._picked.get(text)
+        if like is None and self._policy.duplicates == "near":
+            like = self._near_picked.find(self._shingles_of(row))
+        return None if like is None else Refusal(row, "repeats a pick", like)
+
+    def remember(self, row: int) -> None:
+        """Refuse from now on what repeats this pick."""
+        if self._policy.duplicates == "keep":
+            return
+        self._picked[self._pool.text_hashes[row]] = self._pool.ids[row]
+        if self._policy.duplicates == "near":
+            self._near_picked.add(self._pool.ids[row], self._shingles_of(row))
+
+    def _shingles_of(self, row: int) -> frozenset[str]:
+        if row not in self._shingles:
+            rows = self._upcoming()
+            conversations = self._pool.conversations(rows)
+            self._shingles = {
+                r: shingles(messages) for r, messages in zip(rows, conversations, strict=True)
+            }
+        return self._shingles[row]
+
+
+class _NearIndex:
+    """Sets of shingles, and the question whether another is near one of them."""
+
+    def __init__(self, similarity: float) -> None:
+        self._similarity = similarity
+        # far more weight on not missing a pair: what is found is checked exactly
+        self._index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+        self._members: list[tuple[str, frozenset[str]]] = []
+
+    def add(self, name: str, members: frozenset[str]) -> None:
+        self._index.insert(len(self._members), _minhash(members))
+        self._members.append((name, members))
+
+    def find(self, members: frozenset[str]) -> str | None:
+        """Return the name of the first of the most similar, None where none is near."""
+        if not self._members:
+            return None
+        found = sorted(int(i) for i in self._index.query(_minhash(members)))  # type: ignore[arg-type]
+        likeness = [_jaccard(members, self._members[i][1]) for i in found]
+        if not found or max(likeness) < self._similarity:
+            return None
+        return self._members[found[likeness.index(max(likeness))]][0]
+
+
+def shingles(messages: Sequence[Message]) -> frozenset[str]:
+    """Return the runs of three words of a conversation, blind to case and white space.
+
+    >>> sorted(shingles([{"role": "user", "content": "Add one and Two"}]))
+    ['add one and', 'one and two']
+    """
+    words = _WORD.findall(normalise(" ".join(m["content"] for m in messages)))
+    starts = range(max(1, len(words) - _WORDS + 1))
+    return frozenset(" ".join(words[i : i + _WORDS]) for i in starts)
+
+
+def _minhash(members: frozenset[str]) -> MinHash:
+    result = MinHash(num_perm=_PERMUTATIONS, seed=1)
+    result.update_batch([member.encode() for member in members])
+    return result
+
+
+def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other)

@@ -235,6 +235,13 @@ def test_a_hub_id_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
         encode(tmp_path, "nobody/nothing:test")
 
 
+def test_a_mapped_column_that_is_not_there_is_named(tmp_path: Path, write: Write) -> None:
+    path = write("pool.jsonl", [{"question": "q", "answer": "a"}])
+    columns = {"prompt": "qestion", "completion": "answer"}
+    with pytest.raises(DataError, match=r"question, answer; no column qestion as mapped"):
+        encode(tmp_path, path, columns=columns)
+
+
 def test_csv_rows_of_another_width_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"NA\n",007\nx\na,b,c\n')

@@ -72,7 +72,10 @@ def test_a_token_budget_ends_at_the_first_that_does_not_fit() -> None:
     [
         ("31", "a budget of 31 examples, but the pool holds 30"),
         ("301tok", "a budget of 301 tokens, but the pool holds 300"),
-        ("9tok", "nothing can be picked within 9tok: .*30 for longer than the whole budget"),
+        (
+            "9tok",
+            "within a budget of 9tok: .*30 for longer than the whole budget",
+        ),
     ],
 )
 def test_impossible_budgets(budget: str, message: str) -> None:
@@ -85,7 +88,7 @@ def test_what_is_too_long_or_refused_does_not_end_the_picks() -> None:
     picks = run([3, 2, 1], tokens=[9, 9, 9], sources=["a", "a", "b"], budget="27tok",
                 source_cap={"a": "40%"})  # fmt: skip
     assert (picks.rows, [r.row for r in picks.refused]) == ([0, 2], [1])
-    assert picks.shortfall == ("18 of 27 tokens picked, all others were refused (1 for source cap)")
+    assert picks.shortfall == ("18 of 27 tokens picked, the rest was refused (1 for source cap)")
 
 
 def test_a_cap_without_room_for_one_is_refused() -> None:
@@ -127,7 +130,7 @@ def test_source_caps() -> None:
     assert picks.refused[0].reason == "source cap"
     picks = run([5, 4, 3, 2, 1], sources=sources, budget="4", source_cap={"a": "25%"})
     assert picks.rows == [0, 3, 4]
-    assert picks.shortfall == "3 of 4 examples picked, all others were refused (2 for source cap)"
+    assert picks.shortfall == "3 of 4 examples picked, the rest was refused (2 for source cap)"
     with pytest.raises(ConfigError, match="names the source 'c', which the pool does not have"):
         run([1, 2], sources=["a", "b"], source_cap={"c": "5%"})
 

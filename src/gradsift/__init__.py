@@ -14,18 +14,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gradsift.config import Config
     from gradsift.errors import GradsiftError
-    from gradsift.explain import Explanation, explain
+    from gradsift.explanation import Explanation, explain
     from gradsift.pipeline import run, select
     from gradsift.types import Budget, RunResult, Selection
 
 _HOME = {
     "Budget": "types",
     "Config": "config",
-    "Explanation": "explain",
+    "Explanation": "explanation",
     "GradsiftError": "errors",
     "RunResult": "types",
     "Selection": "types",
-    "explain": "explain",
+    "explain": "explanation",
     "run": "pipeline",
     "select": "pipeline",
 }

@@ -57,9 +57,10 @@ def select(
         list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")
     ] = [],  # noqa: B006
     target: Annotated[
-        list[str], typer.Option(metavar="NAME=FILE", help="the task you care about; repeatable")
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable"),
     ] = [],  # noqa: B006
-    budget: Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok  [default: 5%]")] = None,
+    budget: Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")] = None,
     adapter: Annotated[
         str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
     ] = None,
@@ -108,7 +109,7 @@ def explain(
     """Say how one pool example fared: scores, ranks, what it is like, why it was picked or not."""
     from rich.console import Console
 
-    from gradsift.explain import explain as explained
+    from gradsift.explanation import explain as explained
 
     console = Console()
     for explanation in explained(run, example):
@@ -220,6 +221,6 @@ def _show(result: RunResult) -> None:
     if result.num_rejected:
         path = result.path / "rejected.jsonl"
         console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)
-    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-    console.print(f"stages: {took}", highlight=False)
+    took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    console.print(f"seconds of each stage when it was done: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)

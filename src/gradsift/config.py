@@ -312,7 +312,8 @@ def _explain(error: dict[str, Any]) -> str:
         flag = _FLAGS.get(where)
         return f"missing setting {where!r}" + (f": give {flag}" if flag else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (found {error['input']!r})" if path else message
+    found = "" if "found " in message else f" (found {error['input']!r})"
+    return f"{where}: {message}{found}" if path else message
 
 
 def _keys_of(path: list[str]) -> list[str]:

@@ -195,7 +195,9 @@ def _select(
     picks = pick(turns, candidates, _texts(target, columns), policy)
     if picks.shortfall:
         logger.warning("%s: %s", name, picks.shortfall)
-    logger.info("%s: %d picks, %d refused", name, len(picks.rows), len(picks.refused))
+    reasons = Counter(refusal.reason for refusal in picks.refused)
+    told = ", ".join(f"{count} refused: {reason}" for reason, count in reasons.most_common())
+    logger.info("%s: %d picks, %s", name, len(picks.rows), told or "none refused")
     rows, own = np.array(picks.rows, np.int64), np.array(picks.turns, np.int64)
     winners = alignment.winners(policy, rows, own)
     why = _described(pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))

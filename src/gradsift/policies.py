@@ -84,7 +84,7 @@ def pick(
         pass
     shortfall = purse.shortfall(Counter(r.reason for r in refused.values()))
     if not picked:
-        raise ConfigError(f"nothing can be picked within {policy.budget}: {shortfall}")
+        raise ConfigError(f"nothing can be picked within a budget of {policy.budget}: {shortfall}")
     return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
 
 
@@ -182,4 +182,4 @@ class _Purse:
             return None
         unit = "tokens" if self.in_tokens else "examples"
         told = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
-        return f"{self.spent} of {self.limit} {unit} picked, all others were refused ({told})"
+        return f"{self.spent} of {self.limit} {unit} picked, the rest was refused ({told})"

@@ -82,10 +82,10 @@ class Run:
             if costly and not overwrite:
                 raise RunError(
                     f"{self.path} holds the stage {stage.name!r} made with other settings "
-                    f"({reason}). Use another --output-dir, or --overwrite to do it again"
+                    f"({reason}). To keep its settings but for some, start from its own with "
+                    f"--config {self.path / 'config.yaml'}; else use another --output-dir, or "
+                    "--overwrite to do it again"
                 )
-        if reason:
-            logger.info("done again: all that depends on %s", reason)
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[bool]:
@@ -94,7 +94,9 @@ class Run:
         What it left with other inputs is removed first.
         """
         manifest = self._manifest(stage.name)
-        if manifest and manifest["inputs"] != _plain(stage.inputs):
+        told = "; ".join(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else ""
+        if manifest and told:
+            logger.info("%s is done again: %s", stage.name, told)
             self._remove(stage, manifest)
             manifest = None
         whole = all((self.path / output).exists() for output in stage.outputs)
@@ -198,6 +200,9 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> N
         content(partial)
     else:
         partial.write_bytes(content)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors would keep its files from everybody else
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,8 +77,8 @@ class Selection:
 
     target: str
     path: Path
-    picks: pa.Table
-    refused: pa.Table
+    picks: pa.Table = field(repr=False)
+    refused: pa.Table = field(repr=False)
     shortfall: str | None = None
 
 

@@ -64,7 +64,7 @@ def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
         rates[folder.name] = mean_rate
 
     logger.info(
-        "warm-up on %d examples in %d steps",
+        "warm-up on %d examples, optimizer steps: %d",
         count,
         math.ceil(count / warmup.batch_size) * warmup.epochs,
     )

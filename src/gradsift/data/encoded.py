@@ -164,7 +164,8 @@ def encode_set(
             if records:
                 writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
     if not accepted:
-        raise DataError(_nothing_usable(name, sources, reasons))
+        partial.unlink()
+        raise DataError(f"{_nothing_usable(name, sources, reasons)} (all in {rejected})")
     if reasons:
         logger.warning(
             "%s: %d of %d rows are unusable, for example: %s (all in rejected.jsonl)",
@@ -200,9 +201,11 @@ def _candidates(
                 schema = detect(row.value, columns)
                 if schema is None:
                     found = ", ".join(row.value)
+                    lacking = [c for c in columns.values() if c not in row.value]
+                    told = f"; no column {', '.join(lacking)} as mapped" if lacking else ""
                     raise DataError(
                         f"{row.file}:{row.line}: no known schema; expected {EXPECTED}; "
-                        f"found the columns {found or '(none)'}"
+                        f"found the columns {found or '(none)'}{told}"
                     )
                 logger.info("%s: %s", source.name, schema)
             fields = rename(row.value, columns)

@@ -95,10 +95,9 @@ def _explain(run: Path, config: Config, pool: EncodedSet, row: int, name: str) -
     alignment = gist.align(config.gist, run, name, target, checkpoints)
     scores, _ = alignment.scores()
     by_example = alignment.with_examples(np.array([row]))[0]
-    view, columns = alignment.views[-1], config.data.columns
+    columns = config.data.columns
     stored = gist.load_pool(run, checkpoints[-1], ("loss",))
     facts = pool.take([row], ["id", "source", "num_tokens"]).to_pylist()[0]
-    share = np.linalg.norm(view.pool[row]) / max(view.gradient_norms[row], 1e-30)
     # as in the ranking: ties go to the one that comes first in the pool
     position = (scores > scores[row]).sum() + (scores[:row] == scores[row]).sum() + 1
     return Explanation(
@@ -110,7 +109,7 @@ def _explain(run: Path, config: Config, pool: EncodedSet, row: int, name: str) -
         score=float(scores[row]),
         position=int(position),
         num_pool=len(pool),
-        projected_share=float(share),
+        projected_share=float(alignment.views[-1].projected_share(np.array([row]))[0]),
         loss=float(stored["loss"][row]),
         num_tokens=facts["num_tokens"],
         example=_shortened(pool.conversations([row], columns)[0]),

@@ -24,7 +24,7 @@ from gradsift.errors import DataError
 from gradsift.methods import gist
 from gradsift.policies import Candidates, check_policy, pick
 from gradsift.repeats import Texts
-from gradsift.scores import Alignment, View
+from gradsift.scores import Alignment
 from gradsift.stages import Plan, data_sets
 from gradsift.store import Run, open_run, read_checkpoints, write_atomically
 from gradsift.types import Checkpoint, RunResult, Selection
@@ -203,7 +203,7 @@ def _select(
     why = _described(pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
     for column, values in {
         "score": turns[rows, own],
-        "projected_share": _projected_share(alignment.views[-1], rows),
+        "projected_share": alignment.views[-1].projected_share(rows),
         "best": _column(target, "id").take(pa.array(winners)),
         "task": _column(target, "task").take(pa.array(winners)),
     }.items():
@@ -254,13 +254,6 @@ def source_shares(result: RunResult, name: str) -> list[SourceShare]:
 def _described(pool: EncodedSet, rows: np.ndarray) -> pa.Table:
     table = pool.take(rows, ["id", "source", "num_tokens"])
     return table.add_column(0, "row", pa.array(rows))
-
-
-def _projected_share(view: View, rows: np.ndarray) -> np.ndarray:
-    """Return ‖c‖/‖g‖: how much of an example's gradient lies in the subspace."""
-    norms = view.gradient_norms[rows]
-    projected = np.linalg.norm(view.pool[rows], axis=1)
-    return np.divide(projected, norms, out=np.zeros_like(norms), where=norms > 0)
 
 
 def _column(encoded: EncodedSet, name: str) -> pa.Array:

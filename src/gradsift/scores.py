@@ -28,6 +28,11 @@ class View:
     target: Float[np.ndarray, "query rank"]
     weight: float = 1.0
 
+    def projected_share(self, rows: Rows) -> Float[np.ndarray, " row"]:
+        """Return ‖c‖/‖g‖: how much of some examples' gradients lies in the subspace."""
+        norms = np.linalg.norm(self.pool[rows], axis=1)
+        return np.divide(norms, self.gradient_norms[rows], where=norms > 0, out=norms * 0)
+
     def cosines(
         self, rows: Rows, references: Float[np.ndarray, "reference rank"], norm_power: float
     ) -> Float[np.ndarray, "row reference"]:
@@ -35,12 +40,9 @@ class View:
 
         An example without a gradient has cosine 0 with everything.
         """
-        coordinates = self.pool[rows]
-        cosines = _unit(coordinates) @ _unit(references).T
+        cosines = _unit(self.pool[rows]) @ _unit(references).T
         if norm_power:
-            norms = np.linalg.norm(coordinates, axis=1)
-            share = np.divide(norms, self.gradient_norms[rows], where=norms > 0, out=norms * 0)
-            cosines *= (share**norm_power)[:, None]
+            cosines *= (self.projected_share(rows) ** norm_power)[:, None]
         return cosines * np.float32(self.weight)
 
 

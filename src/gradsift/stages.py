@@ -36,8 +36,9 @@ class Plan:
             DataError: If a pool or target file is not there.
             ModelError: If the model or adapter is not there.
         """
-        data = _data(config)
-        warmup = _warmup(config, data["pool"])
+        model = identity(config.model.name)
+        data = _data(config, model)
+        warmup = _warmup(config, model, data["pool"])
         subspaces = {
             name: _subspace(config, name, data[f"target.{name}"], warmup)
             for name in config.data.targets
@@ -70,8 +71,7 @@ def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
     return {"pool": config.data.pool} | targets
 
 
-def _data(config: Config) -> dict[str, Stage]:
-    tokenizer = identity(config.model.name)
+def _data(config: Config, model: str) -> dict[str, Stage]:
     shared = config.data.model_dump(include={"max_length", "columns", "template"})
     if config.data.template and Path(config.data.template).is_file():
         shared["template_hash"] = hashlib.sha256(
@@ -83,14 +83,14 @@ def _data(config: Config) -> dict[str, Stage]:
         files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
         outputs = (f"data/{name}.parquet", f"data/{name}.rejected.jsonl")
         stages[name] = Stage(
-            f"data/{name}", {"files": files, "tokenizer": tokenizer} | shared, outputs, cheap=True
+            f"data/{name}", {"files": files, "tokenizer": model} | shared, outputs, cheap=True
         )
     return stages
 
 
-def _warmup(config: Config, pool: Stage) -> Stage:
-    model = config.model.model_dump(include={"name", "dtype", "attention"})
-    inputs: dict[str, Any] = {"model": {"identity": identity(config.model.name)} | model}
+def _warmup(config: Config, model: str, pool: Stage) -> Stage:
+    settings = config.model.model_dump(include={"name", "dtype", "attention"})
+    inputs: dict[str, Any] = {"model": {"identity": model} | settings}
     if config.warmup.adapter is not None:
         if not Path(config.warmup.adapter).is_dir():
             raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")

@@ -70,12 +70,7 @@ class Run:
         reason = ""
         for stage in stages:
             manifest = self._manifest(stage.name)
-            told = (
-                "; ".join(_differences(manifest["inputs"], _plain(stage.inputs)))
-                if manifest
-                else ""
-            )
-            if manifest is None or not told:
+            if manifest is None or not (told := _told(manifest, stage)):
                 continue
             reason = reason or f"{stage.name}: {told}"
             costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
@@ -94,8 +89,7 @@ class Run:
         What it left with other inputs is removed first.
         """
         manifest = self._manifest(stage.name)
-        told = "; ".join(_differences(manifest["inputs"], _plain(stage.inputs))) if manifest else ""
-        if manifest and told:
+        if manifest and (told := _told(manifest, stage)):
             logger.info("%s is done again: %s", stage.name, told)
             self._remove(stage, manifest)
             manifest = None
@@ -265,8 +259,9 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(value))
+def _told(manifest: Mapping[str, Any], stage: Stage) -> str:
+    """Return how a stage differs from the one that was done; nothing if it does not."""
+    return "; ".join(_differences(manifest["inputs"], json.loads(json.dumps(stage.inputs))))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ def project_pool(
             for shard in missing:
                 tensors = _project_shard(config, model, pool, shard, basis)
                 tensors |= _split(tensors.pop("coordinates"), ranks)
-                write_atomically(shard.path, lambda path, t=tensors: save_file(t, path))
+                write_atomically(shard.path, partial(save_file, tensors))
                 advance(shard.stop - shard.start)
 
 
@@ -179,7 +180,7 @@ def _save_subspace(subspace: Subspace, path: Path) -> None:
         "singular_values": np.ascontiguousarray(subspace.singular_values),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: save_file(tensors, partial))
+    write_atomically(path, partial(save_file, tensors))
 
 
 def _spectrum(subspace: Subspace) -> dict[str, Any]:

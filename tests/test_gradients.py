@@ -9,18 +9,12 @@ import torch.nn.functional as F
 
 import models
 import reference
-from gradsift.gradients import (
-    Batch,
-    PerExampleGradients,
-    blocks,
-    combine_rows,
-    gram_matrix,
-    plan_batches,
-    project,
-    token_losses,
-)
+from gradsift.batches import Batch, plan_batches
+from gradsift.gradients import PerExampleGradients, blocks, token_losses
+from gradsift.passes import build_basis, gram_matrix, project
 from gradsift.subspace import fit_subspace
 
+MEMORY = 10**9
 CASES = [
     (family, tied, targets)
     for family in ("llama", "qwen2", "mistral", "gpt2")
@@ -43,8 +37,8 @@ def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, ta
     coordinates, references, scores = reference.select(target_rows, pool_rows)
 
     model = models.adapted(family, tied, targets)
-    subspace = fit_subspace(gram_matrix(model, target, max_tokens=150), "auto")
-    basis = combine_rows(model, target, subspace.combination, max_tokens=150)
+    subspace = fit_subspace(gram_matrix(model, target, max_tokens=150, memory=MEMORY), "auto")
+    basis = build_basis(model, [(target, subspace.combination)], max_tokens=150, memory=MEMORY)
     found = project(model, pool, basis, max_tokens=150)
 
     assert subspace.rank == references.shape[1]

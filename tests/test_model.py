@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import models
+from gradsift.batches import Batch
 from gradsift.config import LoraConfig, ModelConfig
 from gradsift.data import Encoded
 from gradsift.errors import ModelError
-from gradsift.gradients import Batch, PerExampleGradients
+from gradsift.gradients import PerExampleGradients
 from gradsift.model import attach_lora, load_adapter, load_base, lora_pairs
 
 

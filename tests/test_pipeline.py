@@ -204,13 +204,13 @@ def test_equal_examples_tie_and_the_first_is_picked(
 
 
 def test_padding_changes_nothing(base: Path, adapter: Path) -> None:
-    from gradsift.gradients import combine_rows, gram_matrix, project
+    from gradsift.passes import build_basis, gram_matrix, project
     from gradsift.subspace import fit_subspace
 
     model = load_adapter(load_base(ModelConfig(name=str(base), device="cpu")), adapter)
     examples = models.examples(12, seed=4)
-    subspace = fit_subspace(gram_matrix(model, examples, 10_000), "full")
-    basis = combine_rows(model, examples, subspace.combination, 10_000)
+    subspace = fit_subspace(gram_matrix(model, examples, 10_000, memory=10**8), "full")
+    basis = build_basis(model, [(examples, subspace.combination)], 10_000, memory=10**8)
     together, alone = (project(model, examples, basis, tokens) for tokens in (10_000, 1))
     for field in ("coordinates", "losses", "gradient_norms"):
         one, other = getattr(together, field), getattr(alone, field)

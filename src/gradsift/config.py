@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     ValidationError,
@@ -208,7 +209,12 @@ class PolicyConfig(_Section):
 class EngineConfig(_Section):
     """How the work is cut; no setting here changes a score beyond rounding."""
 
-    batch_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward pass")
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="padded tokens per forward pass"
+    )
+    memory: Literal["auto"] | ByteSize = Field(
+        default="auto", description="bytes for target gradients and bases on the device"
+    )
     shard_size: int = Field(default=1024, ge=1, description="examples per stored shard")
 
 

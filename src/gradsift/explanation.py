@@ -14,6 +14,7 @@ from gradsift.data import EncodedSet, Message
 from gradsift.errors import DataError, RunError
 from gradsift.methods import gist
 from gradsift.pipeline import read_selection
+from gradsift.shards import load_pool
 from gradsift.store import read_checkpoints, read_config
 
 _SHOWN = 3  # target examples most like it
@@ -96,7 +97,7 @@ def _explain(run: Path, config: Config, pool: EncodedSet, row: int, name: str) -
     scores, _ = alignment.scores()
     by_example = alignment.with_examples(np.array([row]))[0]
     columns = config.data.columns
-    stored = gist.load_pool(run, checkpoints[-1], ("loss",))
+    stored = load_pool(run, checkpoints[-1], ("loss",))
     facts = pool.take([row], ["id", "source", "num_tokens"]).to_pylist()[0]
     # as in the ranking: ties go to the one that comes first in the pool
     position = (scores > scores[row]).sum() + (scores[:row] == scores[row]).sum() + 1

@@ -157,6 +157,26 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
     return model.requires_grad_(False).eval()
 
 
+class AdapterSwitch:
+    """The base model, loaded once, with one stored adapter after the other in place."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._model: peft.PeftModel | None = None
+        self._path: Path | None = None
+
+    def __call__(self, path: Path) -> peft.PeftModel:
+        """Return the model with this adapter; the one returned before is not to be used any more.
+
+        Raises:
+            ModelError: As `load_base` and `load_adapter`.
+        """
+        if self._model is None or path != self._path:
+            base = load_base(self._config) if self._model is None else self._model.unload()
+            self._model, self._path = load_adapter(base, path), path  # type: ignore[arg-type]
+        return self._model
+
+
 def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     """Return the A and B matrices of every adapted layer, by the layer's name in the base model.
 

@@ -25,6 +25,7 @@ from gradsift.methods import gist
 from gradsift.policies import Candidates, check_policy, pick
 from gradsift.repeats import Texts
 from gradsift.scores import Alignment
+from gradsift.shards import load_pool
 from gradsift.stages import Plan, data_sets
 from gradsift.store import Run, open_run, read_checkpoints, write_atomically
 from gradsift.types import Checkpoint, RunResult, Selection
@@ -83,14 +84,15 @@ def run(
         sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
         check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
         checkpoints = _warm_up(config, plan, folder, pool)
+        model_at = _models(config)
         for name, target in targets.items():
             with folder.stage(plan.subspaces[name]) as todo:
                 if todo:
                     directory = folder.path / "targets" / name
-                    gist.measure_subspaces(config, target, checkpoints, directory)
+                    gist.measure_subspaces(config, target, checkpoints, directory, model_at)
         with folder.stage(plan.coordinates) as todo:
             if todo:
-                gist.project_pool(config, pool, targets, checkpoints, folder.path)
+                gist.project_pool(config, pool, targets, checkpoints, folder.path, model_at)
 
         @cache
         def aligned(name: str) -> Alignment:
@@ -158,6 +160,18 @@ def _warm_up(config: Config, plan: Plan, folder: Run, pool: EncodedSet) -> list[
     return read_checkpoints(directory)
 
 
+def _models(config: Config) -> gist.ModelAt:
+    """Return the models of a run; nothing is loaded before the first is asked for."""
+
+    @cache
+    def switch() -> Callable[[Path], Any]:
+        from gradsift.model import AdapterSwitch
+
+        return AdapterSwitch(config.model)
+
+    return lambda checkpoint: switch()(checkpoint.path)
+
+
 def _score(
     folder: Run,
     pool: EncodedSet,
@@ -167,7 +181,7 @@ def _score(
 ) -> None:
     """Write `scores.parquet`: a row per pool example, losses and norms at the last checkpoint."""
     table = pool.table(["row", "id", "source", "num_tokens", "num_supervised"])
-    stored = gist.load_pool(folder.path, checkpoints[-1], ("loss", "gradient_norm"))
+    stored = load_pool(folder.path, checkpoints[-1], ("loss", "gradient_norm"))
     for name, values in stored.items():
         table = table.append_column(name, pa.array(values))
     for name, target in targets.items():

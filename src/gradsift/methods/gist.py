@@ -9,71 +9,62 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config, GistConfig
 from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import NumericsError, RunError
-from gradsift.progress import track
 from gradsift.scores import Alignment, View
+from gradsift.shards import (
+    batch_tokens_of,
+    directory_of,
+    load_pool,
+    measure_shards,
+    not_finite,
+    plan_shards,
+)
 from gradsift.store import write_atomically
 from gradsift.subspace import Subspace, fit_subspace, rank_of_share
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+
+    from gradsift.basis import Basis
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Shard:
-    """A fixed range of the pool and the file that holds its results."""
-
-    start: int
-    stop: int
-    path: Path
-
-
-def plan_shards(num_examples: int, size: int, directory: Path) -> list[Shard]:
-    """Return the ranges that the pool is cut into, the same for every run and worker."""
-    return [
-        Shard(start, min(start + size, num_examples), directory / f"{start:010d}.safetensors")
-        for start in range(0, num_examples, size)
-    ]
+ModelAt = Callable[[Checkpoint], "PeftModel"]
+"""Gives the model with a checkpoint's adapter, valid until it is asked for another."""
 
 
 def measure_subspaces(
-    config: Config, target: EncodedSet, checkpoints: Sequence[Checkpoint], directory: Path
+    config: Config,
+    target: EncodedSet,
+    checkpoints: Sequence[Checkpoint],
+    directory: Path,
+    model_at: ModelAt,
 ) -> None:
     """Leave each checkpoint's subspace of a target, and `spectrum.json`, in `directory`.
 
     Raises:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
     """
-    from gradsift.gradients import gram_matrix
-
     examples, inverse = _distinct(target.examples(range(len(target))))
     spectra = {}
     for checkpoint in checkpoints:
-        model = _load_model(config, checkpoint)
-        gram = gram_matrix(model, examples, config.engine.batch_tokens)
-        dtype = str(model.dtype).removeprefix("torch.")
-        gram = gram[np.ix_(inverse, inverse)]
+        model = model_at(checkpoint)
+        gram = _gram(config, model, examples)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):
-            raise _not_finite(f"gradient of the target {directory.name!r}", target, broken)
-        subspace = fit_subspace(gram, config.gist.rank, dtype)
+            raise not_finite(f"gradient of the target {directory.name!r}", target, broken)
+        subspace = fit_subspace(gram, config.gist.rank, str(model.dtype).removeprefix("torch."))
         if subspace.rank == 1 and not config.gist.norm_power:
             logger.warning(
                 "%s has a single direction: every score is 1 or -1 and the pool's order decides; "
@@ -98,6 +89,7 @@ def project_pool(
     targets: Mapping[str, EncodedSet],
     checkpoints: Sequence[Checkpoint],
     run: Path,
+    model_at: ModelAt,
 ) -> None:
     """Leave coordinates, losses and gradient norms of the whole pool, shard by shard.
 
@@ -106,28 +98,28 @@ def project_pool(
     Raises:
         NumericsError: Naming the first example whose loss or gradient is not finite.
     """
+    from gradsift.memory import find_batch_tokens
+
     for checkpoint in checkpoints:
-        directory = run / "coordinates" / checkpoint.label
+        directory = directory_of(run, checkpoint)
         directory.mkdir(parents=True, exist_ok=True)
         shards = plan_shards(len(pool), config.engine.shard_size, directory)
-        missing = [shard for shard in shards if not shard.path.exists()]
+        stored = [shard for shard in shards if shard.path.exists()]
+        missing = [shard for shard in shards if shard not in stored]
         if not missing:
             continue
-        if len(missing) < len(shards):
-            logger.info(
-                "%d of %d shards are there already", len(shards) - len(missing), len(shards)
-            )
         subspaces = {name: load_subspace(run, name, checkpoint) for name in targets}
-        total = sum(shard.stop - shard.start for shard in missing)
+        model = model_at(checkpoint)
+        basis = stacked_basis(config, model, targets, subspaces)
+        if stored:
+            logger.info("%d of %d shards are there already", len(stored), len(shards))
+        if stored and config.engine.batch_tokens == "auto":
+            max_tokens = batch_tokens_of(stored[-1])
+        else:
+            lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
+            max_tokens = find_batch_tokens(model, basis, lengths, config.engine)
         ranks = {name: subspace.rank for name, subspace in subspaces.items()}
-        model = _load_model(config, checkpoint)
-        basis = _stacked_basis(config, model, targets, subspaces)
-        with track(f"pool at {checkpoint.label}", total) as advance:
-            for shard in missing:
-                tensors = _project_shard(config, model, pool, shard, basis)
-                tensors |= _split(tensors.pop("coordinates"), ranks)
-                write_atomically(shard.path, partial(save_file, tensors))
-                advance(shard.stop - shard.start)
+        measure_shards(model, pool, missing, basis, ranks, max_tokens)
 
 
 def align(
@@ -145,26 +137,6 @@ def align(
         coordinates, norms = stored[f"coordinates/{name}"], stored["gradient_norm"]
         views.append(View(coordinates, norms, references, checkpoint.weight))
     return Alignment(views, target.table(["task"])["task"].to_pylist(), config)
-
-
-def load_pool(
-    run: Path, checkpoint: Checkpoint, names: Sequence[str]
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """Return what the pool pass stored under these names, for the whole pool."""
-    paths = sorted((run / "coordinates" / checkpoint.label).glob("*.safetensors"))
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for path in paths:
-        with safe_open(path, "np") as shard:
-            for name, part in parts.items():
-                part.append(shard.get_tensor(name))
-    stored = {name: np.concatenate(part) for name, part in parts.items()}
-    num_pool = len(EncodedSet(run / "data" / "pool.parquet"))
-    if any(len(values) != num_pool for values in stored.values()):
-        raise RunError(
-            f"shards are missing in {paths[0].parent}; remove manifests/coordinates.json in {run} "
-            "and run the same command: what is there is kept"
-        )
-    return stored
 
 
 def load_subspace(run: Path, name: str, checkpoint: Checkpoint) -> Subspace:
@@ -208,70 +180,40 @@ def _distinct(examples: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
     return [examples[i] for i in first], inverse
 
 
-def _load_model(config: Config, checkpoint: Checkpoint) -> PeftModel:
-    from gradsift.model import load_adapter, load_base
+def _gram(
+    config: Config, model: PeftModel, examples: Sequence[Encoded]
+) -> Float[np.ndarray, "query query"]:
+    from gradsift.batches import lengths_of
+    from gradsift.memory import memory_budget, start_tokens, within_memory
+    from gradsift.passes import gram_matrix
 
-    return load_adapter(load_base(config.model), checkpoint.path)
+    memory = memory_budget(config.engine, model.device)
+    work = partial(gram_matrix, model, examples, memory=memory)
+    return within_memory(work, start_tokens(config.engine, model.device), lengths_of(examples))[0]
 
 
-def _stacked_basis(
+def stacked_basis(
     config: Config,
     model: PeftModel,
     targets: Mapping[str, EncodedSet],
     subspaces: Mapping[str, Subspace],
-) -> dict[str, Tensor]:
-    """Return the bases of all targets, one below the other, block by block."""
-    import torch
+) -> Basis:
+    """Return the bases of all targets, one below the other, block by block.
 
-    from gradsift.gradients import combine_rows
+    Raises:
+        ModelError: If they do not fit into memory.
+    """
+    from gradsift.batches import lengths_of
+    from gradsift.memory import memory_budget, start_tokens, within_memory
+    from gradsift.passes import build_basis
 
-    bases = []
+    parts = []
     for name, target in targets.items():
         examples, inverse = _distinct(target.examples(range(len(target))))
         combination = np.zeros((len(examples), subspaces[name].rank))
         np.add.at(combination, inverse, subspaces[name].combination)
-        bases.append(combine_rows(model, examples, combination, config.engine.batch_tokens))
-    return {block: torch.cat([basis.pop(block) for basis in bases]) for block in [*bases[0]]}
-
-
-def _project_shard(
-    config: Config,
-    model: PeftModel,
-    pool: EncodedSet,
-    shard: Shard,
-    basis: Mapping[str, Tensor],
-) -> dict[str, np.ndarray]:
-    from gradsift.gradients import project
-
-    rows = np.arange(shard.start, shard.stop)
-    found = project(model, pool.examples(rows), basis, config.engine.batch_tokens)
-    tensors = {
-        "coordinates": found.coordinates.numpy(),
-        "loss": found.losses.numpy(),
-        "gradient_norm": found.gradient_norms.numpy(),
-    }
-    for what, values in tensors.items():
-        broken = np.flatnonzero(~np.isfinite(values.reshape(len(rows), -1)).all(axis=1))
-        if len(broken):
-            raise _not_finite(f"{what.replace('_', ' ')} of the pool", pool, rows[broken])
-    return tensors
-
-
-def _not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsError:
-    where = encoded.take(rows[:1], ["id", "file", "line"]).to_pylist()[0]
-    return NumericsError(
-        f"the {what} is not finite for {len(rows)} examples, the first being {where['id']!r} "
-        f"({where['file']}:{where['line']}); is the adapter broken? Try model.dtype=float32"
-    )
-
-
-def _split(
-    coordinates: Float[np.ndarray, "example rank"], ranks: Mapping[str, int]
-) -> dict[str, np.ndarray]:
-    """Return each target's own columns of the stacked coordinates."""
-    ends = np.cumsum([*ranks.values()])
-    parts = np.split(coordinates, ends[:-1], axis=1)
-    return {
-        f"coordinates/{name}": np.ascontiguousarray(part)
-        for name, part in zip(ranks, parts, strict=True)
-    }
+        parts.append((examples, combination))
+    lengths = np.concatenate([lengths_of(examples) for examples, _ in parts])
+    memory = memory_budget(config.engine, model.device)
+    work = partial(build_basis, model, parts, memory=memory)
+    return within_memory(work, start_tokens(config.engine, model.device), lengths)[0]

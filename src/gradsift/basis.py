@@ -1,0 +1,111 @@
+"""The bases of all targets, stacked: on the device as far as they fit, else brought there in time.
+
+A block that waits in host memory is copied while the backward pass is still at the block before
+it. Where a block lies changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradsift.errors import ModelError
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Each block's shape (out, in) by its name."""
+
+
+class Basis:
+    """`basis[name]` is one block of it, (direction, parameter), on the device.
+
+    What it returned before may no longer be used: the memory of waiting blocks is used in turn.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Float[Tensor, "direction _"]],
+        waiting: frozenset[str],
+        device: torch.device,
+    ) -> None:
+        """Take the blocks, those that are `waiting` from host memory (pinned, for a GPU)."""
+        self._blocks, self._waiting = blocks, waiting
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._after: dict[str, str] = {}  # the order in which waiting blocks are asked for
+        self._last: str | None = None
+        self._coming: tuple[str, Tensor, torch.Event | None] | None = None
+        largest = max((blocks[name].numel() for name in waiting), default=0)
+        first = next(iter(blocks.values()))
+        self.rank, self._free = len(first), 0
+        self._slots = torch.empty(2, largest, dtype=first.dtype, device=device)
+
+    def __getitem__(self, name: str) -> Float[Tensor, "direction _"]:
+        if name not in self._waiting:
+            return self._blocks[name]
+        if self._last is not None:
+            self._after[self._last] = name
+        self._last = name
+        # whatever uses the other slot has been handed to the device by now
+        released = torch.cuda.current_stream().record_event() if self._stream else None
+        if self._coming is None or self._coming[0] != name:
+            self._bring(name, released)
+        assert self._coming is not None
+        _, block, arrived = self._coming
+        if arrived:
+            torch.cuda.current_stream().wait_event(arrived)
+        self._free = 1 - self._free
+        if name in self._after:
+            self._bring(self._after[name], released)
+        return block
+
+    def _bring(self, name: str, released: torch.Event | None) -> None:
+        """Begin to copy a block into the slot that is not in use."""
+        host = self._blocks[name]
+        block = self._slots[self._free, : host.numel()].view(host.shape)
+        side: AbstractContextManager[object] = nullcontext()
+        if self._stream and released:
+            self._stream.wait_event(released)
+            side = torch.cuda.stream(self._stream)
+        with side:
+            block.copy_(host, non_blocking=True)
+        self._coming = (name, block, self._stream.record_event() if self._stream else None)
+
+
+def choose_waiting(
+    shapes: Shapes, rank: int, itemsize: int, device: torch.device, memory: int
+) -> frozenset[str]:
+    """Return the blocks that have to wait in host memory so that the rest keeps within `memory`.
+
+    Raises:
+        ModelError: If even host memory does not suffice.
+    """
+    sizes = {name: rank * prod(shape) * itemsize for name, shape in shapes.items()}
+    if sum(sizes.values()) <= memory:
+        return frozenset()
+    total = sum(sizes.values()) / 2**30
+    advice = "lower gist.rank or lora.rank, or give fewer targets at once"
+    if device.type == "cpu":
+        raise ModelError(
+            f"the bases of all targets ({rank} directions) take {total:.1f} GiB, more than the "
+            f"{memory / 2**30:.1f} GiB of engine.memory (--memory); raise it, or {advice}"
+        )
+    room = memory - 2 * max(sizes.values())  # two slots for those that are brought
+    waiting = set()
+    for name, size in sizes.items():
+        if size <= room:
+            room -= size
+        else:
+            waiting.add(name)
+    needed, available = sum(sizes[n] for n in waiting), psutil.virtual_memory().available
+    if needed > available:
+        raise ModelError(
+            f"the bases of all targets ({rank} directions) take {total:.1f} GiB; "
+            f"{memory / 2**30:.1f} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
+            f"memory; {advice}"
+        )
+    return frozenset(waiting)

@@ -1,0 +1,103 @@
+"""What fits: bytes for gradient rows and bases, tokens per batch, and less when it did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jaxtyping import Int
+from torch import nn
+
+from gradsift.basis import Basis
+from gradsift.config import EngineConfig
+from gradsift.data import Encoded
+from gradsift.errors import ModelError
+from gradsift.passes import project
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
+# is looked for, from here downwards.
+_CPU_TOKENS = 4096
+_GPU_TOKENS = 32768
+
+
+def memory_budget(engine: EngineConfig, device: torch.device) -> int:
+    """Return how many bytes gradient rows and bases may take on the device; `auto`: half of it."""
+    if engine.memory != "auto":
+        return int(engine.memory)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return psutil.virtual_memory().available // 2
+
+
+def start_tokens(engine: EngineConfig, device: torch.device) -> int:
+    """Return the tokens per batch to begin with, before anything is known of what fits."""
+    if engine.batch_tokens != "auto":
+        return engine.batch_tokens
+    return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
+
+
+def find_batch_tokens(
+    model: nn.Module, basis: Basis, lengths: Int[np.ndarray, " example"], engine: EngineConfig
+) -> int:
+    """Return the tokens per batch of a pool pass: as set, or the most that the device holds."""
+    device = next(model.parameters()).device
+    max_tokens = start_tokens(engine, device)
+    if engine.batch_tokens == "auto" and device.type != "cpu":
+        max_tokens = probe(model, basis, lengths, max_tokens)
+    logger.info("batches of up to %d tokens", max_tokens)
+    return max_tokens
+
+
+def probe(
+    model: nn.Module, basis: Basis, lengths: Int[np.ndarray, " example"], max_tokens: int
+) -> int:
+    """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
+
+    The worst in activations and logits is a batch of the longest examples with a label at every
+    token, the worst in gradients one of the shortest.
+    """
+
+    def run_worst(tokens: int) -> None:
+        for length in (int(lengths.max()), int(lengths.min())):
+            supervised = np.arange(length + 1) > 0
+            example = Encoded(np.zeros(length + 1, np.int32), supervised)
+            project(model, [example] * max(1, tokens // length), basis, tokens)
+
+    return within_memory(run_worst, max_tokens, lengths)[1]
+
+
+def within_memory(
+    work: Callable[[int], T], max_tokens: int, lengths: Int[np.ndarray, " example"]
+) -> tuple[T, int]:
+    """Return what `work(max_tokens)` gives, and the tokens per batch with which it did.
+
+    When memory runs out, all that `work` does is done again with half the tokens per batch, down
+    to batches of one example each.
+
+    Raises:
+        ModelError: If not even they fit.
+    """
+    while True:
+        try:
+            return work(max_tokens), max_tokens
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            told = str(error).partition("\n")[0]
+        clear_device_cache(garbage_collection=True)
+        if max_tokens < 2 * lengths.min():
+            raise ModelError(
+                f"out of memory with one example per batch, the longest of {lengths.max()} tokens; "
+                f"lower data.max_length, lora.rank or engine.memory, or quantize the model ({told})"
+            )
+        max_tokens //= 2
+        logger.warning("out of memory; going on with batches of %d tokens", max_tokens)

@@ -1,0 +1,219 @@
+"""The three uses of per-example gradients: Gram matrix, basis, coordinates.
+
+Each is a sum over blocks, added up while the backward pass is at that block. The first two go
+over a target, which is small, more than once where its gradients would not fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsift.basis import Basis, Shapes, choose_waiting
+from gradsift.batches import lay_out, lengths_of, plan_batches, to_device
+from gradsift.data import Encoded
+from gradsift.errors import ModelError
+from gradsift.gradients import Consume, PerExampleGradients, blocks
+
+_FLOAT = 4  # bytes of a float32
+_COLUMNS_AT_ONCE = 1 << 14  # of gradients that are float64 for a moment
+
+
+def gram_matrix(
+    model: nn.Module, examples: Sequence[Encoded], max_tokens: int, memory: int
+) -> Float[np.ndarray, "query query"]:
+    """Return G Gᵀ in float64, G holding one row of gradients per example.
+
+    Rows are held in float32, as many at once as `memory` bytes hold. Where that is not all of
+    them, the gradients that come after a block of rows are computed again for each such block.
+
+    Raises:
+        ModelError: If not a single row fits.
+    """
+    row_bytes = _FLOAT * sum(map(prod, blocks(model).values()))
+    if row_bytes > memory:
+        raise ModelError(
+            f"one example's gradient takes {row_bytes / 2**30:.3g} GiB, more than the "
+            f"{memory / 2**30:.3g} GiB of engine.memory (--memory); raise it"
+        )
+    groups = plan_batches(lengths_of(examples), max_tokens, max_examples=memory // row_bytes)
+    ends = np.cumsum([len(group) for group in groups])
+    upper = torch.zeros(len(examples), len(examples), dtype=torch.float64, device=_device(model))
+    first = 0
+    while first < len(groups):
+        start = int(ends[first]) - len(groups[first])
+        last = int(np.searchsorted(ends, start + memory // row_bytes, side="right"))
+        _gram_rows(model, examples, groups[first:], upper[start : ends[last - 1], start:])
+        first = last
+    upper = upper.triu().cpu().numpy()
+    gram, order = np.empty_like(upper), np.concatenate(groups)
+    gram[np.ix_(order, order)] = upper + np.triu(upper, 1).T
+    return gram
+
+
+def _gram_rows(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    groups: Sequence[np.ndarray],
+    products: Float[Tensor, "row query"],
+) -> None:
+    """Add to `products` those of the first rows, which are held, with all rows of the groups."""
+    num_rows, device = len(products), products.device
+    held = {n: torch.empty(num_rows, *shape, device=device) for n, shape in blocks(model).items()}
+    stop = 0
+    for group, backpropagate in _each_batch(model, examples, groups):
+        start, stop = stop, stop + len(group)
+
+        def take(name: str, gradient: Tensor, start: int = start, stop: int = stop) -> None:
+            if stop <= num_rows:
+                held[name][start:stop] = gradient
+            else:
+                _add_products(products[:, start:stop], held[name], gradient)
+
+        backpropagate(take)
+    for rows in held.values():
+        _add_products(products[:, :num_rows], rows, rows)
+
+
+def _add_products(into: Tensor, rows: Tensor, others: Tensor) -> None:
+    """Add rows · othersᵀ in float64, a few columns at a time."""
+    pieces = (tensor.flatten(1).split(_COLUMNS_AT_ONCE, dim=1) for tensor in (rows, others))
+    for piece, other in zip(*pieces, strict=True):
+        into.addmm_(piece.double(), other.double().T)
+
+
+def build_basis(
+    model: nn.Module,
+    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "query rank"]]],
+    max_tokens: int,
+    memory: int,
+) -> Basis:
+    """Return combinationᵀ G of each target, one below the other, block by block.
+
+    With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
+    Added up in float32, in parts of a quarter of `memory` bytes, each a pass over the targets;
+    kept in the model's precision on a GPU and in float32 on the CPU, within the other three.
+
+    Raises:
+        ModelError: If they fit neither into `memory` bytes of the device nor into host memory.
+    """
+    shapes, device = blocks(model), _device(model)
+    rank = sum(combination.shape[1] for _, combination in targets)
+    dtype = model.dtype if device.type == "cuda" else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    waiting = choose_waiting(shapes, rank, dtype.itemsize, device, memory - memory // 4)
+    done: dict[str, Tensor] = {}
+    for part in _parts(shapes, max_bytes=memory // 4, bytes_per_parameter=_FLOAT * rank):
+        sums = [
+            _combine_rows(model, examples, combination, part, max_tokens)
+            for examples, combination in targets
+        ]
+        for name in part:
+            block = torch.cat([own.pop(name) for own in sums]).to(dtype)
+            done[name] = block.cpu().pin_memory() if name in waiting else block
+    return Basis(done, waiting, device)
+
+
+def _combine_rows(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    combination: Float[np.ndarray, "query rank"],
+    shapes: Shapes,
+    max_tokens: int,
+) -> dict[str, Float[Tensor, "rank _"]]:
+    weights = torch.from_numpy(combination).float().to(_device(model))
+    sums = {
+        name: torch.zeros(weights.shape[1], prod(shape), device=weights.device)
+        for name, shape in shapes.items()
+    }
+    groups = plan_batches(lengths_of(examples), max_tokens)
+    for group, backpropagate in _each_batch(model, examples, groups):
+        shares = weights[to_device(group, weights.device)].T
+
+        def accumulate(name: str, gradient: Tensor, shares: Tensor = shares) -> None:
+            if name in sums:
+                sums[name].addmm_(shares, gradient.flatten(1).float())
+
+        backpropagate(accumulate)
+    return sums
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What one pass over a range of examples yields, row by row, on the model's device."""
+
+    coordinates: Float[Tensor, "example rank"]
+    losses: Float[Tensor, " example"]
+    gradient_norms: Float[Tensor, " example"]
+
+
+def project(
+    model: nn.Module, examples: Sequence[Encoded], basis: Basis, max_tokens: int
+) -> Projections:
+    """Return every example's coordinates in the basis, its loss and the norm of its gradient.
+
+    Coordinates and squared norms are sums over blocks, accumulated in float32 while the backward
+    pass is at each. Nothing waits for the device, batch by batch or example by example.
+    """
+    device = _device(model)
+    coordinates = torch.empty(len(examples), basis.rank, device=device)
+    norms, losses = torch.empty(2, len(examples), device=device)
+    groups = plan_batches(lengths_of(examples), max_tokens)
+    for group, backpropagate in _each_batch(model, examples, groups):
+        inner = torch.zeros(len(group), basis.rank, device=device)
+        squares = torch.zeros(len(group), device=device)
+
+        def contract(
+            name: str, gradient: Tensor, inner: Tensor = inner, squares: Tensor = squares
+        ) -> None:
+            flat = gradient.flatten(1)
+            inner.add_(_product(flat, basis[name].T))
+            squares.add_(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square_())
+
+        indices = to_device(group, device)
+        losses[indices] = backpropagate(contract)
+        coordinates[indices] = inner
+        norms[indices] = squares.sqrt_()
+    return Projections(coordinates, losses, norms)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply, accumulating in float32 whatever the factors' precision."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _each_batch(
+    model: nn.Module, examples: Sequence[Encoded], groups: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Callable[[Consume], Float[Tensor, " batch"]]]]:
+    """Yield each group with the function that runs its batch."""
+    batches = lay_out(examples, groups, _device(model))
+    with PerExampleGradients(model) as gradients:
+        for group, batch in zip(groups, batches, strict=True):
+            yield group, partial(gradients, batch)
+
+
+def _parts(shapes: Shapes, max_bytes: int, bytes_per_parameter: int) -> Iterator[Shapes]:
+    """Cut the blocks into parts of at most `max_bytes`, or of a single block."""
+    part: dict[str, tuple[int, int]] = {}
+    room = max_bytes
+    for name, shape in shapes.items():
+        size = prod(shape) * bytes_per_parameter
+        if part and size > room:
+            yield part
+            part, room = {}, max_bytes
+        part[name] = shape
+        room -= size
+    yield part
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

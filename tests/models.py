@@ -29,26 +29,33 @@ _SHAPE = {
 }
 
 
+# What a family has of its own: small windows, caps that bite, layers of both kinds
+_FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": 8},
+    "gpt2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {
+        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8,
+        "attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"sliding_window": 8},
+    "olmo2": {},
+    "gpt_neox": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}  # fmt: skip
+
+
 def build(family: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a tiny model of a family, its weights random but seeded."""
+    """Return a tiny model of a family (transformers' name of it), its weights random but seeded."""
     torch.manual_seed(0)
-    model: PreTrainedModel
-    match family:
-        case "llama":
-            model = tf.LlamaForCausalLM(tf.LlamaConfig(**_SHAPE, tie_word_embeddings=tied))
-        case "qwen2":
-            model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**_SHAPE, tie_word_embeddings=tied))
-        case "mistral":
-            config = tf.MistralConfig(**_SHAPE, sliding_window=8, tie_word_embeddings=tied)
-            model = tf.MistralForCausalLM(config)
-        case "gpt2":
-            config = tf.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128,
-                bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
-            )  # fmt: skip
-            model = tf.GPT2LMHeadModel(config)
-        case _:
-            raise AssertionError(family)
+    settings = {**_SHAPE, **_FAMILIES[family], "tie_word_embeddings": tied}
+    model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(family, **settings))
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the default, so that nothing is linear
             if parameter.dim() > 1:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 # On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
 # is looked for, from here downwards.
-_CPU_TOKENS = 4096
+_CPU_TOKENS = 2048
 _GPU_TOKENS = 32768
 
 

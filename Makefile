@@ -3,7 +3,7 @@
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: demo test check format lint types imports
+.PHONY: demo test check quantized format lint types imports
 
 demo: $(ready)
 	.venv/bin/gradsift demo
@@ -12,6 +12,11 @@ test: $(ready)
 	$(python) -m pytest -n 2 --dist worksteal
 
 check: format lint types imports test
+
+# apart from the others: with bitsandbytes installed every import of PEFT takes five seconds longer
+quantized: $(ready)
+	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized]'
+	$(python) -m pytest tests/test_quantized.py
 
 format: $(ready)
 	$(python) -m ruff format --check .

@@ -234,7 +234,9 @@ def main(
     if side:
         _one_side(side, shape[0], rank, directions[0], count, folder)
         return
-    table = Table("shape", "k", "side", "ex/s", "tok/s", "of peak", "GiB over model", "ratio", "agree")
+    table = Table(
+        "shape", "k", "side", "ex/s", "tok/s", "of peak", "GiB over model", "ratio", "agree"
+    )
     for name in shape:
         for k in directions:
             for row in _compare(name, rank, k, {"plain": plain_count, "ours": count}):

@@ -47,7 +47,9 @@ _FAMILIES: dict[str, dict[str, object]] = {
     "phi3": {"sliding_window": 8},
     "olmo2": {},
     "gpt_neox": {},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    },
 }  # fmt: skip
 
 
@@ -64,10 +66,14 @@ def build(family: str, tied: bool = False, dtype: torch.dtype = torch.float32) -
 
 
 def adapted(
-    family: str, tied: bool = False, targets: str = "attention", dtype: torch.dtype = torch.float32
+    family: str,
+    tied: bool = False,
+    targets: str = "attention",
+    dtype: torch.dtype = torch.float32,
+    rank: int = 3,
 ) -> peft.PeftModel:
     """Return such a model with a LoRA adapter whose both matrices are random."""
-    config = LoraConfig(rank=3, alpha=6, dropout=0.1, target_modules=targets)  # type: ignore[arg-type]
+    config = LoraConfig(rank=rank, alpha=2 * rank, dropout=0.1, target_modules=targets)  # type: ignore[arg-type]
     model = attach_lora(build(family, tied), config, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -1,9 +1,11 @@
-"""Families of models: what each has of its own (caps, windows, experts) leaves gradients exact."""
+"""Families of models: their windows, caps, shared tensors and experts leave gradients exact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,58 +16,114 @@ from gradsift.batches import Batch
 from gradsift.data import Encoded
 from gradsift.gradients import PerExampleGradients
 
+EXPERTS = "qwen3_moe"
 ATTENTIONS = {
     "qwen3": ("sdpa", "eager"),
-    "gemma2": ("eager",),  # transformers refuses sdpa, which knows no cap
+    "gemma2": ("eager",),
     "gemma3_text": ("sdpa", "eager"),
     "phi3": ("sdpa", "eager"),
     "olmo2": ("sdpa", "eager"),
     "gpt_neox": ("sdpa", "eager"),
-    "qwen3_moe": ("sdpa", "eager"),
+    EXPERTS: ("sdpa", "eager"),
 }
-DENSE = [family for family in ATTENTIONS if family != "qwen3_moe"]
 CASES = [
-    (family, targets, attention)
+    (family, attention, targets)
     for family, attentions in ATTENTIONS.items()
-    for targets in ("attention", "all-linear")[: 2 if family in DENSE else 1]
     for attention in attentions
+    for targets in ("attention", "all-linear")
+    if (family, targets) != (EXPERTS, "all-linear")  # PEFT would adapt the experts
 ]
 
 
-def batched(model: nn.Module, examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Whole rows in the reference's order, and losses, of one padded batch."""
+def adapted(
+    family: str, attention: str, targets: str = "attention", dtype: torch.dtype = torch.float32
+) -> peft.PeftModel:
+    model = models.adapted(family, targets=targets, dtype=dtype)
+    base = model.get_base_model()
+    base.set_attn_implementation(attention)
+    if family == EXPERTS and dtype == torch.float64:  # the default, grouped_mm, stops at float32
+        base.set_experts_implementation("eager")
+    return model
+
+
+def in_one_batch(model: nn.Module, examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Whole rows, laid out as the reference's, and losses."""
     found: dict[str, Tensor] = {}
+
+    def keep(block: str, gradient: Tensor) -> None:
+        assert block not in found
+        found[block] = gradient.flatten(1).clone()
+
     with PerExampleGradients(model) as gradients:
-        losses = gradients(
-            Batch.of(examples, torch.device("cpu")),
-            lambda block, gradient: found.update({block: gradient.flatten(1).clone()}),
-        )
-    rows = [
-        found.pop(name.removeprefix("base_model.model.").replace(f".lora_{x}.default.weight", f".{x}"))
-        for name in reference.lora_parameters(model)
-        for x in ("A" if ".lora_A." in name else "B",)
+        losses = gradients(Batch.of(examples, torch.device("cpu")), keep)
+    names = [
+        parameter.removeprefix("base_model.model.")
+        .removesuffix(".default.weight")
+        .replace(".lora_", ".")
+        for parameter in reference.lora_parameters(model)
     ]
-    assert not found
-    return torch.cat(rows, 1), losses
+    assert sorted(found) == sorted(names)
+    return torch.cat([found[name] for name in names], dim=1), losses
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-def adapted(family: str, targets: str, attention: str, dtype: torch.dtype) -> nn.Module:
-    model = models.adapted(family, targets=targets, dtype=dtype)
-    model.get_base_model().set_attn_implementation(attention)
-    return model
-
-
-@pytest.mark.parametrize(("family", "targets", "attention"), CASES)
-def test_rows_and_losses_equal_the_plain_loop(family: str, targets: str, attention: str) -> None:
+@pytest.mark.parametrize(("family", "attention", "targets"), CASES)
+def test_rows_and_losses_equal_the_plain_loop(family: str, attention: str, targets: str) -> None:
     examples = models.examples(6, seed=4)
-    plain = adapted(family, targets, attention, torch.float64)
-    rows, losses = batched(adapted(family, targets, attention, torch.float32), examples)
+    assert max(len(example.input_ids) for example in examples) > 3 * 8  # windows are of 8 tokens
+    plain = adapted(family, attention, targets, torch.float64)
     expected = reference.gradient_rows(plain, examples)
-    print(relative(rows, expected), relative(losses, torch.stack([reference.loss(plain, e) for e in examples])))
-    for row, wanted in zip(rows, expected, strict=True):
-        assert relative(row, wanted) < 1e-4
-    assert relative(losses, torch.stack([reference.loss(plain, e) for e in examples])) < 1e-5
+    losses = torch.stack([reference.loss(plain, example).detach() for example in examples])
+
+    found, found_losses = in_one_batch(adapted(family, attention, targets), examples)
+
+    for row, wanted in zip(found, expected, strict=True):
+        assert relative(row, wanted) <= 1e-4
+    assert relative(found_losses, losses) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "attention"), sorted({case[:2] for case in CASES}))
+def test_neither_padding_nor_batch_mates_leak(family: str, attention: str) -> None:
+    model, (short, long) = adapted(family, attention), short_and_long()
+    alone, alone_loss = in_one_batch(model, [short])
+    together, losses = in_one_batch(model, [long, short])
+    assert relative(together[1], alone[0].double()) <= 1e-5
+    assert relative(losses[1], alone_loss[0].double()) <= 1e-6
+
+
+def test_tokens_go_to_the_experts_they_go_to_alone() -> None:
+    model, (short, long) = adapted(EXPERTS, "sdpa"), short_and_long()
+    chosen: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _, inputs, output: chosen.append(output[2]))
+    in_one_batch(model, [short])
+    alone, chosen[:] = [indices.clone() for indices in chosen], []
+    in_one_batch(model, [long, short])
+    for one, both in zip(alone, chosen, strict=True):
+        start = len(both) // 2
+        assert torch.equal(both[start : start + len(one)], one)
+        assert len(one.unique()) > 2  # not the same two experts for every token
+
+
+def test_caps_on_attention_scores_are_never_dropped() -> None:
+    model, ids = models.build("gemma2"), torch.arange(3, 40)[None]
+    assert model.config._attn_implementation == "eager"  # transformers' own choice
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        model.set_attn_implementation("sdpa")
+    capped = model(input_ids=ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert relative(model(input_ids=ids).logits, capped.double()) > 0.01
+
+
+def short_and_long() -> tuple[Encoded, Encoded]:
+    rng = np.random.default_rng(8)
+    made = []
+    for length in (9, 60):
+        ids = rng.integers(3, models.VOCABULARY, size=length).astype(np.int32)
+        made.append(Encoded(ids, np.arange(length) >= length - 4))
+    return made[0], made[1]

@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 from transformers import AutoModelForCausalLM
 
 import models
@@ -17,7 +18,14 @@ from gradsift.config import LoraConfig, ModelConfig
 from gradsift.data import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients import PerExampleGradients
-from gradsift.model import attach_lora, load_adapter, load_base, lora_pairs
+from gradsift.model import (
+    AdapterSwitch,
+    attach_lora,
+    check_servable,
+    load_adapter,
+    load_base,
+    lora_pairs,
+)
 
 
 def on(base: Path) -> ModelConfig:
@@ -176,3 +184,57 @@ def test_a_fresh_adapter_is_the_same_for_the_same_seed() -> None:
 def test_unknown_attention_and_layers(base: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot load the model"):
         load_base(ModelConfig(name=str(base), device="cpu", attention="nonsense"))
+
+
+def test_a_model_that_is_not_causal_is_refused() -> None:
+    config = tf.BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, is_decoder=False, initializer_range=0.2,
+    )  # fmt: skip
+    model = tf.BertLMHeadModel(config).eval()
+    with pytest.raises(ModelError, match=r"'bert' \(BertLMHeadModel\) is not causal: what follows"):
+        check_servable(model, "bert")
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    model = models.adapted("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ModelError, match="gradient checkpointing is on"):
+        PerExampleGradients(model)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_one_base_model_serves_one_adapter_after_the_other(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[ModelConfig] = []
+    monkeypatch.setattr(
+        "gradsift.model.load_base", lambda config: loads.append(config) or load_base(config)
+    )
+    other = models.save_adapter(
+        base, tmp_path / "other", r=2, target_modules=["o_proj", "down_proj"]
+    )
+    switch, ids = AdapterSwitch(on(base)), torch.arange(40)[None]
+    for path in (adapter, other, other, adapter):
+        expected = load_adapter(load_base(on(base)), path)
+        found = switch(path)
+        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+        assert [*lora_pairs(found)] == [*lora_pairs(expected)]
+    assert len(loads) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+def test_lora_on_experts_is_refused() -> None:
+    for dropout, message in ((0.0, "experts' parameters model.layers.0"), (0.1, "cannot adapt")):
+        config = LoraConfig(rank=2, dropout=dropout, target_modules="all-linear")
+        with pytest.raises(ModelError, match=message):
+            attach_lora(models.build("qwen3_moe"), config, seed=0)
+
+
+def test_a_layer_that_is_used_twice_is_refused() -> None:
+    model = models.adapted("llama")
+    layers = model.get_base_model().model.layers
+    layers[1] = layers[0]
+    batch = Batch.of(models.examples(2), torch.device("cpu"))
+    with PerExampleGradients(model) as gradients, pytest.raises(ModelError, match="more than once"):
+        gradients(batch, lambda name, gradient: None)

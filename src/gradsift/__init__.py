@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradsift.config import Config
     from gradsift.errors import GradsiftError
     from gradsift.explanation import Explanation, explain
+    from gradsift.forecast import Forecast, plan
     from gradsift.pipeline import run, select
     from gradsift.types import Budget, RunResult, Selection
 
@@ -22,10 +23,12 @@ _HOME = {
     "Budget": "types",
     "Config": "config",
     "Explanation": "explanation",
+    "Forecast": "forecast",
     "GradsiftError": "errors",
     "RunResult": "types",
     "Selection": "types",
     "explain": "explanation",
+    "plan": "forecast",
     "run": "pipeline",
     "select": "pipeline",
 }
@@ -33,10 +36,12 @@ __all__ = [
     "Budget",
     "Config",
     "Explanation",
+    "Forecast",
     "GradsiftError",
     "RunResult",
     "Selection",
     "explain",
+    "plan",
     "run",
     "select",
 ]

@@ -91,8 +91,9 @@ def choose_waiting(
     advice = "lower gist.rank or lora.rank, or give fewer targets at once"
     if device.type == "cpu":
         raise ModelError(
-            f"the bases of all targets ({rank} directions) take {total:.1f} GiB, more than the "
-            f"{memory / 2**30:.1f} GiB of engine.memory (--memory); raise it, or {advice}"
+            f"the bases of all targets ({rank} directions) take {total:.3g} GiB, more than the "
+            f"{memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
+            f"it, or {advice}"
         )
     room = memory - 2 * max(sizes.values())  # two slots for those that are brought
     waiting = set()
@@ -104,8 +105,8 @@ def choose_waiting(
     needed, available = sum(sizes[n] for n in waiting), psutil.virtual_memory().available
     if needed > available:
         raise ModelError(
-            f"the bases of all targets ({rank} directions) take {total:.1f} GiB; "
-            f"{memory / 2**30:.1f} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
+            f"the bases of all targets ({rank} directions) take {total:.3g} GiB; "
+            f"{memory / 2**30:.3g} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
             f"memory; {advice}"
         )
     return frozenset(waiting)

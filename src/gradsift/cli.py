@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from gradsift.config import Config
+    from gradsift.forecast import Forecast
     from gradsift.types import RunResult
 
 _SOURCES_SHOWN = 8
@@ -43,62 +45,76 @@ class Warmup(StrEnum):
     none = "none"
 
 
+OutputDir = Annotated[Path, typer.Option(help="the run folder; the same one resumes")]
+Model = Annotated[str | None, typer.Option(help="a local folder or a Hub id")]
+Pool = Annotated[list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")]
+Target = Annotated[
+    list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
+]
+Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
+Adapter = Annotated[
+    str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
+]
+WarmupMode = Annotated[Warmup | None, typer.Option(help="'none' measures at a fresh adapter")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="for target gradients and bases on the device: 20GiB (default: half of it)"),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags go before it")]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any other setting")
 ]
+Strict = Annotated[bool, typer.Option(help="stop at the first unusable row")]
 Overwrite = Annotated[bool, typer.Option(help="redo stages made with other settings")]
 
 
 @app.command()
 def select(
-    output_dir: Annotated[Path, typer.Option(help="the run folder; the same one resumes")],
-    model: Annotated[str | None, typer.Option(help="a local folder or a Hub id")] = None,
-    pool: Annotated[
-        list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")
-    ] = [],  # noqa: B006
-    target: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable"),
-    ] = [],  # noqa: B006
-    budget: Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
-    ] = None,
-    warmup: Annotated[
-        Warmup | None, typer.Option(help="'none' measures at a fresh adapter")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; flags go before it")
-    ] = None,
+    output_dir: OutputDir,
+    model: Model = None,
+    pool: Pool = [],  # noqa: B006
+    target: Target = [],  # noqa: B006
+    budget: Budget = None,
+    adapter: Adapter = None,
+    warmup: WarmupMode = None,
+    memory: Memory = None,
+    config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
-    strict: Annotated[bool, typer.Option(help="stop at the first unusable row")] = False,
+    strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score a pool against target examples and pick the best within a budget."""
-    from gradsift.config import Config, merge, parse_assignment, read_yaml
-
-    flags: dict[str, Any] = {
-        "model": {"name": model},
-        "data": {"pool": pool, "targets": _targets(target)},
-        "policy": {"budget": budget},
-        "warmup": {"adapter": adapter, "mode": warmup and warmup.value},
-    }
-    given = {
-        section: {key: value for key, value in values.items() if value}
-        for section, values in flags.items()
-    }
-    resolved = Config.build(
-        merge(
-            read_yaml(config) if config else {},
-            {section: values for section, values in given.items() if values},
-            *map(parse_assignment, settings),
-        )
-    )
+    flags = _flags(model, pool, target, budget, adapter, warmup, memory)
+    resolved = _resolve(config, flags, settings)
     with _logged(output_dir):
         from gradsift.pipeline import run
 
         result = run(resolved, output_dir, strict=strict, overwrite=overwrite)
     _show(result)
+
+
+@app.command()
+def plan(
+    output_dir: OutputDir,
+    model: Model = None,
+    pool: Pool = [],  # noqa: B006
+    target: Target = [],  # noqa: B006
+    budget: Budget = None,
+    adapter: Adapter = None,
+    warmup: WarmupMode = None,
+    memory: Memory = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    strict: Strict = False,
+) -> None:
+    """Say what `select` with the same arguments will take: seconds, memory, disk."""
+    flags = _flags(model, pool, target, budget, adapter, warmup, memory)
+    resolved = _resolve(config, flags, settings)
+    with _logged(output_dir):
+        from gradsift.forecast import forecast
+
+        found = forecast(resolved, output_dir, strict=strict)
+    _show_forecast(found)
 
 
 @app.command()
@@ -149,6 +165,41 @@ def main() -> None:
     except GradsiftError as error:
         typer.secho(f"gradsift: {error}", err=True, fg="red")
         sys.exit(2)
+
+
+def _flags(
+    model: str | None,
+    pool: list[str],
+    target: list[str],
+    budget: str | None,
+    adapter: str | None,
+    warmup: Warmup | None,
+    memory: str | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the settings that the flags stand for, by section."""
+    return {
+        "model": {"name": model},
+        "data": {"pool": pool, "targets": _targets(target)},
+        "policy": {"budget": budget},
+        "warmup": {"adapter": adapter, "mode": warmup and warmup.value},
+        "engine": {"memory": memory},
+    }
+
+
+def _resolve(file: Path | None, flags: dict[str, dict[str, Any]], settings: list[str]) -> Config:
+    from gradsift.config import Config, merge, parse_assignment, read_yaml
+
+    given = {
+        section: {key: value for key, value in values.items() if value}
+        for section, values in flags.items()
+    }
+    return Config.build(
+        merge(
+            read_yaml(file) if file else {},
+            {section: values for section, values in given.items() if values},
+            *map(parse_assignment, settings),
+        )
+    )
 
 
 def _targets(given: list[str]) -> dict[str, Any]:
@@ -224,3 +275,30 @@ def _show(result: RunResult) -> None:
     took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     console.print(f"seconds of each stage when it was done: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
+
+
+def _show_forecast(forecast: Forecast) -> None:
+    """Print seconds by stage, memory and disk."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        "stage", "seconds", title=f"{forecast.num_pool:,} examples, {forecast.num_tokens:,} tokens"
+    )
+    for stage, seconds in forecast.seconds.items():
+        table.add_row(stage, f"{seconds:,.1f}")
+    total = sum(forecast.seconds.values())
+    table.add_row("in all, but for loading the model", f"{total:,.0f} ({total / 3600:.2f} h)")
+    console.print(table)
+    ranks = ", ".join(f"{name} {rank}" for name, rank in forecast.ranks.items())
+    gib = 2**30
+    for line in (
+        f"batches of {forecast.batch_tokens:,} tokens; ranks about: {ranks}",
+        f"host memory: {forecast.host_memory / gib:.2f} GiB",
+        f"device memory: {forecast.device_memory / gib:.2f} GiB" if forecast.device_memory else "",
+        f"disk: {forecast.disk / gib:.3f} GiB",
+        "encoding is done and kept; the other stages were tried on a sample",
+    ):
+        if line:
+            console.print(line, markup=False, highlight=False)

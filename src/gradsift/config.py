@@ -73,7 +73,10 @@ class ModelConfig(_Section):
     name: str = Field(description="a local folder or a Hugging Face Hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        default="none", description="of the base model, by bitsandbytes"
+    )
 
 
 class DataConfig(_Section):
@@ -212,7 +215,7 @@ class EngineConfig(_Section):
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="padded tokens per forward pass"
     )
-    memory: Literal["auto"] | ByteSize = Field(
+    memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
         default="auto", description="bytes for target gradients and bases on the device"
     )
     shard_size: int = Field(default=1024, ge=1, description="examples per stored shard")

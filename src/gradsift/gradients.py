@@ -27,6 +27,7 @@ from gradsift.model import LoraPair, lora_pairs
 Consume = Callable[[str, Float[Tensor, "example out in"]], None]
 """Takes one block's name and the gradients of all the batch's examples for it."""
 
+_FLOAT16_SCALE = 256.0
 _LOGITS_AT_ONCE = 1 << 26  # float32 entries of one piece of the softmax: 256 MB
 
 
@@ -55,9 +56,17 @@ class PerExampleGradients:
         Raises:
             ModelError: If a layer's gradient cannot be measured exactly.
         """
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ModelError(
+                "gradient checkpointing is on, every tap would fire twice; turn it off"
+            )
         self._model = model
         self._pairs = lora_pairs(model)
+        # in float16 small gradients would vanish on their way; it is taken out of them in the end
+        half = next(iter(self._pairs.values())).a.weight.dtype == torch.float16
+        self._scale = _FLOAT16_SCALE if half else 1.0
         self._handles: list[Any] = []
+        self._seen: set[str] = set()
         self._batch: Batch | None = None
         self._consume: Consume = lambda name, gradient: None
 
@@ -79,10 +88,11 @@ class PerExampleGradients:
         """Return the losses of the batch, having handed on every block's gradients."""
         assert self._handles, "use it as a context manager"
         self._batch, self._consume = batch, consume
+        self._seen.clear()
         with torch.enable_grad():
             logits = self._model(input_ids=batch.input_ids, use_cache=False).logits
             nll = token_losses(logits.flatten(0, -2), batch.labels) * batch.weights
-            nll.sum().backward()
+            (nll.sum() * self._scale).backward()
         table = torch.zeros(batch.input_ids.shape, device=nll.device)
         table[batch.rows, batch.columns] = nll.detach()  # one place each: no order of adding up
         return table.sum(1)
@@ -95,26 +105,43 @@ class PerExampleGradients:
         """Trim what enters the output head to the positions that have a label."""
         assert self._batch is not None
         hidden, *rest = inputs
+        if hidden.shape[:-1] != self._batch.input_ids.shape:
+            raise ModelError(
+                f"cannot keep logits to the labels: what enters the output head has shape "
+                f"{tuple(hidden.shape)}, expected (example, token, feature)"
+            )
         return (hidden[self._batch.rows, self._batch.columns].unsqueeze(0), *rest)
 
     def _watch(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
-        entering = inputs[0].detach()
-        if entering.dim() != 3 or len(entering) != len(self._batch.input_ids):  # type: ignore[union-attr]
-            raise ModelError(
-                f"cannot measure {name}: its input has shape {tuple(entering.shape)}, "
-                "expected (example, token, feature)"
-            )
+        entering = self._by_example(name, inputs[0].detach())
+        if name in self._seen:
+            raise ModelError(f"cannot measure {name}: it is used more than once in a forward pass")
+        self._seen.add(name)
         if not output.requires_grad:  # the first adapted layer: autograd begins here
             output = output.detach().requires_grad_()
 
         def hand_on(leaving: Tensor) -> None:
-            gradient = torch.bmm(leaving.transpose(1, 2), entering.to(leaving.dtype))
-            self._consume(name, gradient)
+            each = self._by_example(name, leaving)
+            gradient = torch.bmm(each.transpose(1, 2), entering.to(each.dtype))
+            self._consume(name, gradient if self._scale == 1 else gradient.div_(self._scale))
 
         output.register_hook(hand_on)
         return output
+
+    def _by_example(self, name: str, tensor: Tensor) -> Float[Tensor, "example token feature"]:
+        """Return what passes a layer as (example, token, feature); some models fold tokens up."""
+        num_examples, num_tokens = self._batch.input_ids.shape  # type: ignore[union-attr]
+        features, others = tensor.shape[-1], tensor.shape[:-1]
+        if others.numel() != num_examples * num_tokens or (
+            len(others) > 1 and others[0] != num_examples
+        ):
+            raise ModelError(
+                f"cannot measure {name}: its input has shape {tuple(tensor.shape)}, expected all "
+                "tokens of the batch in order, (example, token, feature)"
+            )
+        return tensor.reshape(num_examples, num_tokens, features)
 
 
 class _TokenLosses(torch.autograd.Function):

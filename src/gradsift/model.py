@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig, ModelConfig
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
+_PROBE_TOKENS = 8
 
 
 class LoraPair(NamedTuple):
@@ -77,17 +79,75 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode, on its device and in its precision.
 
     Raises:
-        ModelError: If it cannot be loaded or has no output head.
+        ModelError: If it cannot be loaded, has no output head, or lets a token see later ones.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, dtype=resolve_dtype(config), attn_implementation=config.attention
+            config.name,
+            dtype=resolve_dtype(config),
+            attn_implementation=None if config.attention == "auto" else config.attention,
+            device_map={"": str(resolve_device(config))},
+            **_quantized(config),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {config.name!r}: {error}") from error
+    for module in model.modules():
+        # on some CPUs bitsandbytes would repack weights into a form that has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    model = model.requires_grad_(False).eval()
+    check_servable(model, config.name)
+    return model
+
+
+def check_servable(model: PreTrainedModel, name: str) -> None:
+    """Make sure that right padding without a mask changes nothing for the tokens before it.
+
+    Raises:
+        ModelError: If there is no output head, or what follows a token changes its logits.
+    """
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{config.name!r} ({type(model).__name__}) has no output embeddings")
-    return model.to(resolve_device(config)).requires_grad_(False).eval()  # type: ignore[arg-type]
+        raise ModelError(f"{name!r} ({type(model).__name__}) has no output embeddings")
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS)).repeat(2, 1)
+        ids[1, _PROBE_TOKENS:] = 0
+        alone = ids[:1, :_PROBE_TOKENS]
+        one, other, third = (
+            logits[:_PROBE_TOKENS].float()
+            for tokens in (ids, alone)
+            for logits in model(input_ids=tokens.to(model.device), use_cache=False).logits
+        )
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    tolerance = (1e-4 if exact else 0.05) * one.abs().max()
+    if max((one - other).abs().max(), (one - third).abs().max()) > tolerance:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) is not causal: what follows a token changes its "
+            "logits, so that padding would change gradients; use a decoder-only language model"
+        )
+
+
+def _quantized(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
+    """Return the argument that has transformers quantize the model, if it is to be."""
+    # it would tell of casts for every layer of every pass
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if config.quantization == "none":
+        return {}
+    stored = AutoConfig.from_pretrained(config.name)
+    if getattr(stored, "quantization_config", None) is not None:
+        raise ModelError(f"{config.name!r} is already quantized; leave model.quantization out")
+    if config.quantization == "8bit":
+        # no columns set apart: they are chosen per batch, and gradients would depend on its mates
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=resolve_dtype(config),
+        )
+    return {"quantization_config": settings}
 
 
 def context_length(model_name: str) -> int | None:
@@ -121,7 +181,13 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.Pe
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = peft.get_peft_model(base, adapter)
+        try:
+            model = peft.get_peft_model(base, adapter)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"cannot adapt lora.target_modules={config.target_modules!r} of "
+                f"{type(base).__name__}: {error}"
+            ) from error
     assert isinstance(model, peft.PeftModel)
     lora_pairs(model)
     return model
@@ -190,6 +256,10 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
         short = name.removeprefix("base_model.model.")
         if layer is head:
             raise ModelError(f"cannot measure LoRA on the output head {short}; leave it out")
+        if isinstance(layer, ParamWrapper):
+            raise ModelError(
+                f"cannot measure LoRA on the experts' parameters {short}; name attention layers"
+            )
         a, b = (_matrix(matrices) for matrices in (layer.lora_A, layer.lora_B))
         if a is None or b is None:
             base = type(layer.get_base_layer()).__name__

@@ -66,7 +66,7 @@ def _gram_rows(
 ) -> None:
     """Add to `products` those of the first rows, which are held, with all rows of the groups."""
     num_rows, device = len(products), products.device
-    held = {n: torch.empty(num_rows, *shape, device=device) for n, shape in blocks(model).items()}
+    held = {n: torch.zeros(num_rows, *shape, device=device) for n, shape in blocks(model).items()}
     stop = 0
     for group, backpropagate in _each_batch(model, examples, groups):
         start, stop = stop, stop + len(group)
@@ -91,11 +91,13 @@ def _add_products(into: Tensor, rows: Tensor, others: Tensor) -> None:
 
 def build_basis(
     model: nn.Module,
-    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "query rank"]]],
+    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
     max_tokens: int,
     memory: int,
 ) -> Basis:
     """Return combinationᵀ G of each target, one below the other, block by block.
+
+    `targets`: examples, and a combination (query × rank) of their gradients.
 
     With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
     Added up in float32, in parts of a quarter of `memory` bytes, each a pass over the targets;

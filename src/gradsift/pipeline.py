@@ -59,12 +59,29 @@ def select(  # noqa: PLR0913
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
+    config = configure(model=model, pool=pool, target=target, budget=budget, settings=settings)
+    return run(config, output_dir, strict, overwrite)
+
+
+def configure(
+    *,
+    model: str,
+    pool: str | Sequence[str],
+    target: Mapping[str, str | Sequence[str]],
+    budget: str = "5%",
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration that the arguments of `select` stand for.
+
+    Raises:
+        ConfigError: If a setting is unknown or its value is not allowed.
+    """
     given = {
         "model": {"name": str(model)},
         "data": {"pool": pool, "targets": dict(target)},
         "policy": {"budget": budget},
     }
-    return run(Config.build(merge(given, settings or {})), output_dir, strict, overwrite)
+    return Config.build(merge(given, settings or {}))
 
 
 def run(
@@ -80,7 +97,7 @@ def run(
         folder.prepare(plan, overwrite)
         if not (folder.path / "config.yaml").exists():
             folder.write_config(config)
-        pool, targets = _encode(config, plan, folder, strict)
+        pool, targets = encode(config, plan, folder, strict)
         sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
         check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
         checkpoints = _warm_up(config, plan, folder, pool)
@@ -117,10 +134,14 @@ def run(
         )
 
 
-def _encode(
+def encode(
     config: Config, plan: Plan, folder: Run, strict: bool
 ) -> tuple[EncodedSet, dict[str, EncodedSet]]:
-    """Encode pool and targets, or take them as they were encoded before."""
+    """Return pool and targets, encoded now or before.
+
+    Raises:
+        DataError: If one has no usable row, or any unusable one under `strict`.
+    """
     directory, encoder, encoded = folder.path / "data", None, {}
     sets = data_sets(config)
     for name, specs in sets.items():

@@ -89,7 +89,7 @@ def _data(config: Config, model: str) -> dict[str, Stage]:
 
 
 def _warmup(config: Config, model: str, pool: Stage) -> Stage:
-    settings = config.model.model_dump(include={"name", "dtype", "attention"})
+    settings = config.model.model_dump(include={"name", "dtype", "attention", "quantization"})
     inputs: dict[str, Any] = {"model": {"identity": model} | settings}
     if config.warmup.adapter is not None:
         if not Path(config.warmup.adapter).is_dir():

@@ -60,7 +60,7 @@ def measure_subspaces(
     spectra = {}
     for checkpoint in checkpoints:
         model = model_at(checkpoint)
-        gram = _gram(config, model, examples)[np.ix_(inverse, inverse)]
+        gram = target_gram(config, model, examples)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):
             raise not_finite(f"gradient of the target {directory.name!r}", target, broken)
@@ -180,9 +180,14 @@ def _distinct(examples: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
     return [examples[i] for i in first], inverse
 
 
-def _gram(
+def target_gram(
     config: Config, model: PeftModel, examples: Sequence[Encoded]
 ) -> Float[np.ndarray, "query query"]:
+    """Return the Gram matrix of the examples' gradients.
+
+    Raises:
+        ModelError: If they do not fit into memory.
+    """
     from gradsift.batches import lengths_of
     from gradsift.memory import memory_budget, start_tokens, within_memory
     from gradsift.passes import gram_matrix

@@ -1,0 +1,259 @@
+"""What a run will take, from a few batches of each of its stages: `gradsift plan`.
+
+Pool and targets are encoded whole, as `select` would, and kept. Everything else is done on a
+sample, at the true sizes of model, adapter and basis, and scaled up by tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from gradsift.config import Config
+from gradsift.data import Encoded, EncodedSet
+from gradsift.pipeline import configure, encode
+from gradsift.scores import Alignment, View
+from gradsift.stages import Plan
+from gradsift.store import open_run, peak_memory
+from gradsift.subspace import fit_subspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+_TARGET_SAMPLE = 64  # examples of each target, from which its rank is guessed
+_POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
+_POOL_SECONDS = 10.0
+_TRAIN_BATCHES = 4
+_SCORED_SAMPLE = 4096
+_SCORE_BYTES = 80  # of a row of scores.parquet for one target, as found on real pools
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    `seconds` by stage; `host_memory`, `device_memory` (0 without a GPU) and `disk` in bytes;
+    `ranks` by target, guessed from a part of it where it is large.
+    """
+
+    num_pool: int
+    num_tokens: int
+    batch_tokens: int
+    ranks: Mapping[str, int]
+    seconds: Mapping[str, float]
+    host_memory: int
+    device_memory: int
+    disk: int
+
+
+def plan(**given: Any) -> Forecast:
+    """Return what `select` with these arguments will take, after measuring a few batches.
+
+    The encoded pool and targets are left in the run folder, where `select` finds them.
+
+    Example:
+        >>> forecast = gradsift.plan(                           # doctest: +SKIP
+        ...     model="Qwen/Qwen2.5-1.5B", pool="data/*.jsonl",
+        ...     target={"gsm8k": "gsm8k_dev.jsonl"}, output_dir="runs/gsm8k")
+        >>> sum(forecast.seconds.values()) / 3600               # doctest: +SKIP
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    output_dir, strict = given.pop("output_dir"), given.pop("strict", False)
+    return forecast(configure(**given), output_dir, strict)
+
+
+def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Forecast:
+    """Return what a whole configuration will take; see `plan`.
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    stages = Plan.of(config)
+    with open_run(Path(output_dir)) as folder, tempfile.TemporaryDirectory() as scratch:
+        folder.prepare(stages.data.values())
+        pool, targets = encode(config, stages, folder, strict)
+        facts = folder.facts(stages.data.values())
+        seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
+        unloaded = psutil.Process().memory_info().rss
+        with _device_peak() as device_memory:
+            seconds["warm-up"], adapter = _try_warm_up(config, pool, Path(scratch))
+            measured = _try_passes(config, pool, targets, adapter)
+        seconds.update(measured.seconds)
+        rank = sum(measured.ranks.values())
+        seconds["scores"] = _try_scores(config, targets, measured.ranks, len(pool))
+        num_checkpoints = config.warmup.checkpoints
+        disk = _size(folder.path / "data") + num_checkpoints * (
+            len(pool) * (4 * rank + 8)
+            + _size(adapter)
+            + sum(16 * len(targets[name]) * k for name, k in measured.ranks.items())
+        )
+        return Forecast(
+            num_pool=len(pool),
+            num_tokens=int(_num_tokens(pool).sum()),
+            batch_tokens=measured.batch_tokens,
+            ranks=measured.ranks,
+            seconds=seconds,
+            # scoring holds a target's coordinates, and a copy of unit length
+            host_memory=max(peak_memory(), unloaded + 8 * len(pool) * rank * num_checkpoints),
+            device_memory=device_memory[0],
+            disk=disk + _SCORE_BYTES * len(pool) * len(targets),
+        )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    seconds: Mapping[str, float]
+    ranks: Mapping[str, int]
+    batch_tokens: int
+
+
+def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float, Path]:
+    """Return the seconds that the warm-up will take, and an adapter to go on with."""
+    from gradsift.model import attach_lora, load_base
+    from gradsift.warmup import train
+
+    warmup = config.warmup
+    if warmup.adapter is not None:
+        return 0.0, Path(warmup.adapter)
+    model = attach_lora(load_base(config.model), config.lora, warmup.seed)
+    seconds = 0.0
+    if warmup.mode == "train":
+        micro = min(warmup.micro_batch_size, warmup.batch_size)
+        settings = warmup.model_copy(update={"batch_size": micro, "epochs": 1})
+        rows = np.random.default_rng(warmup.seed).permutation(len(pool))
+        first, rest = (
+            pool.examples(rows[: micro * batches]) for batches in (1, 1 + _TRAIN_BATCHES)
+        )
+        took = []
+        for examples in (first, first, rest):  # the first time pays for what is set up once
+            started = time.perf_counter()
+            train(model, examples, settings, label="trying the warm-up")
+            took.append(time.perf_counter() - started)
+        done = math.ceil(len(rest) / micro) - 1
+        total = math.ceil(warmup.fraction * len(pool) / micro) * warmup.epochs
+        seconds = took[1] + total * max(took[2] - took[1], 0) / max(done, 1)
+    model.save_pretrained(str(scratch / "adapter"))
+    return seconds, scratch / "adapter"
+
+
+def _try_passes(
+    config: Config, pool: EncodedSet, targets: Mapping[str, EncodedSet], adapter: Path
+) -> _Measured:
+    """Measure a part of every target and of the pool, with a basis of the expected size."""
+    from gradsift.memory import find_batch_tokens, memory_budget, start_tokens, within_memory
+    from gradsift.model import load_adapter, load_base
+    from gradsift.passes import build_basis
+
+    model = load_adapter(load_base(config.model), adapter)
+    rng, checkpoints = np.random.default_rng(0), config.warmup.checkpoints
+    seconds: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    parts: list[tuple[list[Encoded], np.ndarray]] = []
+    for name, target in targets.items():
+        rows = rng.permutation(len(target))[:_TARGET_SAMPLE]
+        examples = target.examples(rows)
+        ranks[name], took = _try_target(config, model, examples, len(target))
+        tokens = _num_tokens(target)
+        # a pass for the Gram matrix and one for the basis
+        seconds[f"subspace of {name}"] = checkpoints * took * tokens.sum() / tokens[rows].sum()
+        parts.append((examples, rng.normal(size=(len(examples), ranks[name]))))
+    lengths = np.concatenate([_num_tokens(target) for target in targets.values()])
+    memory = memory_budget(config.engine, model.device)
+    build = partial(build_basis, model, parts, memory=memory)
+    started = time.perf_counter()
+    basis, _ = within_memory(build, start_tokens(config.engine, model.device), lengths)
+    building = (time.perf_counter() - started) * sum(map(len, targets.values()))
+    building *= checkpoints / sum(len(examples) for examples, _ in parts)
+    tokens = _num_tokens(pool)
+    max_tokens = find_batch_tokens(model, basis, tokens, config.engine)
+    rate = _tokens_per_second(model, pool, basis, max_tokens)
+    seconds["pool pass"] = building + checkpoints * tokens.sum() / rate
+    return _Measured(seconds, ranks, max_tokens)
+
+
+def _try_target(
+    config: Config, model: PeftModel, examples: Sequence[Encoded], num_examples: int
+) -> tuple[int, float]:
+    """Return the rank that a target is expected to have, and the seconds for this part of it."""
+    from gradsift.methods.gist import target_gram
+
+    started = time.perf_counter()
+    gram = target_gram(config, model, examples)
+    took = time.perf_counter() - started
+    dtype = str(model.dtype).removeprefix("torch.")
+    if isinstance(config.gist.rank, int):
+        return config.gist.rank, took
+    rank = fit_subspace(gram, config.gist.rank, dtype).rank
+    return round(rank * num_examples / len(examples)), took
+
+
+def _tokens_per_second(model: PeftModel, pool: EncodedSet, basis: Any, max_tokens: int) -> float:
+    """Return the speed of the pool pass over batches drawn from the whole pool."""
+    from gradsift.batches import lengths_of, plan_batches
+    from gradsift.passes import project
+
+    rng = np.random.default_rng(0)
+    examples = pool.examples(rng.permutation(len(pool))[:_POOL_SAMPLE])
+    groups = plan_batches(lengths_of(examples), max_tokens)
+    groups = [groups[i] for i in rng.permutation(len(groups))]
+    num_tokens, seconds = 0, 0.0
+    for number, group in enumerate([groups[0], *groups]):  # the first batch is not counted
+        batch = [examples[i] for i in group]
+        started = time.perf_counter()
+        project(model, batch, basis, max_tokens).losses.cpu()
+        if number:
+            seconds += time.perf_counter() - started
+            num_tokens += sum(len(example.input_ids) for example in batch)
+        if seconds > _POOL_SECONDS:
+            break
+    return num_tokens / seconds
+
+
+def _try_scores(
+    config: Config, targets: Mapping[str, EncodedSet], ranks: Mapping[str, int], num_pool: int
+) -> float:
+    """Return the seconds that scoring the pool will take, from made-up coordinates."""
+    rng, count = np.random.default_rng(0), min(num_pool, _SCORED_SAMPLE)
+    started = time.perf_counter()
+    for name, target in targets.items():
+        made = rng.normal(size=(count + len(target), ranks[name])).astype(np.float32)
+        norms = np.ones(count, np.float32)
+        view = View(made[:count], norms, made[count:], 1.0)
+        Alignment([view], target.table(["task"])["task"].to_pylist(), config.gist).scores()
+    return (time.perf_counter() - started) * config.warmup.checkpoints * num_pool / count
+
+
+@contextmanager
+def _device_peak() -> Iterator[list[int]]:
+    """Yield a list that holds, when the block has ended, the most that a GPU held, in bytes."""
+    import torch
+
+    peak = [0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if torch.cuda.is_available():
+        peak[0] = torch.cuda.max_memory_reserved()
+
+
+def _num_tokens(encoded: EncodedSet) -> np.ndarray:
+    return encoded.table(["num_tokens"])["num_tokens"].to_numpy()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,134 @@
+"""Less when it did not fit: batches are halved and nothing else changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from gradsift.basis import Basis
+from gradsift.batches import ahead, lengths_of
+from gradsift.config import EngineConfig
+from gradsift.errors import ModelError
+from gradsift.gradients import blocks
+from gradsift.memory import memory_budget, probe, start_tokens, within_memory
+
+CPU = torch.device("cpu")
+
+
+def fails_above(limit: int, tried: list[int]):
+    def work(max_tokens: int) -> str:
+        tried.append(max_tokens)
+        if max_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return f"done with {max_tokens}"
+
+    return work
+
+
+def test_work_that_does_not_fit_is_done_again_with_half_the_tokens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried: list[int] = []
+    found = within_memory(fails_above(300, tried), 1000, np.array([20, 5]))
+    assert (found, tried) == (("done with 250", 250), [1000, 500, 250])
+    assert "out of memory; going on with batches of 250 tokens" in caplog.text
+
+
+def test_what_never_fits_is_an_error_that_says_what_to_change() -> None:
+    tried: list[int] = []
+    message = r"one example per batch, the longest of 20 tokens; lower data.max_length, .*2.00 GiB"
+    with pytest.raises(ModelError, match=message):
+        within_memory(fails_above(0, tried), 100, np.array([20, 5]))
+    assert tried == [100, 50, 25, 12, 6]
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def broken(max_tokens: int) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        within_memory(broken, 100, np.array([20]))
+
+
+def test_the_probe_tries_the_longest_and_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = models.adapted("llama"), []
+
+    def project(model: object, examples: list, basis: object, tokens: int) -> None:
+        batches.append((tokens, len(examples), len(examples[0].input_ids) - 1))
+        if tokens > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("gradsift.memory.project", project)
+    tensors = {name: torch.zeros(2, out * into) for name, (out, into) in blocks(model).items()}
+    basis = Basis(tensors, frozenset(), CPU)
+    assert probe(model, basis, np.array([30, 4, 12]), 512) == 128
+    assert batches == [(512, 17, 30), (256, 8, 30), (128, 4, 30), (128, 32, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
+def test_halving_where_memory_really_runs_out() -> None:
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import models, torch
+from math import prod
+from gradsift.basis import Basis
+from gradsift.batches import lengths_of
+from gradsift.gradients import blocks
+from gradsift.memory import within_memory
+from gradsift.passes import project
+torch.set_num_threads(1)
+model, examples = models.adapted("llama"), models.examples(400)
+ones = {{name: torch.ones(2, prod(shape)) for name, shape in blocks(model).items()}}
+basis = Basis(ones, frozenset(), model.device)
+alone = project(model, examples, basis, 50).coordinates
+many = examples * 200
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+found, tokens = within_memory(lambda t: project(model, many, basis, t), 2**21, lengths_of(many))
+assert tokens < 2**21, tokens
+assert (found.coordinates[:400] - alone).abs().max() < 1e-4 * alone.abs().max()
+print("tokens", tokens)
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "out of memory" not in result.stdout
+
+
+def test_items_are_made_ahead_on_another_thread_and_errors_come_through() -> None:
+    threads = []
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            threads.append(threading.current_thread())
+            yield number
+        raise ValueError("broken row")
+
+    found = []
+    with pytest.raises(ValueError, match="broken row"):
+        found.extend(ahead(items()))
+    assert threading.current_thread() not in threads
+    coming = ahead(iter(range(100)))
+    assert next(coming) == 0
+    coming.close()  # and nothing hangs
+
+
+def test_what_is_set_is_taken_and_auto_is_worked_out() -> None:
+    engine = EngineConfig(batch_tokens=77, memory="3GiB")
+    assert start_tokens(engine, CPU) == 77
+    assert memory_budget(engine, CPU) == 3 * 2**30
+    assert start_tokens(EngineConfig(), CPU) == 2048
+    assert memory_budget(EngineConfig(), CPU) > 2**20
+    assert lengths_of(models.examples(3)).tolist() == [
+        int(np.flatnonzero(e.supervised)[-1]) for e in models.examples(3)
+    ]

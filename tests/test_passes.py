@@ -1,0 +1,120 @@
+"""Gram matrix, basis and coordinates keep their values within whatever memory they are given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import reference
+from gradsift.basis import Basis, choose_waiting
+from gradsift.errors import ModelError
+from gradsift.gradients import blocks
+from gradsift.passes import build_basis, gram_matrix, project
+
+AMPLE = 10**9
+
+
+def row_bytes(model: torch.nn.Module) -> int:
+    return 4 * sum(map(prod, blocks(model).values()))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 20, 100])
+def test_row_blocks_change_no_product(num_rows: int) -> None:
+    model, examples = models.adapted("llama"), models.examples(20, seed=3)
+    memory = num_rows * row_bytes(model) + 5
+    found = gram_matrix(model, examples, max_tokens=120, memory=memory)
+    rows = reference.gradient_rows(models.adapted("llama", dtype=torch.float64), examples)
+    expected = (rows @ rows.T).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.array_equal(found, found.T)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
+def test_a_target_of_512_examples_holds_no_more_than_its_block_of_rows() -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import models, torch
+from math import prod
+from gradsift.gradients import blocks
+from gradsift.passes import gram_matrix
+from gradsift.store import peak_memory
+model = models.adapted("llama", rank=800)  # 1.1 MiB a row
+row, memory = 4 * sum(map(prod, blocks(model).values())), int(sys.argv[1])
+gram_matrix(model, models.examples(16), max_tokens=100, memory=16 * row)
+before = peak_memory()
+gram_matrix(model, models.examples(512), max_tokens=100, memory=memory * row)
+print(row, peak_memory() - before)
+"""
+    grown = {}
+    for held in (512, 64):
+        command = [sys.executable, "-c", script, str(held)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        row, more = map(int, output.split())
+        grown[held] = more / row
+    assert grown[512] > 480  # held all at once they are seen
+    assert grown[64] < 64 + 32  # a block, and what one batch needs
+
+
+def test_a_single_row_that_does_not_fit_is_an_error() -> None:
+    model = models.adapted("llama")
+    with pytest.raises(ModelError, match=r"one example's gradient takes .* engine.memory"):
+        gram_matrix(model, models.examples(2), 100, memory=row_bytes(model) - 1)
+
+
+def test_the_basis_is_the_same_in_one_part_or_many() -> None:
+    model, first, second = models.adapted("llama"), models.examples(9), models.examples(5, seed=1)
+    rng = np.random.default_rng(0)
+    targets = [(first, rng.normal(size=(9, 4))), (second, rng.normal(size=(5, 3)))]
+    total = 7 * row_bytes(model)
+    whole = build_basis(model, targets, 100, AMPLE)
+    parts = build_basis(model, targets, 100, total * 4 // 3 + 4)
+    assert whole.rank == parts.rank == 7
+    for name in blocks(model):
+        assert torch.equal(whole[name], parts[name])
+    with pytest.raises(ModelError, match=r"\(7 directions\) take .*--memory"):
+        build_basis(model, targets, 100, total)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_blocks_that_wait_in_host_memory_give_the_same_coordinates(share: float) -> None:
+    model, examples = models.adapted("llama", targets="all-linear"), models.examples(20)
+    rng = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(6, prod(s), generator=rng) for n, s in blocks(model).items()}
+    names = list(tensors)
+    waiting = frozenset(names[int(share * len(names)) :])
+    here = Basis(tensors, frozenset(), torch.device("cpu"))
+    brought = Basis(tensors, waiting, torch.device("cpu"))
+    one, other = (project(model, examples, basis, 60).coordinates for basis in (here, brought))
+    assert torch.equal(one, other)
+
+
+def test_what_waits_leaves_room_for_two_slots() -> None:
+    shapes = {f"block{i}": (10, 100) for i in range(10)}
+    size = 3 * 1000 * 2
+    device = torch.device("cuda")
+    assert choose_waiting(shapes, 3, 2, device, memory=10 * size) == frozenset()
+    assert len(choose_waiting(shapes, 3, 2, device, memory=9 * size)) == 3
+    assert len(choose_waiting(shapes, 3, 2, device, memory=2 * size)) == 10
+    huge = {"block": (10**7, 10**7)}
+    with pytest.raises(ModelError, match=r"fit on cuda and .* GiB in host memory; lower gist.rank"):
+        choose_waiting(huge, 3, 2, device, memory=10**9)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.99), (torch.float16, 0.9999)])
+def test_coordinates_in_half_precision_point_the_same_way(dtype: torch.dtype, least: float) -> None:
+    examples, combination = models.examples(12), np.eye(12)[:, :8]
+    found = {}
+    for precision in (torch.float32, dtype):
+        model = models.adapted("llama", dtype=precision)
+        basis = build_basis(model, [(examples, combination)], 200, AMPLE)
+        found[precision] = project(model, examples, basis, 200).coordinates
+    assert torch.cosine_similarity(found[torch.float32], found[dtype]).min() > least

@@ -4,7 +4,7 @@ The plain loop is what a research script does: one example at a time, logits at 
 all gradients concatenated, one product with the stacked basis. Weights and tokens are random but
 for `--shape base`; lengths are drawn as in a real pool of 13,000 instruction examples.
 
-    python benchmarks/pool_pass.py --shape base --shape 100m
+    python benchmarks/pool_pass.py --shape base --shape 135m
     python benchmarks/pool_pass.py --shape 1.5b --shape 7b --rank 128 --directions 64
 """
 
@@ -61,11 +61,12 @@ def _shape(hidden: int, layers: int, heads: tuple[int, int], mlp: int, vocabular
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "135m": ("llama", _shape(576, 30, (9, 3), 1536, 49152) | {"tie_word_embeddings": True}),
     "100m": ("llama", _shape(640, 12, (10, 10), 1728, 32000) | {"tie_word_embeddings": False}),
     "1.5b": ("qwen2", _shape(1536, 28, (12, 2), 8960, 151936) | {"tie_word_embeddings": True}),
     "3b": ("qwen2", _shape(2048, 36, (16, 2), 11008, 151936) | {"tie_word_embeddings": True}),
     "7b": ("llama", _shape(4096, 32, (32, 32), 11008, 32000) | {"tie_word_embeddings": False}),
-}  # 1.5b and 3b are Qwen2.5's, 7b is Llama 2's
+}  # 135m is SmolLM2's, 1.5b and 3b are Qwen2.5's, 7b is Llama 2's; 100m is nobody's
 
 
 def build_model(shape: str, rank: int, device: torch.device) -> PeftModel:
@@ -221,7 +222,7 @@ def _one_side(side: str, shape: str, rank: int, directions: int, count: int, fol
     (folder / f"{side}.json").write_text(json.dumps(figures))
 
 
-def main(
+def main(  # noqa: PLR0913, PLR0917
     shape: Annotated[list[str], typer.Option(help=f"base, {', '.join(SHAPES)}")] = ["base"],  # noqa: B006
     rank: Annotated[int, typer.Option(help="of the LoRA matrices")] = 128,
     directions: Annotated[list[int], typer.Option(help="of the basis")] = [64, 150],  # noqa: B006
@@ -248,8 +249,11 @@ def _compare(shape: str, rank: int, k: int, counts: dict[str, int]) -> list[tupl
     with tempfile.TemporaryDirectory() as scratch:
         for side, count in counts.items():
             subprocess.run(
-                [sys.executable, __file__, "--side", side, "--shape", shape, "--rank", str(rank)]
-                + ["--directions", str(k), "--count", str(count), "--folder", scratch],
+                [
+                    *(sys.executable, __file__, "--side", side, "--shape", shape),
+                    *("--rank", str(rank), "--directions", str(k)),
+                    *("--count", str(count), "--folder", scratch),
+                ],
                 check=True,
             )
         figures = {s: json.loads((Path(scratch) / f"{s}.json").read_text()) for s in counts}
@@ -260,7 +264,6 @@ def _compare(shape: str, rank: int, k: int, counts: dict[str, int]) -> list[tupl
     cosine = (plain * ours).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(ours, axis=1)
     assert error < (1e-3 if figures["ours"]["device"] == "cpu" else 0.1), error
     ratio = figures["ours"]["tokens_per_second"] / figures["plain"]["tokens_per_second"]
-    print(json.dumps({"shape": shape, "rank": rank, "k": k} | figures))
     return [
         (
             side,

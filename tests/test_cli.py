@@ -135,17 +135,33 @@ def test_a_target_without_a_name_has_that_of_its_file() -> None:
     assert _targets(given) == {"dev": ["a/dev.jsonl"], "x": ["b.jsonl", "c.jsonl"]}
 
 
+def test_plan_takes_the_arguments_of_select(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", *arguments[1:], "--memory", "1GiB") == 0
+    out = capsys.readouterr().out
+    for text in ("90 examples", "pool pass", "ranks about: mine 7", "host memory: ", "disk: "):
+        assert text in out
+    assert "device memory" not in out
+    assert call(monkeypatch, "plan", *arguments[1:], "--memory", "1KiB") == 2
+    assert "more than the 9.54e-07 GiB of engine.memory (--memory)" in capsys.readouterr().err
+    assert call(monkeypatch, "plan", *arguments[1:], "--memory", "much") == 2
+    assert "engine.memory" in capsys.readouterr().err
+
+
 def test_the_verbs_and_flags_are_these() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     flags = {
         name: {option for parameter in command.params for option in parameter.opts}
         for name, command in commands.items()
     }
+    shared = {
+        "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
+        "--memory", "--config", "--set", "--strict",
+    }  # fmt: skip
     assert flags == {
-        "select": {
-            "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
-            "--config", "--set", "--strict", "--overwrite",
-        },
+        "select": shared | {"--overwrite"},
+        "plan": shared,
         "explain": {"run", "example"},
         "demo": {"--output-dir"},
     }  # fmt: skip
@@ -153,8 +169,8 @@ def test_the_verbs_and_flags_are_these() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert gradsift.__all__ == [
-        "Budget", "Config", "Explanation", "GradsiftError", "RunResult", "Selection", "explain",
-        "run", "select",
+        "Budget", "Config", "Explanation", "Forecast", "GradsiftError", "RunResult", "Selection",
+        "explain", "plan", "run", "select",
     ]  # fmt: skip
     for _ in range(2):  # a submodule must never come to stand in a name's place
         assert all(callable(getattr(gradsift, name)) for name in gradsift.__all__)

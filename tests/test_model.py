@@ -223,7 +223,7 @@ def test_one_base_model_serves_one_adapter_after_the_other(
     assert len(loads) == 1
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 def test_lora_on_experts_is_refused() -> None:
     for dropout, message in ((0.0, "experts' parameters model.layers.0"), (0.1, "cannot adapt")):
         config = LoraConfig(rank=2, dropout=dropout, target_modules="all-linear")

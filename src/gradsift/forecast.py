@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _TARGET_SAMPLE = 64  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
 _POOL_SECONDS = 10.0
-_TRAIN_BATCHES = 4
+_TRAIN_BATCHES = 8
 _SCORED_SAMPLE = 4096
 _SCORE_BYTES = 80  # of a row of scores.parquet for one target, as found on real pools
 

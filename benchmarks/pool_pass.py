@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from gradsift.basis import Basis
 from gradsift.batches import lengths_of
@@ -123,7 +125,9 @@ def run_ours(
     """Return coordinates, seconds, and the batch size that was found."""
     basis = Basis(random_basis(model, directions), frozenset(), model.device)
     tokens = find_batch_tokens(model, basis, lengths_of(examples), EngineConfig())
-    project(model, examples[:64], basis, tokens)
+    project(model, examples[:64], basis, tokens).losses.cpu()
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     coordinates = project(model, examples, basis, tokens).coordinates.cpu()
     return coordinates, time.perf_counter() - started, {"batch_tokens": tokens}
@@ -193,6 +197,8 @@ def _wait(device: torch.device) -> None:
 
 def _one_side(side: str, shape: str, rank: int, directions: int, count: int, folder: Path) -> None:
     """Run one side in this process and leave coordinates and figures in the folder."""
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
+    disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = build_model(shape, rank, device)

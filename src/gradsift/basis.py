@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from pathlib import Path
 
 import psutil
 import torch
@@ -43,6 +44,8 @@ class Basis:
         first = next(iter(blocks.values()))
         self.rank, self._free = len(first), 0
         self._slots = torch.empty(2, largest, dtype=first.dtype, device=device)
+        if self._stream:
+            self._slots.record_stream(self._stream)  # a copy may still run when they are freed
 
     def __getitem__(self, name: str) -> Float[Tensor, "direction _"]:
         if name not in self._waiting:
@@ -55,7 +58,7 @@ class Basis:
         if self._coming is None or self._coming[0] != name:
             self._bring(name, released)
         assert self._coming is not None
-        _, block, arrived = self._coming
+        (_, block, arrived), self._coming = self._coming, None
         if arrived:
             torch.cuda.current_stream().wait_event(arrived)
         self._free = 1 - self._free
@@ -74,6 +77,15 @@ class Basis:
         with side:
             block.copy_(host, non_blocking=True)
         self._coming = (name, block, self._stream.record_event() if self._stream else None)
+
+
+def host_memory() -> int:
+    """Return the bytes that this process may still take, of the machine's or its container's."""
+    available = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current"))
+    if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
+        available = min(available, int(bound) - int(used.read_text()))
+    return available
 
 
 def choose_waiting(
@@ -95,15 +107,19 @@ def choose_waiting(
             f"{memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
             f"it, or {advice}"
         )
-    room = memory - 2 * max(sizes.values())  # two slots for those that are brought
-    waiting = set()
+    everything, largest = sum(sizes.values()), max(sizes.values())
+    room = memory - 2 * largest  # two slots for those that are brought
+    # spread evenly over the layers, so that each copy has a whole layer's time
+    waiting, here, reached = set(), 0, 0
     for name, size in sizes.items():
-        if size <= room:
-            room -= size
+        reached += size
+        if (here + size) * everything <= room * reached:
+            here += size
         else:
             waiting.add(name)
-    needed, available = sum(sizes[n] for n in waiting), psutil.virtual_memory().available
-    if needed > available:
+    # pinned memory is handed out in powers of two
+    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in waiting), host_memory()
+    if needed > available or room < 0:
         raise ModelError(
             f"the bases of all targets ({rank} directions) take {total:.3g} GiB; "
             f"{memory / 2**30:.3g} GiB fit on {device} and {available / 2**30:.1f} GiB in host "

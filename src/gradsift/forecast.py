@@ -10,8 +10,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TARGET_SAMPLE = 64  # examples of each target, from which its rank is guessed
+_TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
 _POOL_SECONDS = 10.0
 _TRAIN_BATCHES = 8
@@ -45,8 +44,8 @@ _SCORE_BYTES = 80  # of a row of scores.parquet for one target, as found on real
 class Forecast:
     """What a run will take.
 
-    `seconds` by stage; `host_memory`, `device_memory` (0 without a GPU) and `disk` in bytes;
-    `ranks` by target, guessed from a part of it where it is large.
+    `seconds` by stage; `host_memory`, `device_memory` (of the pool pass; 0 without a GPU) and
+    `disk` in bytes; `ranks` by target, guessed from a part of it where it is large.
     """
 
     num_pool: int
@@ -90,9 +89,8 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         facts = folder.facts(stages.data.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
         unloaded = psutil.Process().memory_info().rss
-        with _device_peak() as device_memory:
-            seconds["warm-up"], adapter = _try_warm_up(config, pool, Path(scratch))
-            measured = _try_passes(config, pool, targets, adapter)
+        seconds["warm-up"], adapter = _try_warm_up(config, pool, Path(scratch))
+        measured = _try_passes(config, pool, targets, adapter)
         seconds.update(measured.seconds)
         rank = sum(measured.ranks.values())
         seconds["scores"] = _try_scores(config, targets, measured.ranks, len(pool))
@@ -110,7 +108,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
             seconds=seconds,
             # scoring holds a target's coordinates, and a copy of unit length
             host_memory=max(peak_memory(), unloaded + 8 * len(pool) * rank * num_checkpoints),
-            device_memory=device_memory[0],
+            device_memory=measured.device_memory,
             disk=disk + _SCORE_BYTES * len(pool) * len(targets),
         )
 
@@ -120,6 +118,7 @@ class _Measured:
     seconds: Mapping[str, float]
     ranks: Mapping[str, int]
     batch_tokens: int
+    device_memory: int
 
 
 def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float, Path]:
@@ -155,12 +154,22 @@ def _try_passes(
     config: Config, pool: EncodedSet, targets: Mapping[str, EncodedSet], adapter: Path
 ) -> _Measured:
     """Measure a part of every target and of the pool, with a basis of the expected size."""
-    from gradsift.memory import find_batch_tokens, memory_budget, start_tokens, within_memory
+    import torch
+    from accelerate.utils.memory import clear_device_cache
+
+    from gradsift.memory import (
+        find_batch_tokens,
+        memory_budget,
+        probe,
+        start_tokens,
+        within_memory,
+    )
     from gradsift.model import load_adapter, load_base
-    from gradsift.passes import build_basis
+    from gradsift.passes import build_basis, row_bytes
 
     model = load_adapter(load_base(config.model), adapter)
     rng, checkpoints = np.random.default_rng(0), config.warmup.checkpoints
+    memory = memory_budget(config.engine, model.device)
     seconds: dict[str, float] = {}
     ranks: dict[str, int] = {}
     parts: list[tuple[list[Encoded], np.ndarray]] = []
@@ -169,11 +178,12 @@ def _try_passes(
         examples = target.examples(rows)
         ranks[name], took = _try_target(config, model, examples, len(target))
         tokens = _num_tokens(target)
-        # a pass for the Gram matrix and one for the basis
-        seconds[f"subspace of {name}"] = checkpoints * took * tokens.sum() / tokens[rows].sum()
+        # where not all rows fit, those after each block of them are computed again
+        num_blocks = math.ceil(len(target) * row_bytes(model) / memory)
+        took *= checkpoints * (1 + num_blocks) / 2
+        seconds[f"subspace of {name}"] = took * tokens.sum() / tokens[rows].sum()
         parts.append((examples, rng.normal(size=(len(examples), ranks[name]))))
     lengths = np.concatenate([_num_tokens(target) for target in targets.values()])
-    memory = memory_budget(config.engine, model.device)
     build = partial(build_basis, model, parts, memory=memory)
     started = time.perf_counter()
     basis, _ = within_memory(build, start_tokens(config.engine, model.device), lengths)
@@ -181,9 +191,15 @@ def _try_passes(
     building *= checkpoints / sum(len(examples) for examples, _ in parts)
     tokens = _num_tokens(pool)
     max_tokens = find_batch_tokens(model, basis, tokens, config.engine)
+    peak, on_gpu = 0, model.device.type == "cuda"
+    if on_gpu:  # what failed in the search for the batch size is not to count
+        clear_device_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
+        probe(model, basis, tokens, max_tokens)
+        peak = torch.cuda.max_memory_allocated(model.device)
     rate = _tokens_per_second(model, pool, basis, max_tokens)
     seconds["pool pass"] = building + checkpoints * tokens.sum() / rate
-    return _Measured(seconds, ranks, max_tokens)
+    return _Measured(seconds, ranks, max_tokens, peak)
 
 
 def _try_target(
@@ -199,7 +215,12 @@ def _try_target(
     if isinstance(config.gist.rank, int):
         return config.gist.rank, took
     rank = fit_subspace(gram, config.gist.rank, dtype).rank
-    return round(rank * num_examples / len(examples)), took
+    if num_examples == len(examples):
+        return rank, took
+    half = len(examples) // 2  # as it grew from half of them to all, so it is taken to go on
+    before = fit_subspace(gram[:half, :half], config.gist.rank, dtype).rank
+    power = min(max(math.log2(rank / before), 0.0), 1.0)
+    return min(num_examples, round(rank * (num_examples / len(examples)) ** power)), took
 
 
 def _tokens_per_second(model: PeftModel, pool: EncodedSet, basis: Any, max_tokens: int) -> float:
@@ -236,19 +257,6 @@ def _try_scores(
         view = View(made[:count], norms, made[count:], 1.0)
         Alignment([view], target.table(["task"])["task"].to_pylist(), config.gist).scores()
     return (time.perf_counter() - started) * config.warmup.checkpoints * num_pool / count
-
-
-@contextmanager
-def _device_peak() -> Iterator[list[int]]:
-    """Yield a list that holds, when the block has ended, the most that a GPU held, in bytes."""
-    import torch
-
-    peak = [0]
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    yield peak
-    if torch.cuda.is_available():
-        peak[0] = torch.cuda.max_memory_reserved()
 
 
 def _num_tokens(encoded: EncodedSet) -> np.ndarray:

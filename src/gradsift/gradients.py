@@ -40,11 +40,21 @@ def blocks(model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def gradient_scale(model: nn.Module) -> float:
+    """Return by what gradients are too large when they are handed on: 1, but in float16.
+
+    Small ones would vanish there on their way back, so it is taken out of what is made of them.
+    """
+    half = next(iter(lora_pairs(model).values())).a.weight.dtype == torch.float16
+    return _FLOAT16_SCALE if half else 1.0
+
+
 class PerExampleGradients:
     """Taps on a model's LoRA layers for as long as the context is open.
 
-    Each call runs one batch, hands every block's gradients to `consume` during the backward pass,
-    and returns each example's loss: the mean negative log-likelihood of its supervised tokens.
+    Each call runs one batch, hands every block's gradients, times `gradient_scale`, to `consume`
+    during the backward pass, and returns each example's loss: the mean negative log-likelihood of
+    its supervised tokens.
 
     The model is frozen and in evaluation mode, padding is on the right and attention causal, so
     that no token of an example sees padding and none is masked.
@@ -62,9 +72,7 @@ class PerExampleGradients:
             )
         self._model = model
         self._pairs = lora_pairs(model)
-        # in float16 small gradients would vanish on their way; it is taken out of them in the end
-        half = next(iter(self._pairs.values())).a.weight.dtype == torch.float16
-        self._scale = _FLOAT16_SCALE if half else 1.0
+        self._scale = gradient_scale(model)
         self._handles: list[Any] = []
         self._seen: set[str] = set()
         self._batch: Batch | None = None
@@ -125,7 +133,7 @@ class PerExampleGradients:
         def hand_on(leaving: Tensor) -> None:
             each = self._by_example(name, leaving)
             gradient = torch.bmm(each.transpose(1, 2), entering.to(each.dtype))
-            self._consume(name, gradient if self._scale == 1 else gradient.div_(self._scale))
+            self._consume(name, gradient)
 
         output.register_hook(hand_on)
         return output

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from jaxtyping import Int
 from torch import nn
 
-from gradsift.basis import Basis
+from gradsift.basis import Basis, host_memory
 from gradsift.config import EngineConfig
 from gradsift.data import Encoded
 from gradsift.errors import ModelError
-from gradsift.passes import project
+from gradsift.passes import MOST_EXAMPLES, project
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,8 @@ T = TypeVar("T")
 # is looked for, from here downwards.
 _CPU_TOKENS = 2048
 _GPU_TOKENS = 32768
+# of CUDA, its allocator and its matrix library, and of the CPU
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def memory_budget(engine: EngineConfig, device: torch.device) -> int:
@@ -34,8 +35,9 @@ def memory_budget(engine: EngineConfig, device: torch.device) -> int:
     if engine.memory != "auto":
         return int(engine.memory)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
+    return host_memory() // 2
 
 
 def start_tokens(engine: EngineConfig, device: torch.device) -> int:
@@ -63,14 +65,16 @@ def probe(
     """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
 
     The worst in activations and logits is a batch of the longest examples with a label at every
-    token, the worst in gradients one of the shortest.
+    token, the worst in gradients one of as many examples as a batch may have.
     """
 
     def run_worst(tokens: int) -> None:
-        for length in (int(lengths.max()), int(lengths.min())):
+        longest = int(lengths.max())
+        for length in (longest, min(longest, max(1, tokens // MOST_EXAMPLES))):
             supervised = np.arange(length + 1) > 0
             example = Encoded(np.zeros(length + 1, np.int32), supervised)
-            project(model, [example] * max(1, tokens // length), basis, tokens)
+            count = min(max(1, tokens // length), MOST_EXAMPLES)
+            project(model, [example] * count, basis, tokens)
 
     return within_memory(run_worst, max_tokens, lengths)[1]
 
@@ -90,7 +94,7 @@ def within_memory(
         try:
             return work(max_tokens), max_tokens
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise
             told = str(error).partition("\n")[0]
         clear_device_cache(garbage_collection=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import peft
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,8 @@ def resolve_device(config: ModelConfig) -> torch.device:
     """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"cannot use the device {config.device!r}: expected auto, cpu or cuda")
     try:
         return torch.empty(0, device=config.device).device
     except (RuntimeError, AssertionError) as error:
@@ -81,6 +84,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     Raises:
         ModelError: If it cannot be loaded, has no output head, or lets a token see later ones.
     """
+    clear_device_cache(garbage_collection=True)  # what a training left goes before more comes
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.name,

@@ -91,15 +91,17 @@ def measure_shards(
     label = f"pool at {shards[0].path.parent.name}"
     with track(label, total) as advance, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
-        for shard, examples in ahead((shard, pool.examples(shard.rows)) for shard in shards):
-            work = partial(project, model, examples, basis)
-            found, max_tokens = within_memory(work, max_tokens, lengths_of(examples))
+        try:
+            for shard, examples in ahead((shard, pool.examples(shard.rows)) for shard in shards):
+                work = partial(project, model, examples, basis)
+                found, max_tokens = within_memory(work, max_tokens, lengths_of(examples))
+                if writing:
+                    writing.result()
+                writing = writer.submit(_write, shard, found, ranks, pool, max_tokens)
+                advance(len(examples))
+        finally:
             if writing:
                 writing.result()
-            writing = writer.submit(_write, shard, found, ranks, pool, max_tokens)
-            advance(len(examples))
-        if writing:
-            writing.result()
 
 
 def _write(

@@ -94,12 +94,14 @@ class EncodedSet:
     def examples(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
         """Return the tokens of some rows, in the order asked for."""
         table = self.take(rows, ["input_ids", "supervised", "truncated"])
-        return [
-            Encoded(np.asarray(ids, dtype=np.int32), np.asarray(supervised, dtype=bool), truncated)
-            for ids, supervised, truncated in zip(
-                *(table[name].to_pylist() for name in table.column_names), strict=True
-            )
-        ]
+        lists = table["input_ids"].combine_chunks(), table["supervised"].combine_chunks()
+        ends = (lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py())[1:-1]
+        ids, supervised = (
+            np.split(column.flatten().to_numpy(zero_copy_only=False, writable=True), ends)
+            for column in lists
+        )
+        truncated = table["truncated"].to_pylist()
+        return [Encoded(*parts) for parts in zip(ids, supervised, truncated, strict=True)]
 
     def conversations(
         self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]

@@ -109,6 +109,7 @@ def project_pool(
         if not missing:
             continue
         subspaces = {name: load_subspace(run, name, checkpoint) for name in targets}
+        ranks = {name: subspace.rank for name, subspace in subspaces.items()}
         model = model_at(checkpoint)
         basis = stacked_basis(config, model, targets, subspaces)
         if stored:
@@ -118,8 +119,8 @@ def project_pool(
         else:
             lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
             max_tokens = find_batch_tokens(model, basis, lengths, config.engine)
-        ranks = {name: subspace.rank for name, subspace in subspaces.items()}
         measure_shards(model, pool, missing, basis, ranks, max_tokens)
+        del basis  # before the next is built beside it
 
 
 def align(

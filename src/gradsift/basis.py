@@ -97,23 +97,22 @@ def choose_waiting(
         ModelError: If even host memory does not suffice.
     """
     sizes = {name: rank * prod(shape) * itemsize for name, shape in shapes.items()}
-    if sum(sizes.values()) <= memory:
+    total = sum(sizes.values())
+    if total <= memory:
         return frozenset()
-    total = sum(sizes.values()) / 2**30
     advice = "lower gist.rank or lora.rank, or give fewer targets at once"
     if device.type == "cpu":
         raise ModelError(
-            f"the bases of all targets ({rank} directions) take {total:.3g} GiB, more than the "
+            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB, more than the "
             f"{memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
             f"it, or {advice}"
         )
-    everything, largest = sum(sizes.values()), max(sizes.values())
-    room = memory - 2 * largest  # two slots for those that are brought
+    room = memory - 2 * max(sizes.values())  # two slots for those that are brought
     # spread evenly over the layers, so that each copy has a whole layer's time
     waiting, here, reached = set(), 0, 0
     for name, size in sizes.items():
         reached += size
-        if (here + size) * everything <= room * reached:
+        if (here + size) * total <= room * reached:
             here += size
         else:
             waiting.add(name)
@@ -121,7 +120,7 @@ def choose_waiting(
     needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in waiting), host_memory()
     if needed > available or room < 0:
         raise ModelError(
-            f"the bases of all targets ({rank} directions) take {total:.3g} GiB; "
+            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB; "
             f"{memory / 2**30:.3g} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
             f"memory; {advice}"
         )

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +156,9 @@ def _try_passes(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.memory import (
-        find_batch_tokens,
-        memory_budget,
-        probe,
-        start_tokens,
-        within_memory,
-    )
+    from gradsift.memory import find_batch_tokens, fitting_basis, memory_budget, probe
     from gradsift.model import load_adapter, load_base
-    from gradsift.passes import build_basis, row_bytes
+    from gradsift.passes import row_bytes
 
     model = load_adapter(load_base(config.model), adapter)
     rng, checkpoints = np.random.default_rng(0), config.warmup.checkpoints
@@ -183,16 +176,14 @@ def _try_passes(
         took *= checkpoints * (1 + num_blocks) / 2
         seconds[f"subspace of {name}"] = took * tokens.sum() / tokens[rows].sum()
         parts.append((examples, rng.normal(size=(len(examples), ranks[name]))))
-    lengths = np.concatenate([_num_tokens(target) for target in targets.values()])
-    build = partial(build_basis, model, parts, memory=memory)
     started = time.perf_counter()
-    basis, _ = within_memory(build, start_tokens(config.engine, model.device), lengths)
+    basis = fitting_basis(model, parts, config.engine)
     building = (time.perf_counter() - started) * sum(map(len, targets.values()))
     building *= checkpoints / sum(len(examples) for examples, _ in parts)
     tokens = _num_tokens(pool)
     max_tokens = find_batch_tokens(model, basis, tokens, config.engine)
-    peak, on_gpu = 0, model.device.type == "cuda"
-    if on_gpu:  # what failed in the search for the batch size is not to count
+    peak = 0
+    if model.device.type == "cuda":  # what failed in the search for the batch size is not to count
         clear_device_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
         probe(model, basis, tokens, max_tokens)
@@ -206,10 +197,10 @@ def _try_target(
     config: Config, model: PeftModel, examples: Sequence[Encoded], num_examples: int
 ) -> tuple[int, float]:
     """Return the rank that a target is expected to have, and the seconds for this part of it."""
-    from gradsift.methods.gist import target_gram
+    from gradsift.memory import fitting_gram
 
     started = time.perf_counter()
-    gram = target_gram(config, model, examples)
+    gram = fitting_gram(model, examples, config.engine)
     took = time.perf_counter() - started
     dtype = str(model.dtype).removeprefix("torch.")
     if isinstance(config.gist.rank, int):

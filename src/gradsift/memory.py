@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import nn
 
 from gradsift.basis import Basis, host_memory
+from gradsift.batches import lengths_of
 from gradsift.config import EngineConfig
 from gradsift.data import Encoded
 from gradsift.errors import ModelError
-from gradsift.passes import MOST_EXAMPLES, project
+from gradsift.passes import MOST_EXAMPLES, build_basis, gram_matrix, project
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,35 @@ def start_tokens(engine: EngineConfig, device: torch.device) -> int:
     if engine.batch_tokens != "auto":
         return engine.batch_tokens
     return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
+
+
+def fitting_gram(
+    model: nn.Module, examples: Sequence[Encoded], engine: EngineConfig
+) -> Float[np.ndarray, "query query"]:
+    """Return `gram_matrix` of the examples, in rows and batches that fit.
+
+    Raises:
+        ModelError: If nothing does.
+    """
+    device = next(model.parameters()).device
+    work = partial(gram_matrix, model, examples, memory=memory_budget(engine, device))
+    return within_memory(work, start_tokens(engine, device), lengths_of(examples))[0]
+
+
+def fitting_basis(
+    model: nn.Module,
+    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
+    engine: EngineConfig,
+) -> Basis:
+    """Return `build_basis` of the targets, in parts and batches that fit.
+
+    Raises:
+        ModelError: If nothing does.
+    """
+    device = next(model.parameters()).device
+    lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
+    work = partial(build_basis, model, targets, memory=memory_budget(engine, device))
+    return within_memory(work, start_tokens(engine, device), lengths)[0]
 
 
 def find_batch_tokens(

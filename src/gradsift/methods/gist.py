@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config, GistConfig
@@ -56,11 +55,13 @@ def measure_subspaces(
     Raises:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
     """
+    from gradsift.memory import fitting_gram
+
     examples, inverse = _distinct(target.examples(range(len(target))))
     spectra = {}
     for checkpoint in checkpoints:
         model = model_at(checkpoint)
-        gram = target_gram(config, model, examples)[np.ix_(inverse, inverse)]
+        gram = fitting_gram(model, examples, config.engine)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):
             raise not_finite(f"gradient of the target {directory.name!r}", target, broken)
@@ -111,7 +112,7 @@ def project_pool(
         subspaces = {name: load_subspace(run, name, checkpoint) for name in targets}
         ranks = {name: subspace.rank for name, subspace in subspaces.items()}
         model = model_at(checkpoint)
-        basis = stacked_basis(config, model, targets, subspaces)
+        basis = _stacked_basis(config, model, targets, subspaces)
         if stored:
             logger.info("%d of %d shards are there already", len(stored), len(shards))
         if stored and config.engine.batch_tokens == "auto":
@@ -181,24 +182,7 @@ def _distinct(examples: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
     return [examples[i] for i in first], inverse
 
 
-def target_gram(
-    config: Config, model: PeftModel, examples: Sequence[Encoded]
-) -> Float[np.ndarray, "query query"]:
-    """Return the Gram matrix of the examples' gradients.
-
-    Raises:
-        ModelError: If they do not fit into memory.
-    """
-    from gradsift.batches import lengths_of
-    from gradsift.memory import memory_budget, start_tokens, within_memory
-    from gradsift.passes import gram_matrix
-
-    memory = memory_budget(config.engine, model.device)
-    work = partial(gram_matrix, model, examples, memory=memory)
-    return within_memory(work, start_tokens(config.engine, model.device), lengths_of(examples))[0]
-
-
-def stacked_basis(
+def _stacked_basis(
     config: Config,
     model: PeftModel,
     targets: Mapping[str, EncodedSet],
@@ -209,9 +193,7 @@ def stacked_basis(
     Raises:
         ModelError: If they do not fit into memory.
     """
-    from gradsift.batches import lengths_of
-    from gradsift.memory import memory_budget, start_tokens, within_memory
-    from gradsift.passes import build_basis
+    from gradsift.memory import fitting_basis
 
     parts = []
     for name, target in targets.items():
@@ -219,7 +201,4 @@ def stacked_basis(
         combination = np.zeros((len(examples), subspaces[name].rank))
         np.add.at(combination, inverse, subspaces[name].combination)
         parts.append((examples, combination))
-    lengths = np.concatenate([lengths_of(examples) for examples, _ in parts])
-    memory = memory_budget(config.engine, model.device)
-    work = partial(build_basis, model, parts, memory=memory)
-    return within_memory(work, start_tokens(config.engine, model.device), lengths)[0]
+    return fitting_basis(model, parts, config.engine)

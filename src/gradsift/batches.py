@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradsift.data import Encoded
+from gradsift.errors import ModelError
 
 T = TypeVar("T")
 _END = object()
@@ -38,13 +39,15 @@ class Batch:
     weights: Float[Tensor, " label"]
 
     @classmethod
-    def of(cls, examples: Sequence[Encoded], device: torch.device) -> Batch:
-        """Lay the examples out, each up to its last label: what follows cannot change its loss."""
+    def of(cls, examples: Sequence[Encoded], device: torch.device, whole: bool = False) -> Batch:
+        """Lay the examples out, each up to its last label: what follows cannot change its loss.
+
+        Or as a whole, where more than the loss is wanted.
+        """
         positions = [np.flatnonzero(example.supervised) for example in examples]
-        width = max(int(position[-1]) for position in positions)
-        input_ids = np.zeros((len(examples), width), dtype=np.int64)
-        for row, (example, position) in enumerate(zip(examples, positions, strict=True)):
-            length = position[-1]
+        lengths = [len(e.input_ids) for e in examples] if whole else [p[-1] for p in positions]
+        input_ids = np.zeros((len(examples), int(max(lengths))), dtype=np.int64)
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             input_ids[row, :length] = example.input_ids[:length]
         counts = [len(position) for position in positions]
         columns = np.concatenate(positions) - 1
@@ -55,6 +58,19 @@ class Batch:
         weights = np.repeat(1 / np.array(counts, dtype=np.float32), counts)
         arrays = (input_ids, rows, columns, labels.astype(np.int64), weights)
         return cls(*(to_device(array, device) for array in arrays))
+
+    def at_labels(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "1 label feature"]:
+        """Return what enters the output head at the positions that have a label, and there alone.
+
+        Raises:
+            ModelError: If it does not have the batch's shape.
+        """
+        if hidden.shape[:-1] != self.input_ids.shape:
+            raise ModelError(
+                f"cannot keep logits to the labels: what enters the output head has shape "
+                f"{tuple(hidden.shape)}, expected (example, token, feature)"
+            )
+        return hidden[self.rows, self.columns].unsqueeze(0)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -90,10 +106,13 @@ def plan_batches(
 
 
 def lay_out(
-    examples: Sequence[Encoded], groups: Sequence[np.ndarray], device: torch.device
+    examples: Sequence[Encoded],
+    groups: Sequence[np.ndarray],
+    device: torch.device,
+    whole: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batch of each group of indices, prepared while the one before it is in use."""
-    return ahead(Batch.of([examples[i] for i in group], device) for group in groups)
+    return ahead(Batch.of([examples[i] for i in group], device, whole) for group in groups)
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:

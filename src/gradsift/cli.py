@@ -38,6 +38,20 @@ app = typer.Typer(
 )
 
 
+class Method(StrEnum):
+    """How the pool is scored."""
+
+    gist = "gist"
+    less = "less"
+    cosine = "cosine"
+    rds = "rds"
+    embed = "embed"
+    bm25 = "bm25"
+    perplexity = "perplexity"
+    length = "length"
+    random = "random"
+
+
 class Warmup(StrEnum):
     """What precedes the measuring."""
 
@@ -52,6 +66,9 @@ Target = Annotated[
     list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
 ]
 Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
+MethodFlag = Annotated[
+    Method | None, typer.Option("--method", help="how the pool is scored (default: gist)")
+]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
 ]
@@ -75,6 +92,7 @@ def select(
     pool: Pool = [],  # noqa: B006
     target: Target = [],  # noqa: B006
     budget: Budget = None,
+    method: MethodFlag = None,
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
@@ -85,6 +103,7 @@ def select(
 ) -> None:
     """Score a pool against target examples and pick the best within a budget."""
     flags = _flags(model, pool, target, budget, adapter, warmup, memory)
+    flags |= {"method": method and method.value}
     resolved = _resolve(config, flags, settings)
     with _logged(output_dir):
         from gradsift.pipeline import run
@@ -175,7 +194,7 @@ def _flags(
     adapter: str | None,
     warmup: Warmup | None,
     memory: str | None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Return the settings that the flags stand for, by section."""
     return {
         "model": {"name": model},
@@ -186,20 +205,19 @@ def _flags(
     }
 
 
-def _resolve(file: Path | None, flags: dict[str, dict[str, Any]], settings: list[str]) -> Config:
+def _resolve(file: Path | None, flags: dict[str, Any], settings: list[str]) -> Config:
     from gradsift.config import Config, merge, parse_assignment, read_yaml
 
-    given = {
-        section: {key: value for key, value in values.items() if value}
-        for section, values in flags.items()
-    }
+    given = _given(flags)
     return Config.build(
-        merge(
-            read_yaml(file) if file else {},
-            {section: values for section, values in given.items() if values},
-            *map(parse_assignment, settings),
-        )
+        merge(read_yaml(file) if file else {}, given, *map(parse_assignment, settings))
     )
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return what was given, without the flags and sections that were not."""
+    inner = {k: _given(v) if isinstance(v, dict) else v for k, v in flags.items()}
+    return {key: value for key, value in inner.items() if value}
 
 
 def _targets(given: list[str]) -> dict[str, Any]:
@@ -254,7 +272,7 @@ def _show(result: RunResult) -> None:
         table = Table(
             "source",
             *(("picks", "of the picks", "of the pool", "lift")),
-            title=f"{name}: {len(picks):,} picks of {result.num_pool:,}, "
+            title=f"{name}: {len(picks):,} picks of {result.num_pool:,} by {result.method}, "
             f"{sum(picks['num_tokens'].to_pylist()):,} tokens",
         )
         for row in source_shares(result, name)[:_SOURCES_SHOWN]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -32,6 +32,9 @@ def _as_texts(value: Any) -> Any:
 
 Source = Annotated[str, Field(min_length=1)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
+MethodName = Literal[
+    "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
+]
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -63,11 +66,30 @@ _FLAGS = {
 }
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Frozen settings under one name; unknown keys are refused with the nearest match."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """Return the validated settings of a nested mapping.
 
-class ModelConfig(_Section):
+        Raises:
+            ConfigError: Naming each unknown key with its nearest match, and each wrong value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            told = (_explain(dict(item), cls) for item in error.errors())
+            raise ConfigError("\n".join(told)) from None
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that `read_yaml` and `build` take back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class ModelConfig(Section):
     """The base model, its precision and its place."""
 
     name: str = Field(description="a local folder or a Hugging Face Hub id")
@@ -79,7 +101,7 @@ class ModelConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Pool and targets, and how their rows become token sequences."""
 
     pool: Sources
@@ -110,7 +132,7 @@ class DataConfig(_Section):
         return targets
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """The adapter whose gradients are measured."""
 
     rank: int = Field(default=128, ge=1)
@@ -119,7 +141,7 @@ class LoraConfig(_Section):
     target_modules: Literal["attention", "all-linear"] | LayerNames = "attention"
 
 
-class WarmupConfig(_Section):
+class WarmupConfig(Section):
     """Short LoRA training on a random part of the pool, before gradients mean anything."""
 
     mode: Literal["train", "none"] = "train"
@@ -155,11 +177,14 @@ class WarmupConfig(_Section):
         return self
 
 
-class GistConfig(_Section):
+class GistConfig(Section):
     """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
 
     rank: int | str = Field(
         default="auto", description="'auto', 'full', a share such as '95%', or a count"
+    )
+    directions: Literal["leading", "tail"] = Field(
+        default="leading", description="'tail': those that the rank leaves out, instead"
     )
     aggregation: Literal["max", "task-mean", "mean-cosine"] = "max"
     norm_power: float = Field(default=0.0, ge=0)
@@ -177,7 +202,30 @@ class GistConfig(_Section):
         return rank
 
 
-class PolicyConfig(_Section):
+class LessConfig(Section):
+    """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
+
+    checkpoints: int = Field(default=4, ge=1)
+    dimension: int = Field(default=8192, ge=64, multiple_of=64)
+    seed: int = Field(default=0, description="of the projection")
+
+
+class EmbedConfig(Section):
+    """The sentence encoder of the method `embed`."""
+
+    model: str = Field(
+        default="sentence-transformers/gtr-t5-base",
+        description="a sentence-transformers folder or Hub id",
+    )
+
+
+class RandomConfig(Section):
+    """The order of the method `random`."""
+
+    seed: int = 0
+
+
+class PolicyConfig(Section):
     """From scores to picks."""
 
     budget: str = "5%"
@@ -209,7 +257,7 @@ class PolicyConfig(_Section):
         return cap
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """How the work is cut; no setting here changes a score beyond rounding."""
 
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
@@ -221,7 +269,7 @@ class EngineConfig(_Section):
     shard_size: int = Field(default=1024, ge=1, description="examples per stored shard")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run, as it stands in `config.yaml`.
 
     >>> config = Config.build({"model": {"name": "m"},
@@ -230,29 +278,17 @@ class Config(_Section):
     ('5%', ('pool.jsonl',))
     """
 
+    method: MethodName = "gist"
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig = LoraConfig()
     warmup: WarmupConfig = WarmupConfig()
     gist: GistConfig = GistConfig()
+    less: LessConfig = LessConfig()
+    embed: EmbedConfig = EmbedConfig()
+    random: RandomConfig = RandomConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Config:
-        """Return the validated configuration of a nested mapping.
-
-        Raises:
-            ConfigError: Naming each unknown key with its nearest match, and each wrong value.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError("\n".join(_explain(dict(item)) for item in error.errors())) from None
-
-    def to_yaml(self) -> str:
-        """Return the configuration as YAML that `read_yaml` and `build` take back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -297,22 +333,22 @@ def parse_assignment(text: str) -> dict[str, Any]:
     """
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not equals or not dot or not name:
+    if not equals or not section or bool(dot) != bool(name):
         raise ConfigError(f"expected SECTION.KEY=VALUE such as lora.rank=16, found {text!r}")
     try:
         result: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {text!r}: {error}") from None
-    for part in reversed([section, *name.split(".")]):
+    for part in reversed([section, *filter(None, name.split("."))]):
         result = {part: result}
     return result
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], model: type[Section]) -> str:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
-        known = _keys_of(path[:-1])
+        known = _keys_of(path[:-1], model)
         nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or known[:1]
         return (
             f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
@@ -325,8 +361,7 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{where}: {message}{found}" if path else message
 
 
-def _keys_of(path: list[str]) -> list[str]:
-    model: Any = Config
+def _keys_of(path: list[str], model: Any) -> list[str]:
     for part in path:
         model = model.model_fields[part].annotation
     return [".".join([*path, name]) for name in model.model_fields]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from gradsift.config import Config
-from gradsift.data import EncodedSet, Message
+from gradsift.data import Message
 from gradsift.errors import DataError, RunError
-from gradsift.methods import gist
-from gradsift.pipeline import read_selection
-from gradsift.shards import load_pool
-from gradsift.store import read_checkpoints, read_config
+from gradsift.job import Job
+from gradsift.methods import METHODS
+from gradsift.pipeline import open_job, read_selection
+from gradsift.scores import Scores
+from gradsift.stages import Plan, scores_file
+from gradsift.store import Run, read_config
 
 _SHOWN = 3  # target examples most like it
 _CHARACTERS = 400  # of each text
@@ -32,9 +35,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How one pool example fared for one target; `position` counts from 1, the best."""
+    """How one pool example fared for one target; `position` counts from 1, the best.
+
+    `projected_share`, `loss` and `nearest` are there where the method knows them.
+    """
 
     target: str
+    method: str
     id: str
     row: int
     source: str
@@ -42,23 +49,26 @@ class Explanation:
     score: float
     position: int
     num_pool: int
-    projected_share: float
-    loss: float
+    projected_share: float | None
+    loss: float | None
     num_tokens: int
     example: str
     nearest: tuple[Neighbour, ...]
 
     def text(self) -> str:
         """Return the explanation in plain lines."""
+        loss = "" if self.loss is None else f", loss {self.loss:.3f}"
+        share = ""
+        if self.projected_share is not None:
+            share = f"; {self.projected_share:.1%} of its gradient's length lies in the target's subspace"
         lines = [
-            f"{self.id} (row {self.row}, source {self.source}, {self.num_tokens} tokens, "
-            f"loss {self.loss:.3f})",
-            f"for {self.target}: {self.verdict}",
-            f"  score {self.score:.4f}, number {self.position:,} of {self.num_pool:,}; "
-            f"{self.projected_share:.1%} of its gradient's length lies in the target's subspace",
+            f"{self.id} (row {self.row}, source {self.source}, {self.num_tokens} tokens{loss})",
+            f"for {self.target}, by {self.method}: {self.verdict}",
+            f"  score {self.score:.4f}, number {self.position:,} of {self.num_pool:,}{share}",
             "  " + self.example.replace("\n", "\n  "),
-            "  most like these target examples:",
         ]
+        if self.nearest:
+            lines.append("  most like these target examples:")
         for near in self.nearest:
             lines.append(f"    {near.alignment:+.4f}  {near.id}")
             lines.append("      " + near.text.replace("\n", "\n      "))
@@ -75,46 +85,46 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         RunError: If the folder holds no finished run.
         DataError: If the pool has no example of this id.
     """
+    from gradsift.model import Models
+
     path = Path(run)
     config = read_config(path)
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
         raise RunError(f"{path} has not finished; run `gradsift select` with it again")
-    pool = EncodedSet(path / "data" / "pool.parquet")
-    matching = pool.table(["row", "id"]).filter(pc.field("id") == example_id)
-    rows = matching["row"].to_pylist()
-    if not rows:
+    job = open_job(Plan.of(config).inputs, Run(path), Models(config.model))
+    table = pq.read_table(path / scores_file(config.method))
+    rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
+    if not len(rows):
         raise DataError(
-            f"the pool of {path} has no example {example_id!r}; ids stand in its scores.parquet, "
-            "rows that could not be used in rejected.jsonl"
+            f"the pool of {path} has no example {example_id!r}; ids stand in its "
+            f"{scores_file(config.method)}, rows that could not be used in rejected.jsonl"
         )
-    return [_explain(path, config, pool, r, t) for r in rows for t in config.data.targets]
+    scored = METHODS[config.method].scores(job)
+    return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
 
 
-def _explain(run: Path, config: Config, pool: EncodedSet, row: int, name: str) -> Explanation:
-    target = EncodedSet(run / "data" / f"target.{name}.parquet")
-    checkpoints = read_checkpoints(run / "warmup")
-    alignment = gist.align(config.gist, run, name, target, checkpoints)
-    scores, _ = alignment.scores()
-    by_example = alignment.with_examples(np.array([row]))[0]
-    columns = config.data.columns
-    stored = load_pool(run, checkpoints[-1], ("loss",))
-    facts = pool.take([row], ["id", "source", "num_tokens"]).to_pylist()[0]
+def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> Explanation:
+    scores = table[f"{name}/score"].to_numpy()
+    facts = table.slice(row, 1).to_pylist()[0]
+    projected, norm = facts.get(f"{name}/projected_norm"), facts.get("gradient_norm")
+    by_example = scored.with_examples(np.array([row]))
     # as in the ranking: ties go to the one that comes first in the pool
     position = (scores > scores[row]).sum() + (scores[:row] == scores[row]).sum() + 1
     return Explanation(
         target=name,
+        method=job.config.method,
         id=facts["id"],
         row=row,
         source=facts["source"],
-        verdict=_verdict(run, name, row),
+        verdict=_verdict(job.folder.path, name, row),
         score=float(scores[row]),
         position=int(position),
-        num_pool=len(pool),
-        projected_share=float(alignment.views[-1].projected_share(np.array([row]))[0]),
-        loss=float(stored["loss"][row]),
+        num_pool=len(scores),
+        projected_share=None if projected is None else projected / norm if norm else 0.0,
+        loss=facts.get("loss"),
         num_tokens=facts["num_tokens"],
-        example=_shortened(pool.conversations([row], columns)[0]),
-        nearest=_nearest(target, by_example, columns),
+        example=_shortened(job.pool.conversations([row], job.config.data.columns)[0]),
+        nearest=() if by_example is None else _nearest(job, name, by_example[0]),
     )
 
 
@@ -130,12 +140,11 @@ def _verdict(run: Path, name: str, row: int) -> str:
     )
 
 
-def _nearest(
-    target: EncodedSet, by_example: np.ndarray, columns: Mapping[str, str]
-) -> tuple[Neighbour, ...]:
+def _nearest(job: Job, name: str, by_example: np.ndarray) -> tuple[Neighbour, ...]:
+    target = job.targets[name]
     order = np.argsort(-by_example, kind="stable")[:_SHOWN]
     ids = target.take(order, ["id"])["id"].to_pylist()
-    texts = map(_shortened, target.conversations(order, columns))
+    texts = map(_shortened, target.conversations(order, job.config.data.columns))
     return tuple(map(Neighbour, ids, by_example[order].tolist(), texts))
 
 

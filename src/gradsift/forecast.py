@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ import psutil
 
 from gradsift.config import Config
 from gradsift.data import Encoded, EncodedSet
+from gradsift.errors import ConfigError
 from gradsift.pipeline import configure, encode
-from gradsift.scores import Alignment, View
+from gradsift.scores import Alignment, Cosines, View
 from gradsift.stages import Plan
 from gradsift.store import open_run, peak_memory
 from gradsift.subspace import fit_subspace
@@ -81,11 +83,14 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
+    if config.method != "gist":
+        raise ConfigError(f"plan forecasts the method gist alone, found method={config.method}")
     stages = Plan.of(config)
     with open_run(Path(output_dir)) as folder, tempfile.TemporaryDirectory() as scratch:
-        folder.prepare(stages.data.values())
-        pool, targets = encode(config, stages, folder, strict)
-        facts = folder.facts(stages.data.values())
+        folder.prepare(stages.inputs.data.values())
+        job = encode(stages, folder, strict)
+        pool, targets = job.pool, job.targets
+        facts = folder.facts(stages.inputs.data.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
         unloaded = psutil.Process().memory_info().rss
         seconds["warm-up"], adapter = _try_warm_up(config, pool, Path(scratch))
@@ -123,7 +128,7 @@ class _Measured:
 def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float, Path]:
     """Return the seconds that the warm-up will take, and an adapter to go on with."""
     from gradsift.model import attach_lora, load_base
-    from gradsift.warmup import train
+    from gradsift.training import steps_per_epoch, train
 
     warmup = config.warmup
     if warmup.adapter is not None:
@@ -132,7 +137,7 @@ def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float
     seconds = 0.0
     if warmup.mode == "train":
         micro = min(warmup.micro_batch_size, warmup.batch_size)
-        settings = warmup.model_copy(update={"batch_size": micro, "epochs": 1})
+        settings = warmup.model_copy(update={"batch_size": micro})
         rows = np.random.default_rng(warmup.seed).permutation(len(pool))
         first, rest = (
             pool.examples(rows[: micro * batches]) for batches in (1, 1 + _TRAIN_BATCHES)
@@ -140,7 +145,8 @@ def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float
         took = []
         for examples in (first, first, rest):  # the first time pays for what is set up once
             started = time.perf_counter()
-            train(model, examples, settings, label="trying the warm-up")
+            steps = steps_per_epoch(len(examples), settings)
+            train(model, examples, settings, steps=steps, seed=0, label="trying the warm-up")
             took.append(time.perf_counter() - started)
         done = math.ceil(len(rest) / micro) - 1
         total = math.ceil(warmup.fraction * len(pool) / micro) * warmup.epochs
@@ -158,7 +164,7 @@ def _try_passes(
 
     from gradsift.memory import find_batch_tokens, fitting_basis, memory_budget, probe
     from gradsift.model import load_adapter, load_base
-    from gradsift.passes import row_bytes
+    from gradsift.passes import project, row_bytes
 
     model = load_adapter(load_base(config.model), adapter)
     rng, checkpoints = np.random.default_rng(0), config.warmup.checkpoints
@@ -181,12 +187,13 @@ def _try_passes(
     building = (time.perf_counter() - started) * sum(map(len, targets.values()))
     building *= checkpoints / sum(len(examples) for examples, _ in parts)
     tokens = _num_tokens(pool)
-    max_tokens = find_batch_tokens(model, basis, tokens, config.engine)
+    measure = partial(project, model, basis=basis)
+    max_tokens = find_batch_tokens(measure, tokens, config.engine, model.device)
     peak = 0
     if model.device.type == "cuda":  # what failed in the search for the batch size is not to count
         clear_device_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
-        probe(model, basis, tokens, max_tokens)
+        probe(measure, tokens, max_tokens)
         peak = torch.cuda.max_memory_allocated(model.device)
     rate = _tokens_per_second(model, pool, basis, max_tokens)
     seconds["pool pass"] = building + checkpoints * tokens.sum() / rate
@@ -227,7 +234,7 @@ def _tokens_per_second(model: PeftModel, pool: EncodedSet, basis: Any, max_token
     for number, group in enumerate([groups[0], *groups]):  # the first batch is not counted
         batch = [examples[i] for i in group]
         started = time.perf_counter()
-        project(model, batch, basis, max_tokens).losses.cpu()
+        project(model, batch, max_tokens, basis).losses.cpu()
         if number:
             seconds += time.perf_counter() - started
             num_tokens += sum(len(example.input_ids) for example in batch)
@@ -244,9 +251,9 @@ def _try_scores(
     started = time.perf_counter()
     for name, target in targets.items():
         made = rng.normal(size=(count + len(target), ranks[name])).astype(np.float32)
-        norms = np.ones(count, np.float32)
-        view = View(made[:count], norms, made[count:], 1.0)
-        Alignment([view], target.table(["task"])["task"].to_pylist(), config.gist).scores()
+        tasks = target.table(["task"])["task"].to_pylist()
+        cosines = Cosines([View(made[:count], made[count:])])
+        Alignment(cosines, tasks, config.gist.aggregation).scores()
     return (time.perf_counter() - started) * config.warmup.checkpoints * num_pool / count
 
 

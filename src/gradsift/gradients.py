@@ -112,13 +112,7 @@ class PerExampleGradients:
     def _only_labels(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Trim what enters the output head to the positions that have a label."""
         assert self._batch is not None
-        hidden, *rest = inputs
-        if hidden.shape[:-1] != self._batch.input_ids.shape:
-            raise ModelError(
-                f"cannot keep logits to the labels: what enters the output head has shape "
-                f"{tuple(hidden.shape)}, expected (example, token, feature)"
-            )
-        return (hidden[self._batch.rows, self._batch.columns].unsqueeze(0), *rest)
+        return (self._batch.at_labels(inputs[0]), *inputs[1:])
 
     def _watch(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor

@@ -18,11 +18,13 @@ from gradsift.batches import lengths_of
 from gradsift.config import EngineConfig
 from gradsift.data import Encoded
 from gradsift.errors import ModelError
-from gradsift.passes import MOST_EXAMPLES, build_basis, gram_matrix, project
+from gradsift.passes import MOST_EXAMPLES, build_basis, gram_matrix
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Measure = Callable[[Sequence[Encoded], int], object]
+"""Measures some examples, given the most tokens per batch."""
 
 # On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
 # is looked for, from here downwards.
@@ -79,20 +81,17 @@ def fitting_basis(
 
 
 def find_batch_tokens(
-    model: nn.Module, basis: Basis, lengths: Int[np.ndarray, " example"], engine: EngineConfig
+    measure: Measure, lengths: Int[np.ndarray, " example"], engine: EngineConfig, on: torch.device
 ) -> int:
     """Return the tokens per batch of a pool pass: as set, or the most that the device holds."""
-    device = next(model.parameters()).device
-    max_tokens = start_tokens(engine, device)
-    if engine.batch_tokens == "auto" and device.type != "cpu":
-        max_tokens = probe(model, basis, lengths, max_tokens)
+    max_tokens = start_tokens(engine, on)
+    if engine.batch_tokens == "auto" and on.type != "cpu":
+        max_tokens = probe(measure, lengths, max_tokens)
     logger.info("batches of up to %d tokens", max_tokens)
     return max_tokens
 
 
-def probe(
-    model: nn.Module, basis: Basis, lengths: Int[np.ndarray, " example"], max_tokens: int
-) -> int:
+def probe(measure: Measure, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
     """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
 
     The worst in activations and logits is a batch of the longest examples with a label at every
@@ -105,7 +104,7 @@ def probe(
             supervised = np.arange(length + 1) > 0
             example = Encoded(np.zeros(length + 1, np.int32), supervised)
             count = min(max(1, tokens // length), MOST_EXAMPLES)
-            project(model, [example] * count, basis, tokens)
+            measure([example] * count, tokens)
 
     return within_memory(run_worst, max_tokens, lengths)[1]
 

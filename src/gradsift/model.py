@@ -227,24 +227,39 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
     return model.requires_grad_(False).eval()
 
 
-class AdapterSwitch:
-    """The base model, loaded once, with one stored adapter after the other in place."""
+class Models:
+    """The base model, loaded once when first asked for, alone or with one stored adapter.
+
+    What was returned before is not to be used any more.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._model: peft.PeftModel | None = None
+        self._model: PreTrainedModel | peft.PeftModel | None = None
         self._path: Path | None = None
 
-    def __call__(self, path: Path) -> peft.PeftModel:
-        """Return the model with this adapter; the one returned before is not to be used any more.
+    def base(self) -> PreTrainedModel:
+        """Return the model without an adapter.
+
+        Raises:
+            ModelError: As `load_base`.
+        """
+        if self._model is None:
+            self._model = load_base(self._config)
+        elif isinstance(self._model, peft.PeftModel):
+            self._model = self._model.unload()  # type: ignore[assignment]
+        self._path = None
+        return self._model  # type: ignore[return-value]
+
+    def at(self, path: Path) -> peft.PeftModel:
+        """Return the model with this adapter.
 
         Raises:
             ModelError: As `load_base` and `load_adapter`.
         """
-        if self._model is None or path != self._path:
-            base = load_base(self._config) if self._model is None else self._model.unload()
-            self._model, self._path = load_adapter(base, path), path  # type: ignore[arg-type]
-        return self._model
+        if path != self._path:
+            self._model, self._path = load_adapter(self.base(), path), path
+        return self._model  # type: ignore[return-value]
 
 
 def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:

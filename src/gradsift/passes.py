@@ -1,7 +1,7 @@
-"""The three uses of per-example gradients: Gram matrix, basis, coordinates.
+"""The uses of per-example gradients: Gram matrix, basis, coordinates, and whole rows.
 
-Each is a sum over blocks, added up while the backward pass is at that block. The first two go
-over a target, which is small, more than once where its gradients would not fit into memory.
+The first three are sums over blocks, added up while the backward pass is at that block. The first
+two go over a target, which is small, more than once where its gradients would not fit into memory.
 """
 
 from __future__ import annotations
@@ -96,6 +96,26 @@ def _add_products(into: Tensor, rows: Tensor, others: Tensor) -> None:
         into.addmm_(piece.double(), other.double().T)
 
 
+def gradient_rows(
+    model: nn.Module, examples: Sequence[Encoded], max_tokens: int
+) -> dict[str, Float[Tensor, "example _"]]:
+    """Return every example's gradient in float32, block by block, each flattened."""
+    device = _device(model)
+    rows = {
+        name: torch.empty(len(examples), prod(shape), device=device)
+        for name, shape in blocks(model).items()
+    }
+    groups = plan_batches(lengths_of(examples), max_tokens, MOST_EXAMPLES)
+    for group, backpropagate in _each_batch(model, examples, groups):
+        indices = to_device(group, device)
+
+        def take(name: str, gradient: Tensor, indices: Tensor = indices) -> None:
+            rows[name][indices] = gradient.flatten(1).float() / gradient_scale(model)
+
+        backpropagate(take)
+    return rows
+
+
 def build_basis(
     model: nn.Module,
     targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
@@ -164,7 +184,7 @@ class Projections:
 
 
 def project(
-    model: nn.Module, examples: Sequence[Encoded], basis: Basis, max_tokens: int
+    model: nn.Module, examples: Sequence[Encoded], max_tokens: int, basis: Basis
 ) -> Projections:
     """Return every example's coordinates in the basis, its loss and the norm of its gradient.
 
@@ -183,7 +203,7 @@ def project(
             name: str, gradient: Tensor, inner: Tensor = inner, squares: Tensor = squares
         ) -> None:
             flat = gradient.flatten(1)
-            inner.add_(_product(flat, basis[name]))
+            inner.add_(product(flat, basis[name]))
             squares.add_(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square_())
 
         indices = to_device(group, device)
@@ -193,7 +213,7 @@ def project(
     return Projections(coordinates, losses, norms)
 
 
-def _product(
+def product(
     left: Float[Tensor, "example parameter"], right: Float[Tensor, "direction parameter"]
 ) -> Float[Tensor, "example direction"]:
     """Return left · rightᵀ, accumulated in float32 whatever the factors' precision."""

@@ -1,4 +1,4 @@
-"""The main job as a straight line: data, warm-up, subspaces, coordinates, scores, picks.
+"""The main job as a straight line: data, what the method measures, scores, picks.
 
 Every stage is named and its inputs are written down before any work begins, so that a folder made
 with other settings is noticed at once and a killed run goes on where it stopped.
@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
-from gradsift.config import Config, merge
+from gradsift.config import Config, PolicyConfig, merge
 from gradsift.data import EncodedSet, Encoder, encode_set, resolve
 from gradsift.errors import DataError
-from gradsift.methods import gist
-from gradsift.policies import Candidates, check_policy, pick
+from gradsift.export import export_entries
+from gradsift.job import Inputs, Job
+from gradsift.methods import METHODS
+from gradsift.policies import Candidates, Picks, check_policy, pick
 from gradsift.repeats import Texts
-from gradsift.scores import Alignment
-from gradsift.shards import load_pool
-from gradsift.stages import Plan, data_sets
-from gradsift.store import Run, open_run, read_checkpoints, write_atomically
-from gradsift.types import Checkpoint, RunResult, Selection
+from gradsift.scores import Scores
+from gradsift.stages import Plan, data_sets, scores_file
+from gradsift.store import Run, open_run, write_atomically
+from gradsift.types import RunResult, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def select(  # noqa: PLR0913
     target: Mapping[str, str | Sequence[str]],
     output_dir: str | Path,
     budget: str = "5%",
+    method: str = "gist",
     settings: Mapping[str, Any] | None = None,
     strict: bool = False,
     overwrite: bool = False,
@@ -47,7 +50,8 @@ def select(  # noqa: PLR0913
     """Pick from `pool`, for each named target, what helps it most within the budget.
 
     `settings` holds everything else by section, as in a configuration file. Run it again with the
-    same folder to go on after a crash, or with another budget or policy to pick anew in seconds.
+    same folder to go on after a crash, or with another budget, policy or method: what is stored is
+    used again.
 
     Example:
         >>> result = gradsift.select(                           # doctest: +SKIP
@@ -59,16 +63,19 @@ def select(  # noqa: PLR0913
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = configure(model=model, pool=pool, target=target, budget=budget, settings=settings)
+    config = configure(
+        model=model, pool=pool, target=target, budget=budget, method=method, settings=settings
+    )
     return run(config, output_dir, strict, overwrite)
 
 
-def configure(
+def configure(  # noqa: PLR0913
     *,
     model: str,
     pool: str | Sequence[str],
     target: Mapping[str, str | Sequence[str]],
     budget: str = "5%",
+    method: str = "gist",
     settings: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the configuration that the arguments of `select` stand for.
@@ -77,6 +84,7 @@ def configure(
         ConfigError: If a setting is unknown or its value is not allowed.
     """
     given = {
+        "method": method,
         "model": {"name": str(model)},
         "data": {"pool": pool, "targets": dict(target)},
         "policy": {"budget": budget},
@@ -97,66 +105,80 @@ def run(
         folder.prepare(plan, overwrite)
         if not (folder.path / "config.yaml").exists():
             folder.write_config(config)
-        pool, targets = encode(config, plan, folder, strict)
-        sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
+        job = encode(plan, folder, strict)
+        sources, num_tokens = _column(job.pool, "source"), _column(job.pool, "num_tokens")
         check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
-        checkpoints = _warm_up(config, plan, folder, pool)
-        model_at = _models(config)
-        for name, target in targets.items():
-            with folder.stage(plan.subspaces[name]) as todo:
-                if todo:
-                    directory = folder.path / "targets" / name
-                    gist.measure_subspaces(config, target, checkpoints, directory, model_at)
-        with folder.stage(plan.coordinates) as todo:
-            if todo:
-                gist.project_pool(config, pool, targets, checkpoints, folder.path, model_at)
-
-        @cache
-        def aligned(name: str) -> Alignment:
-            return gist.align(config.gist, folder.path, name, targets[name], checkpoints)
-
-        with folder.stage(plan.scores) as todo:
-            if todo:
-                _score(folder, pool, targets, aligned, checkpoints)
-        for name, target in targets.items():
+        scored = measure(job, plan)
+        for name in job.targets:
             with folder.stage(plan.selections[name]) as todo:
                 if todo:
-                    _select(config, folder, name, pool, target, aligned(name))
+                    _select(job, name, scored()[name])
+        _export(job)
         folder.write_config(config)  # only now is it that of what the folder holds
         facts = folder.facts(plan)
         return RunResult(
             path=folder.path,
-            selections={name: read_selection(folder.path, name) for name in targets},
-            num_pool=len(pool),
+            method=config.method,
+            selections={name: read_selection(folder.path, name) for name in job.targets},
+            num_pool=len(job.pool),
             num_rejected=(folder.path / "rejected.jsonl").read_bytes().count(b"\n"),
             seconds={name: manifest["seconds"] for name, manifest in facts.items()},
             peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
         )
 
 
-def encode(
-    config: Config, plan: Plan, folder: Run, strict: bool
-) -> tuple[EncodedSet, dict[str, EncodedSet]]:
-    """Return pool and targets, encoded now or before.
+def measure(job: Job, plan: Plan) -> Callable[[], Mapping[str, Scores]]:
+    """Do what the method has not done yet and write its scores; return what gives them.
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    method = METHODS[job.config.method]
+    method.measure(job)
+
+    @cache
+    def scored() -> Mapping[str, Scores]:
+        return method.scores(job)
+
+    with job.folder.stage(plan.scores) as todo:
+        if todo:
+            _write_scores(job, method.facts(job), scored())
+    return scored
+
+
+def encode(plan: Plan, folder: Run, strict: bool) -> Job:
+    """Return the job of a run, its pool and targets encoded now or before.
 
     Raises:
         DataError: If one has no usable row, or any unusable one under `strict`.
     """
-    directory, encoder, encoded = folder.path / "data", None, {}
+    from gradsift.model import Models
+
+    config = plan.inputs.config
+    directory, encoder = folder.path / "data", None
     sets = data_sets(config)
     for name, specs in sets.items():
-        with folder.stage(plan.data[name]) as todo:
+        with folder.stage(plan.inputs.data[name]) as todo:
             if todo:
                 encoder = encoder or _encoder(config)
                 columns = config.data.columns
                 encode_set(name, resolve(specs), encoder, columns, directory, strict)
-        encoded[name] = EncodedSet(directory / f"{name}.parquet")
     rejected = b"".join((directory / f"{name}.rejected.jsonl").read_bytes() for name in sets)
     if strict and rejected:
         first = rejected.decode().partition("\n")[0]
         raise DataError(f"unusable rows under --strict, the first: {first}")
     write_atomically(folder.path / "rejected.jsonl", rejected)
-    return encoded.pop("pool"), dict(zip(config.data.targets, encoded.values(), strict=True))
+    return open_job(plan.inputs, folder, Models(config.model))
+
+
+def open_job(inputs: Inputs, folder: Run, models: Any) -> Job:
+    """Return the job of a run whose pool and targets are encoded."""
+    directory = folder.path / "data"
+    targets = {
+        name: EncodedSet(directory / f"target.{name}.parquet")
+        for name in inputs.config.data.targets
+    }
+    return Job(inputs, folder, EncodedSet(directory / "pool.parquet"), targets, models)
 
 
 def _encoder(config: Config) -> Encoder:
@@ -171,89 +193,85 @@ def _encoder(config: Config) -> Encoder:
     )
 
 
-def _warm_up(config: Config, plan: Plan, folder: Run, pool: EncodedSet) -> list[Checkpoint]:
-    directory = folder.path / "warmup"
-    with folder.stage(plan.warmup) as todo:
-        if todo:
-            from gradsift.warmup import warm_up
-
-            warm_up(config, pool, directory)
-    return read_checkpoints(directory)
-
-
-def _models(config: Config) -> gist.ModelAt:
-    """Return the models of a run; nothing is loaded before the first is asked for."""
-
-    @cache
-    def switch() -> Callable[[Path], Any]:
-        from gradsift.model import AdapterSwitch
-
-        return AdapterSwitch(config.model)
-
-    return lambda checkpoint: switch()(checkpoint.path)
-
-
-def _score(
-    folder: Run,
-    pool: EncodedSet,
-    targets: Mapping[str, EncodedSet],
-    aligned: Callable[[str], Alignment],
-    checkpoints: Sequence[Checkpoint],
-) -> None:
-    """Write `scores.parquet`: a row per pool example, losses and norms at the last checkpoint."""
-    table = pool.table(["row", "id", "source", "num_tokens", "num_supervised"])
-    stored = load_pool(folder.path, checkpoints[-1], ("loss", "gradient_norm"))
-    for name, values in stored.items():
+def _write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str, Scores]) -> None:
+    """Write a row per pool example: what it is, what the method knows of it, its scores."""
+    table = job.pool.table(["row", "id", "source", "num_tokens", "num_supervised"])
+    for name, values in facts.items():
         table = table.append_column(name, pa.array(values))
-    for name, target in targets.items():
-        score, best = aligned(name).scores()
-        projected = np.linalg.norm(aligned(name).views[-1].pool, axis=1)
+    for name, target in job.targets.items():
+        score, best = scored[name].scores()
         table = table.append_column(f"{name}/score", pa.array(score))
-        table = table.append_column(f"{name}/projected_norm", pa.array(projected))
-        table = table.append_column(f"{name}/best", _column(target, "id").take(pa.array(best)))
-    write_atomically(folder.path / "scores.parquet", partial(pq.write_table, table))
+        projected = scored[name].projected_norms(slice(None))
+        if projected is not None:
+            table = table.append_column(f"{name}/projected_norm", pa.array(projected))
+        if best is not None:
+            table = table.append_column(f"{name}/best", _column(target, "id").take(pa.array(best)))
+    path = job.path(scores_file(job.config.method))
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, partial(pq.write_table, table))
 
 
-def _select(
-    config: Config,
-    folder: Run,
-    name: str,
-    pool: EncodedSet,
-    target: EncodedSet,
-    alignment: Alignment,
-) -> None:
+def choose(
+    job: Job, name: str, turns: Float[np.ndarray, "example turn"], policy: PolicyConfig
+) -> Picks:
+    """Return what a policy picks for a target from the scores of those whose turn it can be."""
+    columns = job.config.data.columns
+    sources, num_tokens = _column(job.pool, "source"), _column(job.pool, "num_tokens")
+    texts = _texts(job.pool, columns)
+    candidates = Candidates(texts, sources.to_pylist(), num_tokens.to_numpy())
+    return pick(turns, candidates, _texts(job.targets[name], columns), policy)
+
+
+def _select(job: Job, name: str, scores: Scores) -> None:
     """Write the picks of one target: their own bytes, and why each was picked or passed over."""
-    policy, columns = config.policy, config.data.columns
-    sources, num_tokens = _column(pool, "source"), _column(pool, "num_tokens")
-    candidates = Candidates(_texts(pool, columns), sources.to_pylist(), num_tokens.to_numpy())
-    turns = alignment.turns(policy)
-    picks = pick(turns, candidates, _texts(target, columns), policy)
+    policy, target = job.config.policy, job.targets[name]
+    turns = scores.turns(policy)
+    picks = choose(job, name, turns, policy)
     if picks.shortfall:
         logger.warning("%s: %s", name, picks.shortfall)
     reasons = Counter(refusal.reason for refusal in picks.refused)
     told = ", ".join(f"{count} refused: {reason}" for reason, count in reasons.most_common())
     logger.info("%s: %d picks, %s", name, len(picks.rows), told or "none refused")
     rows, own = np.array(picks.rows, np.int64), np.array(picks.turns, np.int64)
-    winners = alignment.winners(policy, rows, own)
-    why = _described(pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
-    for column, values in {
-        "score": turns[rows, own],
-        "projected_share": alignment.views[-1].projected_share(rows),
-        "best": _column(target, "id").take(pa.array(winners)),
-        "task": _column(target, "task").take(pa.array(winners)),
-    }.items():
-        why = why.append_column(column, pa.array(values))
+    why = _described(job.pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
+    why = why.append_column("score", pa.array(turns[rows, own]))
+    why = why.append_column("projected_share", _shares(job, name, rows))
+    winners = scores.winners(policy, rows, own)
+    for column, of_target in {"best": "id", "task": "task"}.items():
+        values = pa.nulls(len(rows), pa.string())
+        if winners is not None:
+            values = _column(target, of_target).take(pa.array(winners))
+        why = why.append_column(column, values)
     why = why.replace_schema_metadata({"shortfall": picks.shortfall or ""})
-    refused = _described(pool, np.array([r.row for r in picks.refused], np.int64))
+    refused = _described(job.pool, np.array([r.row for r in picks.refused], np.int64))
     for column in ("reason", "like"):
         values = pa.array([getattr(r, column) for r in picks.refused], pa.string())
         refused = refused.append_column(column, values)
-    lines = pool.take(rows, ["raw"])["raw"].to_pylist()
-    path = folder.path / "selected"
+    lines = job.pool.take(rows, ["raw"])["raw"].to_pylist()
+    path = job.path("selected")
     path.mkdir(exist_ok=True)
     write_atomically(path / f"{name}.jsonl", b"".join(line + b"\n" for line in lines))
     write_atomically(path / f"{name}.parquet", partial(pq.write_table, why))
     write_atomically(path / f"{name}.refused.parquet", partial(pq.write_table, refused))
+
+
+def _export(job: Job) -> None:
+    """Write beside the picks the entries by which other trainers find them."""
+    schemas = {}
+    for name in job.targets:
+        rows = read_selection(job.folder.path, name).picks["row"].to_numpy()
+        schemas[name] = set(job.pool.take(rows, ["schema"])["schema"].to_pylist())
+    export_entries(job.path("selected"), schemas, job.config.data.columns)
+
+
+def _shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
+    """Return ‖c‖/‖g‖ of some rows, nulls where the method knows no subspace."""
+    path = job.path(scores_file(job.config.method))
+    columns = ["gradient_norm", f"{name}/projected_norm"]
+    if columns[1] not in pq.read_schema(path).names:
+        return pa.nulls(len(rows), pa.float32())
+    norms, projected = (column.to_numpy()[rows] for column in pq.read_table(path, columns=columns))
+    return pa.array(np.divide(projected, norms, where=norms > 0, out=norms * 0))
 
 
 def read_selection(run: Path, name: str) -> Selection:
@@ -277,8 +295,7 @@ class SourceShare:
 
 def source_shares(result: RunResult, name: str) -> list[SourceShare]:
     """Return where the picks for a target come from, the largest source first."""
-    everything = pq.read_table(result.path / "scores.parquet", columns=["source"])["source"]
-    in_pool = Counter(everything.to_pylist())
+    in_pool = Counter(result.scores(["source"])["source"].to_pylist())
     in_picks = Counter(result.selections[name].picks["source"].to_pylist())
     return [
         SourceShare(source, count, count / in_picks.total(), in_pool[source] / in_pool.total())

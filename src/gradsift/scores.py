@@ -1,14 +1,20 @@
-"""From coordinates to one score per pool example: cosines with the target, aggregated."""
+"""One score per pool example and target, and whose turn it is to pick; higher is better.
+
+Methods that compare pool examples with target examples differ in how alike they find two of them
+(`Cosines`, `Table`); `Alignment` does the rest. The others rank the pool as such (`Ranking`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from gradsift.config import GistConfig, PolicyConfig
+from gradsift.config import PolicyConfig
+from gradsift.errors import ConfigError
 
 _ENTRIES_AT_ONCE = 1 << 25  # float32 entries of one piece of the example × target matrix: 128 MB
 
@@ -16,74 +22,227 @@ _ENTRIES_AT_ONCE = 1 << 25  # float32 entries of one piece of the example × tar
 Rows = slice | Int[np.ndarray, " row"]
 
 
+class RowStore(Protocol):
+    """An array, or what reads one from files, row by row."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Rows, /) -> np.ndarray: ...
+
+
+class Scores(Protocol):
+    """How the pool fares for one target."""
+
+    def scores(
+        self,
+    ) -> tuple[Float[np.ndarray, " example"], Int[np.ndarray, " example"] | None]:
+        """Return every pool example's score, and the target example that won it, if one did."""
+        ...
+
+    def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
+        """Return the scores for each whose turn it can be to pick."""
+        ...
+
+    def winners(
+        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], turns: Int[np.ndarray, " row"]
+    ) -> Int[np.ndarray, " row"] | None:
+        """Return the target example that each pick was made for, if any was."""
+        ...
+
+    def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"] | None:
+        """Return how alike some pool examples are with each target example, if that counts."""
+        ...
+
+    def projected_norms(self, rows: Rows) -> Float[np.ndarray, " row"] | None:
+        """Return ‖c‖, the norm of the gradients inside the subspace, where there is one."""
+        ...
+
+
+class Ranking:
+    """Scores of a method that does not look at the target examples."""
+
+    def __init__(self, values: Float[np.ndarray, " example"]) -> None:
+        self._values = values
+
+    def scores(self) -> tuple[Float[np.ndarray, " example"], None]:
+        """Return the scores; no target example wins any."""
+        return self._values, None
+
+    def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
+        """Return the scores as the only column.
+
+        Raises:
+            ConfigError: If target examples were to take turns.
+        """
+        if policy.strategy != "top":
+            raise ConfigError(
+                "policy.strategy=round-robin needs a method that compares with target examples; "
+                "perplexity, length and random do not: use policy.strategy=top"
+            )
+        return self._values[:, None]
+
+    def winners(self, policy: PolicyConfig, rows: np.ndarray, turns: np.ndarray) -> None:
+        """Return nothing: no pick was made for a target example."""
+
+    def with_examples(self, rows: Rows) -> None:
+        """Return nothing: target examples do not count."""
+
+    def projected_norms(self, rows: Rows) -> None:
+        """Return nothing: there is no subspace."""
+
+
+class Similarity(Protocol):
+    """How alike each pool example is with each target example, and with groups of them."""
+
+    @property
+    def alive(self) -> Bool[np.ndarray, " query"]:
+        """Which target examples can be compared with at all."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
+        """Return the similarity of some pool examples with each target example."""
+        ...
+
+    def with_means(
+        self, rows: Rows, members: Bool[np.ndarray, "task query"]
+    ) -> Float[np.ndarray, "row task"]:
+        """Return the similarity with the mean of each group of target examples."""
+        ...
+
+    def projected_norms(self, rows: Rows) -> Float[np.ndarray, " row"] | None:
+        """Return the norms inside the subspace, where there is one."""
+        ...
+
+
 @dataclass(frozen=True)
 class View:
-    """Pool and target coordinates of one target at one checkpoint.
+    """What pool and target examples are compared by, at one checkpoint.
 
-    `weight` is the checkpoint's share in the score, `gradient_norms` those of the pool examples.
+    `weight` is the checkpoint's share in the score. `gradient_norms` are those of the pool
+    examples where the rows are coordinates of gradients in a subspace, so that norms tell how much
+    of a gradient lies there.
     """
 
-    pool: Float[np.ndarray, "example rank"]
-    gradient_norms: Float[np.ndarray, " example"]
-    target: Float[np.ndarray, "query rank"]
+    pool: RowStore
+    target: Float[np.ndarray, "query feature"]
     weight: float = 1.0
-
-    def projected_share(self, rows: Rows) -> Float[np.ndarray, " row"]:
-        """Return ‖c‖/‖g‖: how much of some examples' gradients lies in the subspace."""
-        norms = np.linalg.norm(self.pool[rows], axis=1)
-        return np.divide(norms, self.gradient_norms[rows], where=norms > 0, out=norms * 0)
+    gradient_norms: RowStore | None = None
 
     def cosines(
-        self, rows: Rows, references: Float[np.ndarray, "reference rank"], norm_power: float
+        self, rows: Rows, references: Float[np.ndarray, "reference feature"], norm_power: float
     ) -> Float[np.ndarray, "row reference"]:
         """Return the weighted cosines of some pool examples, times (‖c‖/‖g‖)^p.
 
         An example without a gradient has cosine 0 with everything.
         """
-        cosines = _unit(self.pool[rows]) @ _unit(references).T
+        features = np.asarray(self.pool[rows], np.float32)
+        cosines = _unit(features) @ _unit(references).T
         if norm_power:
-            cosines *= (self.projected_share(rows) ** norm_power)[:, None]
+            assert self.gradient_norms is not None
+            norms = np.linalg.norm(features, axis=1)
+            share = np.divide(norms, self.gradient_norms[rows], where=norms > 0, out=norms * 0)
+            cosines *= (share**norm_power)[:, None]
         return cosines * np.float32(self.weight)
 
 
-class Alignment:
-    """How pool examples align with one target's examples and tasks, over all checkpoints.
+@dataclass(frozen=True)
+class Cosines:
+    """Similarity by the cosine of two rows, summed over the checkpoints.
 
-    Target examples without a gradient have no direction and take no part.
+    Target examples whose rows are zero have no direction and take no part.
     """
 
-    def __init__(self, views: Sequence[View], tasks: Sequence[str], config: GistConfig) -> None:
-        self.views = views
-        self._config = config
-        self._alive = np.any([np.linalg.norm(v.target, axis=1) > 0 for v in views], axis=0)
+    views: Sequence[View]
+    norm_power: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.views[0].pool)
+
+    @property
+    def alive(self) -> Bool[np.ndarray, " query"]:
+        """Which target examples have a direction at some checkpoint."""
+        return np.any([np.linalg.norm(view.target, axis=1) > 0 for view in self.views], axis=0)
+
+    def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
+        """Return the cosines with each target example."""
+        return _sum([view.cosines(rows, view.target, self.norm_power) for view in self.views])
+
+    def with_means(
+        self, rows: Rows, members: Bool[np.ndarray, "task query"]
+    ) -> Float[np.ndarray, "row task"]:
+        """Return the cosines with the mean row of each group."""
+        return _sum(
+            [
+                view.cosines(rows, _means(view.target, members), self.norm_power)
+                for view in self.views
+            ]
+        )
+
+    def projected_norms(self, rows: Rows) -> Float[np.ndarray, " row"] | None:
+        """Return the norms inside the subspace of the last checkpoint, where there is one."""
+        view = self.views[-1]
+        return None if view.gradient_norms is None else np.linalg.norm(view.pool[rows], axis=1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Similarity that is stored as such, a column per target example, in weighted parts."""
+
+    parts: Sequence[tuple[RowStore, float]]
+
+    def __len__(self) -> int:
+        return len(self.parts[0][0])
+
+    @property
+    def alive(self) -> Bool[np.ndarray, " query"]:
+        """All target examples: whatever a column holds is an answer."""
+        return np.ones(self.with_examples(slice(0, 1)).shape[1], dtype=bool)
+
+    def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
+        """Return the stored similarity."""
+        return _sum([np.asarray(part[rows]) * np.float32(weight) for part, weight in self.parts])
+
+    def with_means(self, rows: Rows, members: np.ndarray) -> Float[np.ndarray, "row task"]:
+        """Return nothing useful: there are no rows of which a mean could be taken."""
+        raise AssertionError("stored similarities have no mean row")
+
+    def projected_norms(self, rows: Rows) -> None:
+        """Return nothing: there is no subspace."""
+
+
+class Alignment:
+    """Scores by similarity with one target's examples and tasks.
+
+    `aggregation`, over the examples of a task: `max`: the best of them; `mean-cosine`: their mean;
+    `task-mean`: the similarity with their mean (Xia et al., 2024, arXiv 2402.04333). Then the best
+    task counts.
+    """
+
+    def __init__(self, similarity: Similarity, tasks: Sequence[str], aggregation: str) -> None:
+        self._similarity, self._aggregation = similarity, aggregation
+        self._alive = similarity.alive
         names = sorted({task for task, alive in zip(tasks, self._alive, strict=True) if alive})
         members = np.array(tasks)[None, :] == np.array(names)[:, None]
         self._members = members & self._alive  # task × target example
 
     def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
-        """Return the alignment with each target example; −∞ for those without a gradient."""
-        power = self._config.norm_power
-        total = _sum([view.cosines(rows, view.target, power) for view in self.views])
-        return np.where(self._alive, total, np.float32(-np.inf))
+        """Return the alignment with each target example; −∞ for those that take no part."""
+        found = self._similarity.with_examples(rows)
+        return np.where(self._alive, found, np.float32(-np.inf))
 
     def with_tasks(
         self, rows: Rows, by_example: Float[np.ndarray, "row query"]
     ) -> Float[np.ndarray, "row task"]:
-        """Return the alignment with each task, as the aggregation says.
-
-        `max`: the best of its examples; `mean-cosine`: their mean; `task-mean`: the cosine with
-        the mean of their coordinates (Xia et al., 2024, arXiv 2402.04333).
-        """
-        if self._config.aggregation == "task-mean":
-            power = self._config.norm_power
-            return _sum(
-                [
-                    view.cosines(rows, _means(view.target, self._members), power)
-                    for view in self.views
-                ]
-            )
-        aggregate = np.max if self._config.aggregation == "max" else np.mean
+        """Return the alignment with each task, as the aggregation says."""
+        if self._aggregation == "task-mean":
+            return self._similarity.with_means(rows, self._members)
+        aggregate = np.max if self._aggregation == "max" else np.mean
         return np.stack([aggregate(by_example[:, own], axis=1) for own in self._members], axis=1)
+
+    def projected_norms(self, rows: Rows) -> Float[np.ndarray, " row"] | None:
+        """Return ‖c‖ of some pool examples, where the similarity knows a subspace."""
+        return self._similarity.projected_norms(rows)
 
     def best(
         self, rows: Rows, tasks: Int[np.ndarray, " row"] | None = None
@@ -124,7 +283,7 @@ class Alignment:
 
     def _pieces(self) -> Iterator[slice]:
         """Yield ranges of the pool whose cosines fit into memory at once."""
-        num_examples, step = len(self.views[0].pool), max(1, _ENTRIES_AT_ONCE // len(self._alive))
+        num_examples, step = len(self._similarity), max(1, _ENTRIES_AT_ONCE // len(self._alive))
         for start in range(0, num_examples, step):
             yield slice(start, min(start + step, num_examples))
 

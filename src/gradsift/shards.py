@@ -6,7 +6,7 @@ While the device works on a shard, one thread reads the next and another writes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,25 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gradsift.data import EncodedSet
+from gradsift.config import EngineConfig
+from gradsift.data import Encoded, EncodedSet
 from gradsift.errors import NumericsError, RunError
 from gradsift.progress import track
 from gradsift.store import write_atomically
-from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from gradsift.basis import Basis
-    from gradsift.passes import Projections
+    import torch
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 _BATCH_TOKENS = "batch_tokens"
+
+Measure = Callable[[Sequence[Encoded], int], "Mapping[str, Tensor]"]
+"""What to store of some examples, row by row and by name, given the most tokens per batch."""
+Rows = slice | Int[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
@@ -57,35 +59,54 @@ def plan_shards(num_examples: int, size: int, directory: Path) -> list[Shard]:
     ]
 
 
-def directory_of(run: Path, checkpoint: Checkpoint) -> Path:
-    """Return the folder of a checkpoint's shards."""
-    return run / "coordinates" / checkpoint.label
-
-
 def batch_tokens_of(shard: Shard) -> int:
     """Return the tokens per batch with which a stored shard was measured."""
     with safe_open(shard.path, "np") as file:
         return int(file.metadata()[_BATCH_TOKENS])
 
 
-def measure_shards(
-    model: nn.Module,
+def measure_pool(
     pool: EncodedSet,
-    shards: Sequence[Shard],
-    basis: Basis,
-    ranks: Mapping[str, int],
-    max_tokens: int,
+    directory: Path,
+    engine: EngineConfig,
+    prepare: Callable[[], tuple[Measure, torch.device]],
 ) -> None:
-    """Measure the shards and store, for each, coordinates, losses and gradient norms.
+    """Measure the whole pool, shard by shard, into a folder; what is there is not done again.
 
-    `ranks` says how many of the basis' directions each target has, in their order.
+    `prepare` is asked for the measure, and where it works, only if something is missing.
 
     Raises:
-        NumericsError: Naming the first example whose loss or gradient is not finite.
+        NumericsError: Naming the first example of which something is not finite.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(len(pool), engine.shard_size, directory)
+    stored = [shard for shard in shards if shard.path.exists()]
+    missing = [shard for shard in shards if shard not in stored]
+    if not missing:
+        return
+    from gradsift.memory import find_batch_tokens
+
+    measure, device = prepare()
+    if stored:
+        logger.info("%d of %d shards are there already", len(stored), len(shards))
+    if stored and engine.batch_tokens == "auto":
+        max_tokens = batch_tokens_of(stored[-1])
+    else:
+        lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
+        max_tokens = find_batch_tokens(measure, lengths, engine, device)
+    measure_shards(pool, missing, measure, max_tokens)
+
+
+def measure_shards(
+    pool: EncodedSet, shards: Sequence[Shard], measure: Measure, max_tokens: int
+) -> None:
+    """Store, for each shard, what `measure` finds of its examples, row by row.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not finite.
     """
     from gradsift.batches import ahead, lengths_of
     from gradsift.memory import within_memory
-    from gradsift.passes import project
 
     total = sum(shard.stop - shard.start for shard in shards)
     label = f"pool at {shards[0].path.parent.name}"
@@ -93,35 +114,33 @@ def measure_shards(
         writing: Future[None] | None = None
         try:
             for shard, examples in ahead((shard, pool.examples(shard.rows)) for shard in shards):
-                work = partial(project, model, examples, basis)
+                work = partial(measure, examples)
                 found, max_tokens = within_memory(work, max_tokens, lengths_of(examples))
                 if writing:
                     writing.result()
-                writing = writer.submit(_write, shard, found, ranks, pool, max_tokens)
+                writing = writer.submit(_write, shard, found, pool, max_tokens)
                 advance(len(examples))
         finally:
             if writing:
                 writing.result()
 
 
-def _write(
-    shard: Shard, found: Projections, ranks: Mapping[str, int], pool: EncodedSet, max_tokens: int
-) -> None:
-    coordinates = found.coordinates.cpu().numpy()
-    tensors = {
-        "loss": found.losses.cpu().numpy(),
-        "gradient_norm": found.gradient_norms.cpu().numpy(),
-    }
-    for what, values in [("coordinates", coordinates), *tensors.items()]:
+def _write(shard: Shard, found: Mapping[str, Tensor], pool: EncodedSet, max_tokens: int) -> None:
+    tensors = {name: values.cpu().numpy() for name, values in found.items()}
+    for name, values in tensors.items():
         finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
         if not finite.all():
-            told = f"{what.replace('_', ' ')} of the pool"
+            told = f"{name.partition('/')[0].replace('_', ' ')} of the pool"
             raise not_finite(told, pool, shard.rows[~finite])
-    parts = np.split(coordinates, np.cumsum([*ranks.values()])[:-1], axis=1)
-    for name, part in zip(ranks, parts, strict=True):
-        tensors[f"coordinates/{name}"] = np.ascontiguousarray(part)
-    metadata = {_BATCH_TOKENS: str(max_tokens)}
-    write_atomically(shard.path, lambda path: save_file(tensors, path, metadata))
+    save_shard(shard, tensors, {_BATCH_TOKENS: str(max_tokens)})
+
+
+def save_shard(
+    shard: Shard, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write what was found of a shard's examples, a row for each, atomically."""
+    whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    write_atomically(shard.path, lambda path: save_file(whole, path, dict(metadata or {})))
 
 
 def not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsError:
@@ -133,21 +152,47 @@ def not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsErro
     )
 
 
-def load_pool(
-    run: Path, checkpoint: Checkpoint, names: Sequence[str]
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """Return what the pool pass stored under these names, for the whole pool."""
-    paths = sorted(directory_of(run, checkpoint).glob("*.safetensors"))
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for path in paths:
-        with safe_open(path, "np") as shard:
-            for name, part in parts.items():
-                part.append(shard.get_tensor(name))
-    stored = {name: np.concatenate(part) for name, part in parts.items()}
-    num_pool = len(EncodedSet(run / "data" / "pool.parquet"))
-    if any(len(values) != num_pool for values in stored.values()):
-        raise RunError(
-            f"shards are missing in {paths[0].parent}; remove manifests/coordinates.json in {run} "
-            "and run the same command: what is there is kept"
-        )
-    return stored
+class Stored:
+    """One tensor of the whole pool, read from its shards as rows are asked for."""
+
+    def __init__(self, directory: Path, name: str, num_examples: int) -> None:
+        """Find the shards.
+
+        Raises:
+            RunError: If they do not hold every example once.
+        """
+        self._name, self._num_examples = name, num_examples
+        self._paths = sorted(directory.glob("*.safetensors"))
+        starts = []
+        end = 0
+        for path in self._paths:
+            starts.append(int(path.stem))
+            if starts[-1] != end:
+                break
+            with safe_open(path, "np") as shard:
+                end += shard.get_slice(name).get_shape()[0]
+        if end != num_examples:
+            raise RunError(
+                f"shards are missing in {directory}; remove the manifest of that stage under "
+                "manifests/ and run the same command: what is there is kept"
+            )
+        self._starts = np.array(starts)
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, rows: Rows) -> Float[np.ndarray, "row ..."]:
+        """Return some rows, in the order asked for, reading only their shards."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(self._num_examples))
+        unique, inverse = np.unique(rows, return_inverse=True)
+        owners = np.searchsorted(self._starts, unique, side="right") - 1
+        parts = []
+        for owner in np.unique(owners):
+            with safe_open(self._paths[owner], "np") as shard:
+                local = unique[owners == owner] - self._starts[owner]
+                parts.append(shard.get_tensor(self._name)[local])
+        if not parts:
+            with safe_open(self._paths[0], "np") as shard:
+                return shard.get_tensor(self._name)[:0]
+        return np.concatenate(parts)[inverse]

@@ -6,25 +6,23 @@ What only shifts the rounding (device, batch size) is no input: a run may go on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gradsift.config import Config
 from gradsift.data import resolve
-from gradsift.errors import ModelError
+from gradsift.job import Inputs
+from gradsift.methods import METHODS
 from gradsift.store import Stage, identity
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages in the order of their work; `data` has `pool` and `target.NAME`."""
+    """The stages in the order of their work: encoding, the method's own, scores, picks."""
 
-    data: Mapping[str, Stage]
-    warmup: Stage
-    subspaces: Mapping[str, Stage]
-    coordinates: Stage
+    inputs: Inputs
+    measured: tuple[Stage, ...]
     scores: Stage
     selections: Mapping[str, Stage]
 
@@ -37,32 +35,30 @@ class Plan:
             ModelError: If the model or adapter is not there.
         """
         model = identity(config.model.name)
-        data = _data(config, model)
-        warmup = _warmup(config, model, data["pool"])
-        subspaces = {
-            name: _subspace(config, name, data[f"target.{name}"], warmup)
-            for name in config.data.targets
+        inputs = Inputs(config, model, _data(config, model))
+        method = METHODS[config.method]
+        measured = tuple(method.stages(inputs))
+        depends = {
+            "method": config.method,
+            "data": {name: stage.fingerprint for name, stage in inputs.data.items()},
+            "measured": {stage.name: stage.fingerprint for stage in measured},
+            **method.settings(config),
         }
-        inputs = {
-            "pool": data["pool"].fingerprint,
-            "warmup": warmup.fingerprint,
-            "targets": {name: stage.fingerprint for name, stage in subspaces.items()},
-            "shard_size": config.engine.shard_size,
-        }
-        coordinates = Stage("coordinates", inputs, ("coordinates",), keeps_parts=True)
-        inputs = {"coordinates": coordinates.fingerprint}
-        inputs |= config.gist.model_dump(include={"aggregation", "norm_power"})
-        scores = Stage("scores", inputs, ("scores.parquet",), cheap=True)
+        name = scores_file(config.method)
+        scores = Stage(name.removesuffix(".parquet"), depends, (name,), cheap=True)
         selections = {name: _selection(config, name, scores) for name in config.data.targets}
-        return cls(data, warmup, subspaces, coordinates, scores, selections)
+        return cls(inputs, measured, scores, selections)
 
-    def __iter__(self) -> Any:
-        yield from self.data.values()
-        yield self.warmup
-        yield from self.subspaces.values()
-        yield self.coordinates
+    def __iter__(self) -> Iterator[Stage]:
+        yield from self.inputs.data.values()
+        yield from self.measured
         yield self.scores
         yield from self.selections.values()
+
+
+def scores_file(method: str) -> str:
+    """Return where in a run folder the scores of a method lie."""
+    return f"scores/{method}.parquet"
 
 
 def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
@@ -88,30 +84,7 @@ def _data(config: Config, model: str) -> dict[str, Stage]:
     return stages
 
 
-def _warmup(config: Config, model: str, pool: Stage) -> Stage:
-    settings = config.model.model_dump(include={"name", "dtype", "attention", "quantization"})
-    inputs: dict[str, Any] = {"model": {"identity": model} | settings}
-    if config.warmup.adapter is not None:
-        if not Path(config.warmup.adapter).is_dir():
-            raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
-        inputs["adapter"] = identity(config.warmup.adapter)
-    else:
-        inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
-        if config.warmup.mode == "train":
-            inputs["pool"] = pool.fingerprint
-    return Stage("warmup", inputs, ("warmup",))
-
-
-def _subspace(config: Config, name: str, data: Stage, warmup: Stage) -> Stage:
-    inputs = {
-        "data": data.fingerprint,
-        "warmup": warmup.fingerprint,
-        "rank": config.gist.rank,
-    }
-    return Stage(f"targets/{name}", inputs, (f"targets/{name}",))
-
-
 def _selection(config: Config, name: str, scores: Stage) -> Stage:
-    inputs = {"scores": scores.fingerprint} | config.policy.model_dump()
+    inputs = {"method": config.method, "scores": scores.fingerprint} | config.policy.model_dump()
     outputs = tuple(f"selected/{name}{end}" for end in (".jsonl", ".parquet", ".refused.parquet"))
     return Stage(f"selected/{name}", inputs, outputs, cheap=True)

@@ -30,6 +30,8 @@ from gradsift.types import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZER_STATE = "optimizer.safetensors"
+"""Where Adam's moments lie in the folder of an adapter."""
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
 
 

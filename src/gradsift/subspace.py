@@ -40,9 +40,15 @@ class Subspace:
 
 
 def fit_subspace(
-    gram: Float[np.ndarray, "query query"], rank: int | str, dtype: str = "float32"
+    gram: Float[np.ndarray, "query query"],
+    rank: int | str,
+    dtype: str = "float32",
+    which: str = "leading",
 ) -> Subspace:
     """Return the leading directions of the rows whose Gram matrix is given (float64).
+
+    Or, for `which="tail"`, those that the rank leaves out: what the leading ones are worth shows
+    in how much worse these do.
 
     `rank` is a count, `full`, a share of the variance such as `95%`, or `auto`: 95 %, and the full
     rank for up to 16 examples (Min et al., 2026, arXiv 2602.18584). Directions at the level of
@@ -52,8 +58,8 @@ def fit_subspace(
     2
 
     Raises:
-        NumericsError: If an entry is not finite, all gradients are zero, or `rank` is more than
-            the rows span.
+        NumericsError: If an entry is not finite, all gradients are zero, `rank` is more than the
+            rows span, or it leaves no tail.
     """
     if not np.isfinite(gram).all():
         raise NumericsError("a target gradient is not finite")
@@ -66,8 +72,14 @@ def fit_subspace(
         )
     span = int((sigma > sigma[0] * _NOISE_FLOOR[dtype]).sum())
     kept = choose_rank(sigma, span, rank)
-    left, sigma_k = directions[:, :kept], sigma[:kept]
-    largest = left[np.abs(left).argmax(axis=0), np.arange(kept)]
+    if which == "tail" and kept == span:
+        raise NumericsError(
+            f"rank {rank!r} keeps all {span} directions that the target gradients span and leaves "
+            "no tail; set gist.rank to fewer, or give more target examples"
+        )
+    chosen = slice(kept, span) if which == "tail" else slice(kept)
+    left, sigma_k = directions[:, chosen], sigma[chosen]
+    largest = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]
     left = left * np.sign(largest)
     left[np.diag(gram) == 0] = 0  # no gradient, no direction: not even one of rounding
     return Subspace(left / sigma_k, left * sigma_k, sigma)

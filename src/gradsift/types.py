@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -71,7 +71,8 @@ class Selection:
     """The picks for one target.
 
     `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
-    `projected_share`, `best` (id of the target example that won), `task` (of that example).
+    `projected_share`, `best` (id of the target example that won), `task` (of that example); the last
+    three are null where the method knows no such thing.
     `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
     """
 
@@ -90,14 +91,16 @@ class RunResult:
     """
 
     path: Path
+    method: str
     selections: Mapping[str, Selection]
     num_pool: int
     num_rejected: int
     seconds: Mapping[str, float]
     peak_memory: int
 
-    def scores(self) -> pa.Table:
-        """Return `scores.parquet`: one row per pool example, `T/score` and so on per target."""
+    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / "scores.parquet")
+        wanted = list(columns) if columns is not None else None
+        return pq.read_table(self.path / "scores" / f"{self.method}.parquet", columns=wanted)

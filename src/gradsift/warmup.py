@@ -1,32 +1,23 @@
-"""Warm-up: short LoRA training on a random part of the pool, through PEFT and the HF Trainer."""
+"""Warm-up: short LoRA training on a random part of the pool, before gradients mean anything."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-import tempfile
-from collections.abc import Callable, Sequence
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gradsift.config import Config, WarmupConfig
-from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import NumericsError
+from gradsift.config import Config
+from gradsift.data import EncodedSet
 from gradsift.model import attach_lora, load_adapter, load_base
-from gradsift.progress import track
-from gradsift.store import write_atomically, write_checkpoints
+from gradsift.store import OPTIMIZER_STATE, write_atomically, write_checkpoints
+from gradsift.training import optimizer_state, steps_per_epoch, train
 
 logger = logging.getLogger(__name__)
-
-_IGNORED = -100  # the label that transformers' losses pass over
 
 
 def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
@@ -41,7 +32,10 @@ def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
     """
     warmup, base = config.warmup, load_base(config.model)
     if warmup.adapter is not None:
-        load_adapter(base, Path(warmup.adapter)).save_pretrained(str(directory / "adapter"))
+        given, kept = Path(warmup.adapter), directory / "adapter"
+        load_adapter(base, given).save_pretrained(str(kept))
+        if (given / OPTIMIZER_STATE).exists():
+            shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
         write_checkpoints(directory, {"adapter": 1.0})
         return
     model = attach_lora(base, config.lora, warmup.seed)
@@ -60,159 +54,12 @@ def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
         folder = directory / f"epoch-{epoch}"
         model.save_pretrained(str(folder))
         if warmup.keep_optimizer:
-            save_file(optimizer_state(model, optimizer), folder / "optimizer.safetensors")
+            save_file(optimizer_state(model, optimizer), folder / OPTIMIZER_STATE)
         rates[folder.name] = mean_rate
 
-    logger.info(
-        "warm-up on %d examples, optimizer steps: %d",
-        count,
-        math.ceil(count / warmup.batch_size) * warmup.epochs,
-    )
-    log = train(model, pool.examples(rows), warmup, keep)
+    steps = steps_per_epoch(count, warmup) * warmup.epochs
+    logger.info("warm-up on %d examples, optimizer steps: %d", count, steps)
+    examples = pool.examples(rows)
+    log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
     write_atomically(directory / "log.json", json.dumps(log, indent=1).encode())
     write_checkpoints(directory, rates)
-
-
-def train(
-    model: nn.Module,
-    examples: Sequence[Encoded],
-    settings: WarmupConfig,
-    on_epoch: Callable[[int, float, torch.optim.Optimizer], None] = lambda *_: None,
-    label: str = "warm-up",
-) -> list[dict[str, int | float]]:
-    """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
-
-    `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
-
-    Raises:
-        NumericsError: If the loss or its gradient stops being finite.
-    """
-    steps = math.ceil(len(examples) / settings.batch_size) * settings.epochs
-    with tempfile.TemporaryDirectory() as scratch, track(label, steps, "steps") as advance:
-        watcher = _Watcher(on_epoch, advance)
-        trainer = Trainer(
-            model=model,  # type: ignore[arg-type]
-            args=_arguments(settings, model, steps, scratch),
-            train_dataset=list(examples),  # type: ignore[arg-type]
-            data_collator=_collate,
-            callbacks=[watcher],
-        )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        trainer.train()
-    return watcher.log
-
-
-def _arguments(
-    settings: WarmupConfig, model: nn.Module, steps: int, scratch: str
-) -> TrainingArguments:
-    device = next(model.parameters()).device
-    dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
-    micro = min(settings.micro_batch_size, settings.batch_size)
-    arguments = TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        # rounded down: as a ratio it is rounded up, and a warm-up of one step learns nothing
-        warmup_steps=int(settings.warmup_ratio * steps),
-        weight_decay=settings.weight_decay,
-        bf16=device.type == "cuda" and dtype == torch.bfloat16,
-        fp16=device.type == "cuda" and dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        seed=settings.seed,
-        save_strategy="no",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        disable_tqdm=True,
-        report_to="none",
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
-    return arguments
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 32) -> float:
-    """Return the mean negative log-likelihood of all supervised tokens, in nats."""
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        tokens = sum(int(example.supervised.sum()) for example in part)
-        batch = {name: tensor.to(device) for name, tensor in _collate(part).items()}
-        total += float(model(**batch).loss) * tokens
-        count += tokens
-    return total / count
-
-
-class _Watcher(TrainerCallback):
-    """Follow the Trainer: progress, learning rates, finite losses, the end of each epoch."""
-
-    def __init__(
-        self,
-        on_epoch: Callable[[int, float, torch.optim.Optimizer], None],
-        advance: Callable[[int], None],
-    ) -> None:
-        self._on_epoch = on_epoch
-        self._advance = advance
-        self._rates: list[float] = []
-        self._epoch = 0
-        self.log: list[dict[str, int | float]] = []
-
-    def on_step_begin(self, *_: Any, lr_scheduler: Any, **__: Any) -> None:
-        self._rates.append(lr_scheduler.get_last_lr()[0])
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" not in logs:
-            return
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(float(logs.get(name, 0))):
-                raise NumericsError(
-                    f"the {name.replace('_', ' ')} of the warm-up is {logs[name]} at step "
-                    f"{state.global_step}; lower warmup.learning_rate, or use model.dtype=float32"
-                )
-        entry = {"step": state.global_step, "loss": float(logs["loss"])}
-        self.log.append(entry | {"learning_rate": self._rates[-1]})
-
-    def on_epoch_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
-        self._epoch += 1
-        mean = sum(self._rates) / len(self._rates)
-        self._rates = []
-        self._on_epoch(self._epoch, mean, getattr(optimizer, "optimizer", optimizer))
-
-
-def optimizer_state(
-    model: PreTrainedModel | nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Return Adam's moments by parameter: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`.
-
-    Names are those of the tensors in the adapter's own file.
-    """
-    names: dict[Tensor, str] = {
-        p: name.replace(".default.", ".") for name, p in model.named_parameters()
-    }
-    return {
-        f"{names[parameter]}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _collate(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-    width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(input_ids, _IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids = torch.from_numpy(example.input_ids).long()
-        input_ids[row, :length] = ids
-        attention_mask[row, :length] = 1
-        labels[row, :length] = ids.masked_fill(~torch.from_numpy(example.supervised), _IGNORED)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

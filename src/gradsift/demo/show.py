@@ -137,7 +137,7 @@ def _train_base(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from gradsift.data import Encoder
-    from gradsift.warmup import train
+    from gradsift.training import steps_per_epoch, train
 
     torch.manual_seed(0)
     ends: dict[str, Any] = {
@@ -150,7 +150,8 @@ def _train_base(
     )
     usable = [example for example in encoded if isinstance(example, Encoded)]
     assert len(usable) == len(examples), "the demonstration makes usable examples only"
-    train(model, usable, _BASE_TRAINING, label="base model")
+    steps = steps_per_epoch(len(usable), _BASE_TRAINING) * _BASE_TRAINING.epochs
+    train(model, usable, _BASE_TRAINING, steps=steps, seed=0, label="base model")
     return model
 
 

@@ -9,142 +9,131 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gradsift.config import Config, GistConfig
-from gradsift.data import Encoded, EncodedSet
-from gradsift.scores import Alignment, View
-from gradsift.shards import (
-    batch_tokens_of,
-    directory_of,
-    load_pool,
-    measure_shards,
-    not_finite,
-    plan_shards,
-)
-from gradsift.store import write_atomically
+from gradsift.config import Config
+from gradsift.job import Inputs, Job, Method
+from gradsift.poolpass import distinct_examples, project_pool
+from gradsift.scores import Alignment, Cosines, View
+from gradsift.shards import not_finite
+from gradsift.store import Stage, write_atomically
 from gradsift.subspace import Subspace, fit_subspace, rank_of_share
 from gradsift.types import Checkpoint
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from gradsift.basis import Basis
-
 logger = logging.getLogger(__name__)
 
-ModelAt = Callable[[Checkpoint], "PeftModel"]
-"""Gives the model with a checkpoint's adapter, valid until it is asked for another."""
+
+def stages(inputs: Inputs) -> tuple[Stage, ...]:
+    """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
+    warmup = inputs.warmup(inputs.config, "warmup")
+    subspaces = {name: _subspace_stage(inputs, name, warmup) for name in inputs.config.data.targets}
+    prints = {name: stage.fingerprint for name, stage in subspaces.items()}
+    coordinates = inputs.pool_pass("coordinates", warmup=warmup.fingerprint, targets=prints)
+    return warmup, *subspaces.values(), coordinates
 
 
-def measure_subspaces(
-    config: Config,
-    target: EncodedSet,
-    checkpoints: Sequence[Checkpoint],
-    directory: Path,
-    model_at: ModelAt,
-) -> None:
-    """Leave each checkpoint's subspace of a target, and `spectrum.json`, in `directory`.
+def _subspace_stage(inputs: Inputs, name: str, warmup: Stage) -> Stage:
+    depends = {
+        "data": inputs.target(name).fingerprint,
+        "warmup": warmup.fingerprint,
+        **inputs.config.gist.model_dump(include={"rank", "directions"}),
+    }
+    return Stage(f"targets/{name}", depends, (f"targets/{name}",))
+
+
+def measure(job: Job) -> None:
+    """Leave adapters, subspaces and coordinates.
 
     Raises:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
     """
+    warmup, *subspaces, coordinates = stages(job.inputs)
+    checkpoints = job.warm_up(warmup, job.config)
+    for name, stage in zip(job.targets, subspaces, strict=True):
+        with job.folder.stage(stage) as todo:
+            if todo:
+                _measure_subspaces(job, name, checkpoints)
+    with job.folder.stage(coordinates) as todo:
+        if todo:
+            for checkpoint in checkpoints:
+                found = {name: load_subspace(job, name, checkpoint) for name in job.targets}
+                combinations = {name: subspace.combination for name, subspace in found.items()}
+                project_pool(job, checkpoint, job.path("coordinates"), combinations)
+
+
+def scores(job: Job) -> dict[str, Alignment]:
+    """Return the cosines of coordinates, aggregated as `gist.aggregation` says."""
+    return {name: _align(job, name) for name in job.targets}
+
+
+def facts(job: Job) -> dict[str, np.ndarray]:
+    """Return loss and gradient norm of every pool example at the last checkpoint."""
+    directory = job.path("coordinates") / job.checkpoints(stages(job.inputs)[0])[-1].label
+    return {name: job.stored(directory, name)[:] for name in ("loss", "gradient_norm")}
+
+
+def settings(config: Config) -> Mapping[str, Any]:
+    """Return what the scores depend on besides the coordinates."""
+    return config.gist.model_dump(include={"aggregation", "norm_power"})
+
+
+METHOD = Method(scores, stages, measure, settings, facts)
+
+
+def load_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
+    """Return a stored subspace."""
+    tensors = load_file(job.path("targets") / name / f"{checkpoint.label}.safetensors")
+    return Subspace(tensors["combination"], tensors["coordinates"], tensors["singular_values"])
+
+
+def _align(job: Job, name: str) -> Alignment:
+    views = []
+    for checkpoint in job.checkpoints(stages(job.inputs)[0]):
+        directory = job.path("coordinates") / checkpoint.label
+        views.append(
+            View(
+                pool=job.stored(directory, f"coordinates/{name}"),
+                target=load_subspace(job, name, checkpoint).coordinates.astype(np.float32),
+                weight=checkpoint.weight,
+                gradient_norms=job.stored(directory, "gradient_norm"),
+            )
+        )
+    config = job.config.gist
+    return Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
+
+
+def _measure_subspaces(job: Job, name: str, checkpoints: list[Checkpoint]) -> None:
+    """Leave each checkpoint's subspace of a target, and `spectrum.json`."""
     from gradsift.memory import fitting_gram
 
-    examples, inverse = _distinct(target.examples(range(len(target))))
+    config, target, directory = job.config.gist, job.targets[name], job.path("targets") / name
+    examples, inverse = distinct_examples(target)
     spectra = {}
     for checkpoint in checkpoints:
-        model = model_at(checkpoint)
-        gram = fitting_gram(model, examples, config.engine)[np.ix_(inverse, inverse)]
+        model = job.models.at(checkpoint.path)
+        gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):
-            raise not_finite(f"gradient of the target {directory.name!r}", target, broken)
-        subspace = fit_subspace(gram, config.gist.rank, str(model.dtype).removeprefix("torch."))
-        if subspace.rank == 1 and not config.gist.norm_power:
+            raise not_finite(f"gradient of the target {name!r}", target, broken)
+        dtype = str(model.dtype).removeprefix("torch.")
+        subspace = fit_subspace(gram, config.rank, dtype, config.directions)
+        if subspace.rank == 1 and not config.norm_power:
             logger.warning(
                 "%s has a single direction: every score is 1 or -1 and the pool's order decides; "
                 "give more target examples or set gist.norm_power=1",
-                directory.name,
+                name,
             )
         _save_subspace(subspace, directory / f"{checkpoint.label}.safetensors")
         spectra[checkpoint.label] = _spectrum(subspace)
-        logger.info(
-            "%s at %s: rank %d of %d examples",
-            directory.name,
-            checkpoint.label,
-            subspace.rank,
-            len(target),
-        )
+        told = (name, checkpoint.label, subspace.rank, len(target))
+        logger.info("%s at %s: rank %d of %d examples", *told)
     write_atomically(directory / "spectrum.json", json.dumps(spectra, indent=1).encode())
-
-
-def project_pool(
-    config: Config,
-    pool: EncodedSet,
-    targets: Mapping[str, EncodedSet],
-    checkpoints: Sequence[Checkpoint],
-    run: Path,
-    model_at: ModelAt,
-) -> None:
-    """Leave coordinates, losses and gradient norms of the whole pool, shard by shard.
-
-    One pass serves all targets: their bases are stacked. A shard that is there is not done again.
-
-    Raises:
-        NumericsError: Naming the first example whose loss or gradient is not finite.
-    """
-    from gradsift.memory import find_batch_tokens
-
-    for checkpoint in checkpoints:
-        directory = directory_of(run, checkpoint)
-        directory.mkdir(parents=True, exist_ok=True)
-        shards = plan_shards(len(pool), config.engine.shard_size, directory)
-        stored = [shard for shard in shards if shard.path.exists()]
-        missing = [shard for shard in shards if shard not in stored]
-        if not missing:
-            continue
-        subspaces = {name: load_subspace(run, name, checkpoint) for name in targets}
-        ranks = {name: subspace.rank for name, subspace in subspaces.items()}
-        model = model_at(checkpoint)
-        basis = _stacked_basis(config, model, targets, subspaces)
-        if stored:
-            logger.info("%d of %d shards are there already", len(stored), len(shards))
-        if stored and config.engine.batch_tokens == "auto":
-            max_tokens = batch_tokens_of(stored[-1])
-        else:
-            lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
-            max_tokens = find_batch_tokens(model, basis, lengths, config.engine)
-        measure_shards(model, pool, missing, basis, ranks, max_tokens)
-        del basis  # before the next is built beside it
-
-
-def align(
-    config: GistConfig,
-    run: Path,
-    name: str,
-    target: EncodedSet,
-    checkpoints: Sequence[Checkpoint],
-) -> Alignment:
-    """Return how the pool aligns with a target, from what is stored."""
-    views = []
-    for checkpoint in checkpoints:
-        stored = load_pool(run, checkpoint, (f"coordinates/{name}", "gradient_norm"))
-        references = load_subspace(run, name, checkpoint).coordinates.astype(np.float32)
-        coordinates, norms = stored[f"coordinates/{name}"], stored["gradient_norm"]
-        views.append(View(coordinates, norms, references, checkpoint.weight))
-    return Alignment(views, target.table(["task"])["task"].to_pylist(), config)
-
-
-def load_subspace(run: Path, name: str, checkpoint: Checkpoint) -> Subspace:
-    """Return a stored subspace."""
-    tensors = load_file(run / "targets" / name / f"{checkpoint.label}.safetensors")
-    return Subspace(tensors["combination"], tensors["coordinates"], tensors["singular_values"])
 
 
 def _save_subspace(subspace: Subspace, path: Path) -> None:
@@ -167,38 +156,3 @@ def _spectrum(subspace: Subspace) -> dict[str, Any]:
         "singular_values": sigma.tolist(),
         "cumulative_variance": (np.cumsum(sigma**2) / (sigma**2).sum()).tolist(),
     }
-
-
-def _distinct(examples: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
-    """Return the different examples, and for each example which of them it is.
-
-    Equal examples have equal gradients: they are computed once, so that no rounding tells them
-    apart and blows up the difference into a direction.
-    """
-    places: dict[tuple[bytes, bytes], int] = {}
-    keys = [(e.input_ids.tobytes(), e.supervised.tobytes()) for e in examples]
-    inverse = np.array([places.setdefault(key, len(places)) for key in keys])
-    first = [int(np.flatnonzero(inverse == i)[0]) for i in range(len(places))]
-    return [examples[i] for i in first], inverse
-
-
-def _stacked_basis(
-    config: Config,
-    model: PeftModel,
-    targets: Mapping[str, EncodedSet],
-    subspaces: Mapping[str, Subspace],
-) -> Basis:
-    """Return the bases of all targets, one below the other, block by block.
-
-    Raises:
-        ModelError: If they do not fit into memory.
-    """
-    from gradsift.memory import fitting_basis
-
-    parts = []
-    for name, target in targets.items():
-        examples, inverse = _distinct(target.examples(range(len(target))))
-        combination = np.zeros((len(examples), subspaces[name].rank))
-        np.add.at(combination, inverse, subspaces[name].combination)
-        parts.append((examples, combination))
-    return fitting_basis(model, parts, config.engine)

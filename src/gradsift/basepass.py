@@ -1,0 +1,90 @@
+"""One forward pass of the base model over pool or target, for the methods that need no gradient.
+
+It leaves losses and pooled hidden states together: perplexity and rds share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import save_file
+
+from gradsift.data import Encoded
+from gradsift.job import Inputs, Job
+from gradsift.shards import Measure, Stored, measure_pool
+from gradsift.store import Stage, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_POOL = "base/pool"
+
+
+def pool_stage(inputs: Inputs) -> Stage:
+    """Return the stage that runs the base model over the pool."""
+    return inputs.pool_pass(_POOL, model=inputs.model_facts)
+
+
+def target_stage(inputs: Inputs, name: str) -> Stage:
+    """Return the stage that runs it over a target."""
+    depends = {"data": inputs.target(name).fingerprint, "model": inputs.model_facts}
+    return Stage(f"base/targets/{name}", depends, (_target_file(name),))
+
+
+def run_over_pool(job: Job) -> None:
+    """Leave `loss` and `hidden` of every pool example.
+
+    Raises:
+        NumericsError: Naming the first example of which one is not finite.
+    """
+    with job.folder.stage(pool_stage(job.inputs)) as todo:
+        if todo:
+            measure_pool(job.pool, job.path(_POOL), job.config.engine, partial(_prepare, job))
+
+
+def run_over_target(job: Job, name: str) -> None:
+    """Leave `loss` and `hidden` of every target example."""
+    from gradsift.batches import lengths_of
+    from gradsift.memory import start_tokens, within_memory
+
+    with job.folder.stage(target_stage(job.inputs, name)) as todo:
+        if todo:
+            examples = job.targets[name].examples(range(len(job.targets[name])))
+            measure, device = _prepare(job)
+            tokens = start_tokens(job.config.engine, device)
+            found, _ = within_memory(partial(measure, examples), tokens, lengths_of(examples))
+            tensors = {key: value.cpu().numpy() for key, value in found.items()}
+            path = job.path(_target_file(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, partial(save_file, tensors))
+
+
+def stored_pool(job: Job, name: str) -> Stored:
+    """Return `loss` or `hidden` of the pool."""
+    return job.stored(job.path(_POOL), name)
+
+
+def stored_target(job: Job, name: str) -> dict[str, object]:
+    """Return `loss` and `hidden` of a target."""
+    from safetensors.numpy import load_file
+
+    return dict(load_file(job.path(_target_file(name))))
+
+
+def _target_file(name: str) -> str:
+    return f"base/targets/{name}.safetensors"
+
+
+def _prepare(job: Job) -> tuple[Measure, torch.device]:
+    from gradsift.forward import run_forward
+
+    model = job.models.base()
+
+    def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
+        found = run_forward(model, examples, max_tokens)
+        return {"loss": found.losses, "hidden": found.hidden.half()}
+
+    return measure, model.device

@@ -1,0 +1,155 @@
+"""What a method is given: settings, encoded data, models, and the folder that keeps its work.
+
+Every stage of a method is named, with all that its result depends on, before any work begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradsift.config import Config
+from gradsift.data import EncodedSet
+from gradsift.errors import ModelError
+from gradsift.scores import Scores
+from gradsift.shards import Stored
+from gradsift.store import Run, Stage, identity, read_checkpoints
+from gradsift.types import Checkpoint
+
+if TYPE_CHECKING:
+    from gradsift.model import Models
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all stages of a run begin with; `data` has `pool` and `target.NAME`, in that order."""
+
+    config: Config
+    model: str
+    data: Mapping[str, Stage]
+
+    @property
+    def model_facts(self) -> dict[str, Any]:
+        """The base model as it is used."""
+        settings = self.config.model.model_dump(
+            include={"name", "dtype", "attention", "quantization"}
+        )
+        return {"identity": self.model} | settings
+
+    def target(self, name: str) -> Stage:
+        """Return the stage that encodes a target."""
+        return self.data[f"target.{name}"]
+
+    def warmup(self, config: Config, name: str) -> Stage:
+        """Return the stage that leaves the adapters of a warm-up in the folder of its name.
+
+        Raises:
+            ModelError: If the adapter given is not there.
+        """
+        inputs: dict[str, Any] = {"model": self.model_facts}
+        if config.warmup.adapter is not None:
+            if not Path(config.warmup.adapter).is_dir():
+                raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
+            inputs["adapter"] = identity(config.warmup.adapter)
+        else:
+            inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
+            if config.warmup.mode == "train":
+                inputs["pool"] = self.data["pool"].fingerprint
+        return Stage(name, inputs, (name,))
+
+    def pool_pass(self, name: str, **depends: Any) -> Stage:
+        """Return the stage of that name that measures the pool, shard by shard."""
+        inputs = {
+            "pool": self.data["pool"].fingerprint,
+            **depends,
+            "shard_size": self.config.engine.shard_size,
+        }
+        return Stage(name, inputs, (name,), keeps_parts=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run's data, models and folder, as a method works with them."""
+
+    inputs: Inputs
+    folder: Run
+    pool: EncodedSet
+    targets: Mapping[str, EncodedSet]
+    models: Models
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run."""
+        return self.inputs.config
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a stage."""
+        return self.folder.path / name
+
+    def warm_up(self, stage: Stage, config: Config) -> list[Checkpoint]:
+        """Return the adapters of a warm-up, trained now or before."""
+        with self.folder.stage(stage) as todo:
+            if todo:
+                from gradsift.warmup import warm_up
+
+                warm_up(config, self.pool, self.path(stage.name))
+        return self.checkpoints(stage)
+
+    def checkpoints(self, stage: Stage) -> list[Checkpoint]:
+        """Return the adapters that a warm-up left."""
+        return read_checkpoints(self.path(stage.name))
+
+    def stored(self, directory: Path, name: str) -> Stored:
+        """Return what a pass over the pool left under this name."""
+        return Stored(directory, name, len(self.pool))
+
+    def texts(self, name: str, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
+        """Return the conversations of `pool` or a target as plain text, without roles."""
+        encoded = self.pool if name == "pool" else self.targets[name]
+        wanted = range(len(encoded)) if rows is None else rows
+        conversations = encoded.conversations(wanted, self.config.data.columns)
+        return ["\n".join(m["content"] for m in messages) for messages in conversations]
+
+    def tasks(self, name: str) -> list[str]:
+        """Return the task of each example of a target."""
+        return self.targets[name].table(["task"])["task"].to_pylist()
+
+
+def _no_stages(inputs: Inputs) -> Sequence[Stage]:
+    return ()
+
+
+def _nothing(*_: Any) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to score a pool against targets.
+
+    `stages`: what it leaves in the run folder, besides scores, in the order of its work.
+    `measure`: does what of that is not there yet. `scores`: one `Scores` per target, from what is
+    there. `settings`: what else the scores depend on. `facts`: columns for `scores.parquet` that
+    it knows of every pool example, whatever the target.
+    """
+
+    scores: Callable[[Job], Mapping[str, Scores]]
+    stages: Callable[[Inputs], Sequence[Stage]] = _no_stages
+    measure: Callable[[Job], object] = _nothing
+    settings: Callable[[Config], Mapping[str, Any]] = _nothing
+    facts: Callable[[Job], Mapping[str, np.ndarray]] = _nothing
+
+
+def distinct(keys: Sequence[object]) -> tuple[list[int], np.ndarray]:
+    """Return where each different key first stands, and for each key which of them it is.
+
+    >>> distinct(["a", "b", "a"])[1].tolist()
+    [0, 1, 0]
+    """
+    places: dict[object, int] = {}
+    inverse = np.array([places.setdefault(key, len(places)) for key in keys])
+    return [int(np.flatnonzero(inverse == i)[0]) for i in range(len(places))], inverse

@@ -1,0 +1,33 @@
+"""BM25: shared words, rare ones counting more (Robertson and Zaragoza, 2009), by bm25s.
+
+Each target example is a query. Long queries have larger scores, so that their mean within a task
+counts, and the best task.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradsift.job import Job, Method
+from gradsift.scores import Alignment, Table
+
+
+def scores(job: Job) -> dict[str, Alignment]:
+    """Return the mean BM25 score over a task's examples, for the best task."""
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(job.texts("pool"), show_progress=False), show_progress=False)
+    result = {}
+    for name in job.targets:
+        queries = bm25s.tokenize(job.texts(name), return_ids=False, show_progress=False)
+        found = np.zeros((len(job.pool), len(queries)), np.float32)
+        for column, words in enumerate(queries):
+            known = [word for word in words if word in index.vocab_dict]
+            if known:
+                found[:, column] = index.get_scores(known)
+        result[name] = Alignment(Table([(found, 1.0)]), job.tasks(name), "mean")
+    return result
+
+
+METHOD = Method(scores)

@@ -1,0 +1,112 @@
+"""Sentence embeddings: cosine with the most alike target example, by sentence-transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from gradsift.config import Config
+from gradsift.errors import ConfigError, ModelError
+from gradsift.job import Inputs, Job, Method
+from gradsift.progress import track
+from gradsift.scores import Alignment, Cosines, View
+from gradsift.shards import plan_shards, save_shard
+from gradsift.store import Stage, identity, write_atomically
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[list[str]], np.ndarray]
+
+
+def stages(inputs: Inputs) -> tuple[Stage, ...]:
+    """Return the embeddings of targets and pool."""
+    encoder = {"name": inputs.config.embed.model, "identity": identity(inputs.config.embed.model)}
+    targets = [
+        Stage(
+            f"embed/targets/{name}",
+            {"data": inputs.target(name).fingerprint, "encoder": encoder},
+            (f"embed/targets/{name}.safetensors",),
+        )
+        for name in inputs.config.data.targets
+    ]
+    return *targets, inputs.pool_pass("embed/pool", encoder=encoder)
+
+
+def measure(job: Job) -> None:
+    """Leave the embeddings of targets and pool.
+
+    Raises:
+        ConfigError: If sentence-transformers is not installed.
+        ModelError: If the encoder cannot be loaded.
+    """
+    *targets, pool = stages(job.inputs)
+    encode: Encode | None = None
+    for name, stage in zip(job.targets, targets, strict=True):
+        with job.folder.stage(stage) as todo:
+            if todo:
+                encode = encode or _encoder(job.config)
+                path = job.path(f"embed/targets/{name}.safetensors")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tensors = {"embedding": encode(job.texts(name))}
+                write_atomically(path, partial(save_file, tensors))
+    with job.folder.stage(pool) as todo:
+        if todo:
+            _embed_pool(job, encode or _encoder(job.config))
+
+
+def scores(job: Job) -> dict[str, Alignment]:
+    """Return the largest cosine with a target example."""
+    pool = job.stored(job.path("embed/pool"), "embedding")
+    result = {}
+    for name in job.targets:
+        target = load_file(job.path(f"embed/targets/{name}.safetensors"))["embedding"]
+        result[name] = Alignment(Cosines([View(pool, target)]), job.tasks(name), "max")
+    return result
+
+
+METHOD = Method(scores, stages, measure)
+
+
+def _embed_pool(job: Job, encode: Encode) -> None:
+    directory = job.path("embed/pool")
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(len(job.pool), job.config.engine.shard_size, directory)
+    missing = [shard for shard in shards if not shard.path.exists()]
+    with track("embedding the pool", sum(len(shard.rows) for shard in missing)) as advance:
+        for shard in missing:
+            save_shard(shard, {"embedding": encode(job.texts("pool", shard.rows))})
+            advance(len(shard.rows))
+
+
+def _encoder(config: Config) -> Encode:
+    """Return what turns texts into embeddings of length 1.
+
+    Raises:
+        ConfigError: If sentence-transformers is not installed.
+        ModelError: If the encoder cannot be loaded.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ConfigError(
+            "method=embed needs sentence-transformers: pip install 'gradsift[embed]'"
+        ) from None
+    from gradsift.model import resolve_device
+
+    try:
+        model = SentenceTransformer(config.embed.model, device=str(resolve_device(config.model)))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the encoder {config.embed.model!r}: {error}") from error
+    logger.info(
+        "%s reads the first %s tokens of each text", config.embed.model, model.max_seq_length
+    )
+
+    def encode(texts: list[str]) -> np.ndarray:
+        found = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(found, np.float32)
+
+    return encode

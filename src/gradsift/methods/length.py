@@ -1,0 +1,17 @@
+"""Most supervised tokens first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradsift.job import Job, Method
+from gradsift.scores import Ranking
+
+
+def scores(job: Job) -> dict[str, Ranking]:
+    """Return the number of supervised tokens, known since the encoding."""
+    counts = job.pool.table(["num_supervised"])["num_supervised"].to_numpy().astype(np.float32)
+    return {name: Ranking(counts) for name in job.targets}
+
+
+METHOD = Method(scores)

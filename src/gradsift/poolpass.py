@@ -1,0 +1,80 @@
+"""The pool pass of methods that compare gradients: one backward pass serves all targets.
+
+What is stored of an example are its gradient's inner products with combinations of the targets'
+gradients: an orthonormal basis of each target's subspace, or the target gradients themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from gradsift.data import Encoded, EncodedSet
+from gradsift.job import Job, distinct
+from gradsift.shards import Measure, measure_pool
+from gradsift.types import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def project_pool(
+    job: Job,
+    checkpoint: Checkpoint,
+    directory: Path,
+    combinations: Mapping[str, Float[np.ndarray, "_ _"]],
+) -> None:
+    """Leave coordinates, losses and gradient norms of the whole pool, shard by shard.
+
+    `combinations` (query × direction, by target) make each target's directions of its gradients.
+
+    Raises:
+        NumericsError: Naming the first example whose loss or gradient is not finite.
+    """
+    ranks = [combination.shape[1] for combination in combinations.values()]
+
+    def prepare() -> tuple[Measure, torch.device]:
+        from gradsift.memory import fitting_basis
+        from gradsift.passes import project
+
+        model = job.models.at(checkpoint.path)
+        basis = fitting_basis(model, _parts(job, combinations), job.config.engine)
+
+        def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
+            found = project(model, examples, max_tokens, basis)
+            parts = zip(combinations, found.coordinates.split(ranks, dim=1), strict=True)
+            coordinates = {f"coordinates/{name}": part for name, part in parts}
+            return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
+
+        return measure, model.device
+
+    measure_pool(job.pool, directory / checkpoint.label, job.config.engine, prepare)
+
+
+def distinct_examples(target: EncodedSet) -> tuple[list[Encoded], np.ndarray]:
+    """Return the different examples, and for each example which of them it is.
+
+    Equal examples have equal gradients: they are computed once, so that no rounding tells them
+    apart and blows up the difference into a direction.
+    """
+    examples = target.examples(range(len(target)))
+    first, inverse = distinct([(e.input_ids.tobytes(), e.supervised.tobytes()) for e in examples])
+    return [examples[i] for i in first], inverse
+
+
+def _parts(
+    job: Job, combinations: Mapping[str, Float[np.ndarray, "_ _"]]
+) -> list[tuple[list[Encoded], np.ndarray]]:
+    """Return each target's different examples, and the combinations of their gradients."""
+    parts = []
+    for name, combination in combinations.items():
+        examples, inverse = distinct_examples(job.targets[name])
+        merged = np.zeros((len(examples), combination.shape[1]))
+        np.add.at(merged, inverse, combination)
+        parts.append((examples, merged))
+    return parts

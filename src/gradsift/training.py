@@ -1,0 +1,176 @@
+"""Training of LoRA adapters with AdamW through the HF Trainer: warm-up, fine-tuning, the demo."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from gradsift.data import Encoded
+from gradsift.errors import NumericsError
+from gradsift.progress import track
+
+_IGNORED = -100  # the label that transformers' losses pass over
+
+
+class TrainingSettings(Protocol):
+    """What a training needs to know, in whichever section of the settings it stands."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def steps_per_epoch(num_examples: int, settings: TrainingSettings) -> int:
+    """Return the optimizer steps in which every example is seen once."""
+    return math.ceil(num_examples / settings.batch_size)
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    settings: TrainingSettings,
+    *,
+    steps: int,
+    seed: int,
+    on_epoch: Callable[[int, float, torch.optim.Optimizer], None] = lambda *_: None,
+    label: str = "warm-up",
+) -> list[dict[str, int | float]]:
+    """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
+
+    For so many optimizer steps, the examples shuffled anew whenever all have been seen.
+    `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
+
+    Raises:
+        NumericsError: If the loss or its gradient stops being finite.
+    """
+    with tempfile.TemporaryDirectory() as scratch, track(label, steps, "steps") as advance:
+        watcher = _Watcher(on_epoch, advance, label)
+        trainer = Trainer(
+            model=model,  # type: ignore[arg-type]
+            args=_arguments(settings, model, steps, seed, scratch),
+            train_dataset=list(examples),  # type: ignore[arg-type]
+            data_collator=_collate,
+            callbacks=[watcher],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+    return watcher.log
+
+
+def _arguments(
+    settings: TrainingSettings, model: nn.Module, steps: int, seed: int, scratch: str
+) -> TrainingArguments:
+    device = next(model.parameters()).device
+    dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
+    micro = min(settings.micro_batch_size, settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        # rounded down: as a ratio it is rounded up, and a warm-up of one step learns nothing
+        warmup_steps=int(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        bf16=device.type == "cuda" and dtype == torch.bfloat16,
+        fp16=device.type == "cuda" and dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
+    return arguments
+
+
+class _Watcher(TrainerCallback):
+    """Follow the Trainer: progress, learning rates, finite losses, the end of each epoch."""
+
+    def __init__(
+        self,
+        on_epoch: Callable[[int, float, torch.optim.Optimizer], None],
+        advance: Callable[[int], None],
+        label: str,
+    ) -> None:
+        self._label = label
+        self._on_epoch = on_epoch
+        self._advance = advance
+        self._rates: list[float] = []
+        self._epoch = 0
+        self.log: list[dict[str, int | float]] = []
+
+    def on_step_begin(self, *_: Any, lr_scheduler: Any, **__: Any) -> None:
+        self._rates.append(lr_scheduler.get_last_lr()[0])
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(name, 0))):
+                raise NumericsError(
+                    f"the {name.replace('_', ' ')} of the {self._label} is {logs[name]} at step "
+                    f"{state.global_step}; lower its learning_rate, or use model.dtype=float32"
+                )
+        entry = {"step": state.global_step, "loss": float(logs["loss"])}
+        self.log.append(entry | {"learning_rate": self._rates[-1]})
+
+    def on_epoch_end(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        self._epoch += 1
+        mean = sum(self._rates) / len(self._rates)
+        self._rates = []
+        self._on_epoch(self._epoch, mean, getattr(optimizer, "optimizer", optimizer))
+
+
+def optimizer_state(
+    model: PreTrainedModel | nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return Adam's moments by parameter: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`.
+
+    Names are those of the tensors in the adapter's own file.
+    """
+    names: dict[Tensor, str] = {
+        p: name.replace(".default.", ".") for name, p in model.named_parameters()
+    }
+    return {
+        f"{names[parameter]}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _collate(examples: Sequence[Encoded]) -> dict[str, Tensor]:
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full_like(input_ids, _IGNORED)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids = torch.from_numpy(example.input_ids).long()
+        input_ids[row, :length] = ids
+        attention_mask[row, :length] = 1
+        labels[row, :length] = ids.masked_fill(~torch.from_numpy(example.supervised), _IGNORED)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

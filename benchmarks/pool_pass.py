@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,12 +125,14 @@ def run_ours(
 ) -> tuple[torch.Tensor, float, dict[str, Any]]:
     """Return coordinates, seconds, and the batch size that was found."""
     basis = Basis(random_basis(model, directions), frozenset(), model.device)
-    tokens = find_batch_tokens(model, basis, lengths_of(examples), EngineConfig())
-    project(model, examples[:64], basis, tokens).losses.cpu()
+    tokens = find_batch_tokens(
+        partial(project, model, basis=basis), lengths_of(examples), EngineConfig(), model.device
+    )
+    project(model, examples[:64], tokens, basis).losses.cpu()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    coordinates = project(model, examples, basis, tokens).coordinates.cpu()
+    coordinates = project(model, examples, tokens, basis).coordinates.cpu()
     return coordinates, time.perf_counter() - started, {"batch_tokens": tokens}
 
 

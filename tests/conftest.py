@@ -15,7 +15,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each w
 
 import pytest
 
+from gradsift.config import Config, merge
+
 Write = Callable[..., Path]
+QUICK = {
+    "model": {"dtype": "float32", "device": "cpu"},
+    "lora": {"rank": 4, "alpha": 8},
+    "warmup": {"learning_rate": 1e-2, "batch_size": 8, "fraction": 0.2},
+    "engine": {"shard_size": 32, "batch_tokens": 400},
+    "policy": {"budget": "10%", "decontaminate": "none"},
+}
+
+
+def configure(base: Path, pool: Path, targets: dict[str, Path], **sections: Any) -> Config:
+    given = {
+        "model": {"name": str(base)},
+        "data": {"pool": str(pool), "targets": {name: str(p) for name, p in targets.items()}},
+    }
+    return Config.build(merge(QUICK, given, sections))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,3 +54,29 @@ def select(
     coordinates, references = pool @ basis.T, target @ basis.T
     cosines = F.normalize(coordinates) @ F.normalize(references).T
     return coordinates, references, cosines.max(dim=1).values
+
+
+def splitmix_signs(num_parameters: int, dimension: int, seed: int) -> np.ndarray:
+    """The whole projection of LESS as one matrix (parameter × direction) of ±1, by the book.
+
+    SplitMix64 with unsigned integers that wrap: a sign is a bit of the hash of its place.
+    """
+    with np.errstate(over="ignore"):
+
+        def mix(z: np.ndarray) -> np.ndarray:
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            return z ^ (z >> np.uint64(31))
+
+        step = np.uint64(0x9E3779B97F4A7C15)
+        start = mix(np.uint64(seed) * step)
+        places = np.arange(1, num_parameters * dimension // 64 + 1, dtype=np.uint64)
+        words = mix(start + places * step)
+    bits = (words[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    return bits.reshape(num_parameters, dimension).astype(np.float64) * 2 - 1
+
+
+def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+    """What LESS takes for a pool example: Adam's next step, without bias correction."""
+    moved = 0.9 * mean + 0.1 * gradient
+    return moved / torch.sqrt(0.999 * square + 0.001 * gradient**2 + 1e-8)

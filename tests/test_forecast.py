@@ -43,7 +43,7 @@ def test_a_plan_says_what_the_run_then_takes(
     [stored] = (tmp_path / "run" / "targets" / "mine").glob("*.safetensors")
     checkpoint = gradsift.types.Checkpoint(stored.stem, stored, 1.0)  # type: ignore[attr-defined]
     assert subspace(result.path, "mine", checkpoint).rank == found.ranks["mine"]
-    parts = ("data", "coordinates", "warmup", "scores.parquet")
+    parts = ("data", "coordinates", "warmup", "scores")
     files = [f for part in parts for f in [result.path / part, *(result.path / part).rglob("*")]]
     disk = sum(file.stat().st_size for file in files if file.is_file())
     assert 0.7 * disk < found.disk < 1.3 * disk

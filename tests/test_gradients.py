@@ -39,7 +39,7 @@ def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, ta
     model = models.adapted(family, tied, targets)
     subspace = fit_subspace(gram_matrix(model, target, max_tokens=150, memory=MEMORY), "auto")
     basis = build_basis(model, [(target, subspace.combination)], max_tokens=150, memory=MEMORY)
-    found = project(model, pool, basis, max_tokens=150)
+    found = project(model, pool, 150, basis)
 
     assert subspace.rank == references.shape[1]
     signs = torch.sign((torch.from_numpy(subspace.coordinates) * references).sum(0))

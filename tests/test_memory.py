@@ -13,11 +13,9 @@ import pytest
 import torch
 
 import models
-from gradsift.basis import Basis
 from gradsift.batches import ahead, lengths_of
 from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
-from gradsift.gradients import blocks
 from gradsift.memory import memory_budget, probe, start_tokens, within_memory
 
 CPU = torch.device("cpu")
@@ -75,18 +73,15 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         within_memory(broken, 100, np.array([20]))
 
 
-def test_the_probe_tries_the_longest_and_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = models.adapted("llama"), []
+def test_the_probe_tries_the_longest_and_the_shortest() -> None:
+    batches = []
 
-    def project(model: object, examples: list, basis: object, tokens: int) -> None:
+    def measure(examples: list, tokens: int) -> None:
         batches.append((tokens, len(examples), len(examples[0].input_ids) - 1))
         if tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("gradsift.memory.project", project)
-    tensors = {name: torch.zeros(2, out * into) for name, (out, into) in blocks(model).items()}
-    basis = Basis(tensors, frozenset(), CPU)
-    assert probe(model, basis, np.array([30, 4, 12]), 512) == 128
+    assert probe(measure, np.array([30, 4, 12]), 512) == 128
     assert batches == [(512, 17, 30), (256, 8, 30), (128, 4, 30), (128, 128, 1)]
 
 
@@ -100,7 +95,6 @@ import models, torch
 from math import prod
 from gradsift.basis import Basis
 from gradsift.batches import lengths_of
-from gradsift.gradients import blocks
 from gradsift.memory import within_memory
 from gradsift import passes
 from gradsift.passes import project
@@ -109,11 +103,11 @@ passes.MOST_EXAMPLES = 10**6
 model, examples = models.adapted("llama"), models.examples(400)
 ones = {{name: torch.ones(2, prod(shape)) for name, shape in blocks(model).items()}}
 basis = Basis(ones, frozenset(), model.device)
-alone = project(model, examples, basis, 50).coordinates
+alone = project(model, examples, 50, basis).coordinates
 many = examples * 200
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
-found, tokens = within_memory(lambda t: project(model, many, basis, t), 2**21, lengths_of(many))
+found, tokens = within_memory(lambda t: project(model, many, t, basis), 2**21, lengths_of(many))
 assert tokens < 2**21, tokens
 assert (found.coordinates[:400] - alone).abs().max() < 1e-4 * alone.abs().max()
 print("tokens", tokens)

@@ -19,7 +19,7 @@ from gradsift.data import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients import PerExampleGradients
 from gradsift.model import (
-    AdapterSwitch,
+    Models,
     attach_lora,
     check_servable,
     load_adapter,
@@ -214,10 +214,10 @@ def test_one_base_model_serves_one_adapter_after_the_other(
     other = models.save_adapter(
         base, tmp_path / "other", r=2, target_modules=["o_proj", "down_proj"]
     )
-    switch, ids = AdapterSwitch(on(base)), torch.arange(40)[None]
+    switch, ids = Models(on(base)), torch.arange(40)[None]
     for path in (adapter, other, other, adapter):
         expected = load_adapter(load_base(on(base)), path)
-        found = switch(path)
+        found = switch.at(path)
         assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
         assert [*lora_pairs(found)] == [*lora_pairs(expected)]
     assert len(loads) == 1

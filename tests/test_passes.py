@@ -89,7 +89,7 @@ def test_blocks_that_wait_in_host_memory_give_the_same_coordinates(share: float)
     waiting = frozenset(names[int(share * len(names)) :])
     here = Basis(tensors, frozenset(), torch.device("cpu"))
     brought = Basis(tensors, waiting, torch.device("cpu"))
-    one, other = (project(model, examples, basis, 60).coordinates for basis in (here, brought))
+    one, other = (project(model, examples, 60, basis).coordinates for basis in (here, brought))
     assert torch.equal(one, other)
 
 
@@ -116,7 +116,7 @@ def test_small_gradients_survive_float16() -> None:
         basis = build_basis(
             model, [(examples, np.eye(12)[:, :8] / np.diag(gram).max())], 200, AMPLE
         )
-        found[dtype] = project(model, examples, basis, 200)
+        found[dtype] = project(model, examples, 200, basis)
         assert np.allclose(np.sqrt(np.diag(gram)), found[dtype].gradient_norms, rtol=1e-2)
     one, other = found.values()
     assert one.gradient_norms.max() < 1e-2
@@ -131,5 +131,5 @@ def test_coordinates_in_half_precision_point_the_same_way(dtype: torch.dtype, le
     for precision in (torch.float32, dtype):
         model = models.adapted("llama", dtype=precision)
         basis = build_basis(model, [(examples, combination)], 200, AMPLE)
-        found[precision] = project(model, examples, basis, 200).coordinates
+        found[precision] = project(model, examples, 200, basis).coordinates
     assert torch.cosine_similarity(found[torch.float32], found[dtype]).min() > least

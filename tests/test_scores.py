@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from gradsift.config import GistConfig, PolicyConfig
-from gradsift.scores import Alignment, View
+from gradsift.errors import ConfigError
+from gradsift.scores import Alignment, Cosines, Ranking, Table, View
 
 RNG = np.random.default_rng(0)
 POOL = RNG.normal(size=(30, 5)).astype(np.float32)
@@ -21,7 +22,9 @@ def align(
     target: np.ndarray = TARGET, tasks: list[str] = TASKS, pool: np.ndarray = POOL, **config: object
 ) -> Alignment:
     norms = NORMS if len(pool) == len(NORMS) else np.ones(len(pool), np.float32)
-    return Alignment([View(pool, norms, target)], tasks, GistConfig(**config))  # type: ignore[arg-type]
+    gist = GistConfig(**config)  # type: ignore[arg-type]
+    view = View(pool, target, gradient_norms=norms)
+    return Alignment(Cosines([view], gist.norm_power), tasks, gist.aggregation)
 
 
 COSINES = unit(POOL) @ unit(TARGET).T
@@ -82,8 +85,8 @@ def test_a_pool_example_without_gradient_scores_zero() -> None:
 def test_checkpoints_are_weighted_before_the_best_is_taken() -> None:
     other = RNG.normal(size=(30, 3)).astype(np.float32)
     other_target = RNG.normal(size=(7, 3)).astype(np.float32)
-    views = [View(POOL, NORMS, TARGET, 0.75), View(other, NORMS, other_target, 0.25)]
-    score, _ = Alignment(views, TASKS, GistConfig()).scores()
+    views = [View(POOL, TARGET, 0.75), View(other, other_target, 0.25)]
+    score, _ = Alignment(Cosines(views), TASKS, "max").scores()
     expected = 0.75 * COSINES + 0.25 * unit(other) @ unit(other_target).T
     np.testing.assert_allclose(score, expected.max(1), rtol=1e-5)
 
@@ -101,3 +104,22 @@ def test_turns_and_winners() -> None:
     np.testing.assert_array_equal(alignment.winners(example, rows, turns), turns)
     winners = alignment.winners(task, rows, turns)
     assert [TASKS[w] for w in winners] == ["c", "b"]
+
+
+def test_stored_similarities_are_weighted_and_aggregated_alike() -> None:
+    other = RNG.normal(size=COSINES.shape).astype(np.float32)
+    table = Table([(COSINES, 0.75), (other, 0.25)])
+    found, best = Alignment(table, TASKS, "max").scores()
+    expected = 0.75 * COSINES + 0.25 * other
+    np.testing.assert_allclose(found, expected.max(1), rtol=1e-5)
+    np.testing.assert_array_equal(best, expected.argmax(1))
+    assert Alignment(table, TASKS, "max").projected_norms(slice(None)) is None
+
+
+def test_a_ranking_knows_no_target_examples() -> None:
+    ranking = Ranking(NORMS)
+    assert ranking.scores()[1] is None
+    assert ranking.turns(PolicyConfig())[:, 0].tolist() == NORMS.tolist()
+    assert ranking.winners(PolicyConfig(), np.array([1]), np.array([0])) is None
+    with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .* top"):
+        ranking.turns(PolicyConfig(strategy="round-robin"))

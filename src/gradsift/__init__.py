@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gradsift.config import Config
     from gradsift.errors import GradsiftError
+    from gradsift.evaluation import Evaluation, EvaluationConfig, evaluate
     from gradsift.explanation import Explanation, explain
     from gradsift.forecast import Forecast, plan
     from gradsift.pipeline import run, select
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Budget": "types",
     "Config": "config",
+    "Evaluation": "evaluation",
+    "EvaluationConfig": "evaluation",
     "Explanation": "explanation",
     "Forecast": "forecast",
     "GradsiftError": "errors",
     "RunResult": "types",
     "Selection": "types",
+    "evaluate": "evaluation",
     "explain": "explanation",
     "plan": "forecast",
     "run": "pipeline",
@@ -35,11 +39,14 @@ _HOME = {
 __all__ = [
     "Budget",
     "Config",
+    "Evaluation",
+    "EvaluationConfig",
     "Explanation",
     "Forecast",
     "GradsiftError",
     "RunResult",
     "Selection",
+    "evaluate",
     "explain",
     "plan",
     "run",

@@ -64,7 +64,7 @@ def run_over_target(job: Job, name: str) -> None:
 
 def stored_pool(job: Job, name: str) -> Stored:
     """Return `loss` or `hidden` of the pool."""
-    return job.stored(job.path(_POOL), name)
+    return job.stored(_POOL, name)
 
 
 def stored_target(job: Job, name: str) -> dict[str, object]:

@@ -103,8 +103,8 @@ def choose_waiting(
     advice = "lower gist.rank or lora.rank, or give fewer targets at once"
     if device.type == "cpu":
         raise ModelError(
-            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB, more than the "
-            f"{memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
+            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB, more than "
+            f"the {memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
             f"it, or {advice}"
         )
     room = memory - 2 * max(sizes.values())  # two slots for those that are brought

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradsift.types import MethodName
+
 if TYPE_CHECKING:
     from gradsift.config import Config
+    from gradsift.evaluation import Evaluation
     from gradsift.forecast import Forecast
     from gradsift.types import RunResult
 
@@ -38,20 +41,6 @@ app = typer.Typer(
 )
 
 
-class Method(StrEnum):
-    """How the pool is scored."""
-
-    gist = "gist"
-    less = "less"
-    cosine = "cosine"
-    rds = "rds"
-    embed = "embed"
-    bm25 = "bm25"
-    perplexity = "perplexity"
-    length = "length"
-    random = "random"
-
-
 class Warmup(StrEnum):
     """What precedes the measuring."""
 
@@ -66,9 +55,7 @@ Target = Annotated[
     list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
 ]
 Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
-MethodFlag = Annotated[
-    Method | None, typer.Option("--method", help="how the pool is scored (default: gist)")
-]
+Method = Annotated[MethodName | None, typer.Option(help="how the pool is scored (default: gist)")]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
 ]
@@ -92,7 +79,7 @@ def select(
     pool: Pool = [],  # noqa: B006
     target: Target = [],  # noqa: B006
     budget: Budget = None,
-    method: MethodFlag = None,
+    method: Method = None,
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
@@ -103,7 +90,7 @@ def select(
 ) -> None:
     """Score a pool against target examples and pick the best within a budget."""
     flags = _flags(model, pool, target, budget, adapter, warmup, memory)
-    flags |= {"method": method and method.value}
+    flags |= {"method": method}
     resolved = _resolve(config, flags, settings)
     with _logged(output_dir):
         from gradsift.pipeline import run
@@ -134,6 +121,50 @@ def plan(
 
         found = forecast(resolved, output_dir, strict=strict)
     _show_forecast(found)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="the run folder")],
+    test: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="held-out examples of a target; repeatable"),
+    ] = [],  # noqa: B006
+    method: Annotated[
+        list[str], typer.Option(help="repeatable (default: all); base and random always")
+    ] = [],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="repeatable (default: that of the run)")] = [],  # noqa: B006
+    seeds: Annotated[int | None, typer.Option(help="trainings per selection (default: 2)")] = None,
+    full: Annotated[bool, typer.Option(help="also train on the whole pool")] = False,
+    lds: Annotated[
+        int | None, typer.Option(help="also the linear datamodeling score, on so many subsets")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASK,…", help="tasks of lm-evaluation-harness")
+    ] = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Find out which method helps: the same fine-tuning on what each picks, against random."""
+    from gradsift.config import merge, parse_assignment, read_yaml
+
+    flags = {
+        "tests": _targets(test),
+        "methods": method,
+        "budgets": budget,
+        "seeds": seeds,
+        "full": full,
+        "lds": {"subsets": lds},
+        "lm_eval": lm_eval and lm_eval.split(","),
+    }
+    given = read_yaml(config) if config else {}
+    assigned = map(parse_assignment, settings)
+    with _logged(run):
+        from gradsift.evaluation import EvaluationConfig, run_evaluation
+
+        merged = merge(given, _given(flags), *assigned, replaced=("tests",))
+        found = run_evaluation(run, EvaluationConfig.build(merged))
+    _show_evaluation(found)
 
 
 @app.command()
@@ -293,6 +324,17 @@ def _show(result: RunResult) -> None:
     took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     console.print(f"seconds of each stage when it was done: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
+
+
+def _show_evaluation(found: Evaluation) -> None:
+    """Print the tables of an evaluation and its verdicts."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(found.markdown()))
+    for name in ("report.md", "plot.html", "table.parquet"):
+        console.print(f"→ {found.path / name}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_forecast(forecast: Forecast) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from gradsift.errors import ConfigError
-from gradsift.types import Budget
+from gradsift.types import Budget, MethodName
 
 
 def _as_texts(value: Any) -> Any:
@@ -32,9 +32,6 @@ def _as_texts(value: Any) -> Any:
 
 Source = Annotated[str, Field(min_length=1)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
-MethodName = Literal[
-    "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
-]
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -66,13 +63,16 @@ _FLAGS = {
 }
 
 
+S = TypeVar("S", bound="Section")
+
+
 class Section(BaseModel):
     """Frozen settings under one name; unknown keys are refused with the nearest match."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Self:
+    def build(cls: type[S], values: Mapping[str, Any]) -> S:
         """Return the validated settings of a nested mapping.
 
         Raises:

@@ -60,7 +60,8 @@ class Explanation:
         loss = "" if self.loss is None else f", loss {self.loss:.3f}"
         share = ""
         if self.projected_share is not None:
-            share = f"; {self.projected_share:.1%} of its gradient's length lies in the target's subspace"
+            part = f"{self.projected_share:.1%} of its gradient's length"
+            share = f"; {part} lies in the target's subspace"
         lines = [
             f"{self.id} (row {self.row}, source {self.source}, {self.num_tokens} tokens{loss})",
             f"for {self.target}, by {self.method}: {self.verdict}",

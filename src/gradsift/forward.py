@@ -20,8 +20,8 @@ from gradsift.passes import MOST_EXAMPLES
 class Outputs:
     """What a model makes of some examples, row by row, on its device.
 
-    `losses`: mean negative log-likelihood of an example's supervised tokens, in nats. `num_correct`:
-    how many of them are the most likely one. `hidden`: mean of the last hidden states over all its
+    `losses`: mean negative log-likelihood of an example's supervised tokens, in nats.
+    `num_correct`: how many of them are the most likely one. `hidden`: mean of the last hidden states over all its
     tokens, the i-th weighted by i, at length 1 (Ivison et al., 2025, arXiv 2503.01807).
     """
 

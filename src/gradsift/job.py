@@ -14,7 +14,7 @@ import numpy as np
 
 from gradsift.config import Config
 from gradsift.data import EncodedSet
-from gradsift.errors import ModelError
+from gradsift.errors import ModelError, RunError
 from gradsift.scores import Scores
 from gradsift.shards import Stored
 from gradsift.store import Run, Stage, identity, read_checkpoints
@@ -103,9 +103,19 @@ class Job:
         """Return the adapters that a warm-up left."""
         return read_checkpoints(self.path(stage.name))
 
-    def stored(self, directory: Path, name: str) -> Stored:
-        """Return what a pass over the pool left under this name."""
-        return Stored(directory, name, len(self.pool))
+    def stored(self, stage: str, name: str, label: str = "") -> Stored:
+        """Return what a pass over the pool left under this name, at a checkpoint if it has any.
+
+        Raises:
+            RunError: If shards are missing.
+        """
+        try:
+            return Stored(self.path(stage) / label, name, len(self.pool))
+        except FileNotFoundError as error:
+            raise RunError(
+                f"shards are missing in {error}; remove manifests/{stage}.json in "
+                f"{self.folder.path} and run the same command: what is there is kept"
+            ) from None
 
     def texts(self, name: str, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """Return the conversations of `pool` or a target as plain text, without roles."""

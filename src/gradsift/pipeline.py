@@ -29,13 +29,13 @@ from gradsift.policies import Candidates, Picks, check_policy, pick
 from gradsift.repeats import Texts
 from gradsift.scores import Scores
 from gradsift.stages import Plan, data_sets, scores_file
-from gradsift.store import Run, open_run, write_atomically
+from gradsift.store import Run, Stage, open_run, write_atomically
 from gradsift.types import RunResult, Selection
 
 logger = logging.getLogger(__name__)
 
 
-def select(  # noqa: PLR0913
+def select(
     *,
     model: str,
     pool: str | Sequence[str],
@@ -69,7 +69,7 @@ def select(  # noqa: PLR0913
     return run(config, output_dir, strict, overwrite)
 
 
-def configure(  # noqa: PLR0913
+def configure(
     *,
     model: str,
     pool: str | Sequence[str],
@@ -155,20 +155,36 @@ def encode(plan: Plan, folder: Run, strict: bool) -> Job:
     from gradsift.model import Models
 
     config = plan.inputs.config
-    directory, encoder = folder.path / "data", None
-    sets = data_sets(config)
-    for name, specs in sets.items():
-        with folder.stage(plan.inputs.data[name]) as todo:
-            if todo:
-                encoder = encoder or _encoder(config)
-                columns = config.data.columns
-                encode_set(name, resolve(specs), encoder, columns, directory, strict)
+    directory, sets = folder.path / "data", data_sets(config)
+    encode_sets(config, sets, plan.inputs.data, folder, directory, strict)
     rejected = b"".join((directory / f"{name}.rejected.jsonl").read_bytes() for name in sets)
     if strict and rejected:
         first = rejected.decode().partition("\n")[0]
         raise DataError(f"unusable rows under --strict, the first: {first}")
     write_atomically(folder.path / "rejected.jsonl", rejected)
     return open_job(plan.inputs, folder, Models(config.model))
+
+
+def encode_sets(
+    config: Config,
+    sets: Mapping[str, tuple[str, ...]],
+    stages: Mapping[str, Stage],
+    folder: Run,
+    directory: Path,
+    strict: bool = False,
+) -> None:
+    """Encode what is not encoded yet, each set into a file of its name in the directory.
+
+    Raises:
+        DataError: If one has no usable row, or any unusable one under `strict`.
+    """
+    encoder = None
+    for name, specs in sets.items():
+        with folder.stage(stages[name]) as todo:
+            if todo:
+                encoder = encoder or _encoder(config)
+                columns = config.data.columns
+                encode_set(name, resolve(specs), encoder, columns, directory, strict)
 
 
 def open_job(inputs: Inputs, folder: Run, models: Any) -> Job:

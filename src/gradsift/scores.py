@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,7 @@ _ENTRIES_AT_ONCE = 1 << 25  # float32 entries of one piece of the example × tar
 Rows = slice | Int[np.ndarray, " row"]
 
 
+@runtime_checkable
 class RowStore(Protocol):
     """An array, or what reads one from files, row by row."""
 
@@ -29,6 +30,7 @@ class RowStore(Protocol):
     def __getitem__(self, rows: Rows, /) -> np.ndarray: ...
 
 
+@runtime_checkable
 class Scores(Protocol):
     """How the pool fares for one target."""
 
@@ -90,6 +92,7 @@ class Ranking:
         """Return nothing: there is no subspace."""
 
 
+@runtime_checkable
 class Similarity(Protocol):
     """How alike each pool example is with each target example, and with groups of them."""
 

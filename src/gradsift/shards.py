@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from gradsift.config import EngineConfig
 from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import NumericsError, RunError
+from gradsift.errors import NumericsError
 from gradsift.progress import track
 from gradsift.store import write_atomically
 
@@ -159,7 +159,7 @@ class Stored:
         """Find the shards.
 
         Raises:
-            RunError: If they do not hold every example once.
+            FileNotFoundError: With the folder, if they do not hold every example once.
         """
         self._name, self._num_examples = name, num_examples
         self._paths = sorted(directory.glob("*.safetensors"))
@@ -172,10 +172,7 @@ class Stored:
             with safe_open(path, "np") as shard:
                 end += shard.get_slice(name).get_shape()[0]
         if end != num_examples:
-            raise RunError(
-                f"shards are missing in {directory}; remove the manifest of that stage under "
-                "manifests/ and run the same command: what is there is kept"
-            )
+            raise FileNotFoundError(directory)
         self._starts = np.array(starts)
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ class Plan:
             ModelError: If the model or adapter is not there.
         """
         model = identity(config.model.name)
-        inputs = Inputs(config, model, _data(config, model))
+        inputs = Inputs(config, model, encoding_stages(config, model, data_sets(config)))
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
         depends = {
@@ -67,19 +67,26 @@ def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
     return {"pool": config.data.pool} | targets
 
 
-def _data(config: Config, model: str) -> dict[str, Stage]:
+def encoding_stages(
+    config: Config, model: str, sets: Mapping[str, tuple[str, ...]], folder: str = "data"
+) -> dict[str, Stage]:
+    """Return the stages that encode some sets of sources into a folder.
+
+    Raises:
+        DataError: If a file is not there.
+    """
     shared = config.data.model_dump(include={"max_length", "columns", "template"})
     if config.data.template and Path(config.data.template).is_file():
         shared["template_hash"] = hashlib.sha256(
             Path(config.data.template).read_bytes()
         ).hexdigest()
     stages = {}
-    for name, specs in data_sets(config).items():
+    for name, specs in sets.items():
         sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
         files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
-        outputs = (f"data/{name}.parquet", f"data/{name}.rejected.jsonl")
+        outputs = (f"{folder}/{name}.parquet", f"{folder}/{name}.rejected.jsonl")
         stages[name] = Stage(
-            f"data/{name}", {"files": files, "tokenizer": model} | shared, outputs, cheap=True
+            f"{folder}/{name}", {"files": files, "tokenizer": model} | shared, outputs, cheap=True
         )
     return stages
 

@@ -5,33 +5,30 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from gradsift.batches import Batch, lay_out, lengths_of, plan_batches
 from gradsift.data import Encoded
 from gradsift.errors import NumericsError
+from gradsift.gradients import token_losses
 from gradsift.progress import track
 
-_IGNORED = -100  # the label that transformers' losses pass over
 
-
+@runtime_checkable
 class TrainingSettings(Protocol):
     """What a training needs to know, in whichever section of the settings it stands."""
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def micro_batch_size(self) -> int: ...
-    @property
-    def warmup_ratio(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
+    learning_rate: float
+    batch_size: int
+    micro_batch_size: int
+    warmup_ratio: float
+    weight_decay: float
 
 
 def steps_per_epoch(num_examples: int, settings: TrainingSettings) -> int:
@@ -59,13 +56,14 @@ def train(
     """
     with tempfile.TemporaryDirectory() as scratch, track(label, steps, "steps") as advance:
         watcher = _Watcher(on_epoch, advance, label)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,  # type: ignore[arg-type]
             args=_arguments(settings, model, steps, seed, scratch),
             train_dataset=list(examples),  # type: ignore[arg-type]
-            data_collator=_collate,
+            data_collator=lambda batch: {"examples": batch},
             callbacks=[watcher],
         )
+        trainer.micro_batch_size = settings.micro_batch_size
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.train()
@@ -77,11 +75,9 @@ def _arguments(
 ) -> TrainingArguments:
     device = next(model.parameters()).device
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
-    micro = min(settings.micro_batch_size, settings.batch_size)
     arguments = TrainingArguments(
         output_dir=scratch,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
+        per_device_train_batch_size=settings.batch_size,
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -102,6 +98,49 @@ def _arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
     return arguments
+
+
+class _Trainer(Trainer):
+    """The HF Trainer, but for how an optimizer step's examples go through the model.
+
+    Examples of like length share a forward pass, and logits are formed only where there is a label.
+    The loss is what it always is: the mean over all supervised tokens of the step.
+    """
+
+    micro_batch_size: int
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Backpropagate the loss of one optimizer step and return it."""
+        model.train()
+        examples: list[Encoded] = inputs["examples"]
+        device = next(model.parameters()).device
+        num_labels = sum(int(example.supervised.sum()) for example in examples)
+        lengths = lengths_of(examples)
+        groups = plan_batches(lengths, int(lengths.sum()) + 1, self.micro_batch_size)
+        total = torch.zeros((), device=device)
+        for number, batch in enumerate(lay_out(examples, groups, device), start=1):
+            last = number == len(groups)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = _summed_loss(model, batch) / num_labels
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the negative log-likelihood of all labels of a batch."""
+    head = getattr(model, "module", model).get_output_embeddings()
+    tap = head.register_forward_pre_hook(
+        lambda _, inputs: (batch.at_labels(inputs[0]), *inputs[1:])
+    )
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    finally:
+        tap.remove()
+    return token_losses(logits.flatten(0, -2), batch.labels).sum()
 
 
 class _Watcher(TrainerCallback):
@@ -160,17 +199,3 @@ def optimizer_state(
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-
-
-def _collate(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-    width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(input_ids, _IGNORED)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids = torch.from_numpy(example.input_ids).long()
-        input_ids[row, :length] = ids
-        attention_mask[row, :length] = 1
-        labels[row, :length] = ids.masked_fill(~torch.from_numpy(example.supervised), _IGNORED)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

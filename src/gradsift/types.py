@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import pyarrow as pa
 
+MethodName = Literal[
+    "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
+]
+"""The ways to score a pool; `gradsift.methods` has one file for each."""
+
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kKMG]?tok)?")
 _SCALE = {"tok": 1, "ktok": 10**3, "Ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
 
@@ -71,8 +76,8 @@ class Selection:
     """The picks for one target.
 
     `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
-    `projected_share`, `best` (id of the target example that won), `task` (of that example); the last
-    three are null where the method knows no such thing.
+    `projected_share`, `best` (id of the target example that won), `task` (of that example); the
+    last three are null where the method knows no such thing.
     `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
     """
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradsift.config import Config, WarmupConfig
-from gradsift.data import Encoded, EncodedSet
+from gradsift.data import Encoded
 from gradsift.demo import skills
 from gradsift.demo.skills import SKILLS, make_examples
+from gradsift.evaluation import Evaluation, evaluate
 from gradsift.pipeline import run
 from gradsift.types import RunResult
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TARGET = "sql"
 _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}
-_SEEDS = (0, 1, 2)
+_SEEDS = 3
 _BASE: dict[str, Any] = {
     "vocab_size": 768,
     "hidden_size": 128,
@@ -45,7 +45,8 @@ _BASE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _BASE_TRAINING = WarmupConfig(epochs=4, learning_rate=3e-3, batch_size=64, micro_batch_size=64)
-_FINE_TUNING = {"epochs": 8, "learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
+_FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
+_FINE_TUNING_EPOCHS = 8
 _SPECIAL = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
 
 
@@ -82,7 +83,16 @@ def run_demo(directory: Path, scale: float = 1.0) -> str:
         }
     )
     result = run(config, directory / "run", overwrite=True)
-    return _table(result, _compare(config, result, data / "held-out.jsonl"))
+    picks = len(result.selections[TARGET].picks)
+    batch_size = _FINE_TUNING["batch_size"]
+    found = evaluate(
+        result.path,
+        tests={TARGET: str(data / "held-out.jsonl")},
+        methods=["gist"],
+        seeds=_SEEDS,
+        fine_tuning={**_FINE_TUNING, "steps": -(-picks // batch_size) * _FINE_TUNING_EPOCHS},
+    )
+    return _table(result, found)
 
 
 def _cached_base(per_skill: int) -> Path:
@@ -155,48 +165,28 @@ def _train_base(
     return model
 
 
-def _compare(config: Config, result: RunResult, held_out: Path) -> dict[str, list[float]]:
-    """Return the held-out losses of the same fine-tuning on each choice, one per seed."""
-    from gradsift.data import Encoder, encode_set, resolve
-    from gradsift.model import attach_lora, load_base, load_tokenizer
-    from gradsift.warmup import mean_loss, train
-
-    pool = EncodedSet(result.path / "data" / "pool.parquet")
-    encoder = Encoder(load_tokenizer(config.model), _BASE["max_position_embeddings"], "tulu")
-    tests = encode_set("held-out", resolve([str(held_out)]), encoder, {}, held_out.parent)
-    test = tests.examples(range(len(tests)))
-    picks = result.selections[TARGET].picks["row"].to_numpy()
-    losses: dict[str, list[float]] = {"none": [mean_loss(load_base(config.model), test)]}
-    for seed in _SEEDS:
-        rng = np.random.default_rng(seed)
-        chosen = {"gist": picks, "random": rng.choice(len(pool), len(picks), replace=False)}
-        for name, rows in chosen.items():
-            model = attach_lora(load_base(config.model), config.lora, seed)
-            settings = WarmupConfig(**_FINE_TUNING, seed=seed)  # type: ignore[arg-type]
-            train(model, pool.examples(rows), settings, label=f"{name}, seed {seed}")
-            losses.setdefault(name, []).append(mean_loss(model.eval(), test))
-    return losses
-
-
-def _table(result: RunResult, losses: dict[str, list[float]]) -> str:
-    everything = result.scores()["source"].to_pylist()
+def _table(result: RunResult, found: Evaluation) -> str:
+    everything = result.scores(["source"])["source"].to_pylist()
     picked = result.selections[TARGET].picks["source"].to_pylist()
     shares = {
         name: f"{sources.count(TARGET) / len(sources):.1%}"
         for name, sources in (("gist", picked), ("random", everything))
     }
-    labels = {"gist": "GIST's picks", "random": "random picks", "none": "nothing"}
     lines = [
         f"{len(picked)} picks for {TARGET!r} out of {len(everything)} examples of {len(SKILLS)} "
-        f"skills, and the same fine-tuning on each choice ({len(_SEEDS)} seeds)",
+        f"skills, and the same fine-tuning on each choice ({_SEEDS} seeds)",
         "",
         f"{'fine-tuned on':<16}{f'share of {TARGET!r}':>16}{'held-out loss':>18}",
     ]
-    for name, label in labels.items():
-        values = losses[name]
-        loss = f"{statistics.mean(values):.3f}"
-        if len(values) > 1:
-            loss += f" ± {statistics.stdev(values):.3f}"
+    rows = {row.method: row for row in found.rows}
+    for name, label in {
+        "gist": "GIST's picks",
+        "random": "random picks",
+        "base": "nothing",
+    }.items():
+        loss = f"{rows[name].loss:.3f}"
+        if rows[name].seeds > 1:
+            loss += f" ± {rows[name].loss_std:.3f}"
         share = shares.get(name, "") + (" (pool)" if name == "random" else "")
         lines.append(f"{label:<16}{share:>16}{loss:>18}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *found.verdicts])

@@ -6,6 +6,8 @@ counts, and the best task.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gradsift.job import Job, Method
@@ -20,7 +22,7 @@ def scores(job: Job) -> dict[str, Alignment]:
     index.index(bm25s.tokenize(job.texts("pool"), show_progress=False), show_progress=False)
     result = {}
     for name in job.targets:
-        queries = bm25s.tokenize(job.texts(name), return_ids=False, show_progress=False)
+        queries: Any = bm25s.tokenize(job.texts(name), return_ids=False, show_progress=False)
         found = np.zeros((len(job.pool), len(queries)), np.float32)
         for column, words in enumerate(queries):
             known = [word for word in words if word in index.vocab_dict]

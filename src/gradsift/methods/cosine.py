@@ -56,8 +56,8 @@ def scores(job: Job) -> dict[str, Alignment]:
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
-    directory = job.path(_FOLDER) / job.checkpoints(stages(job.inputs)[0])[-1].label
-    return {name: job.stored(directory, name)[:] for name in ("loss", "gradient_norm")}
+    last = job.checkpoints(stages(job.inputs)[0])[-1].label
+    return {name: job.stored(_FOLDER, name, last)[:] for name in ("loss", "gradient_norm")}
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -72,9 +72,8 @@ class _Cosines:
     """Inner products with target gradients of length 1, over the norm of the pool gradient."""
 
     def __init__(self, job: Job, name: str, checkpoint: Checkpoint) -> None:
-        directory = job.path(_FOLDER) / checkpoint.label
-        self._products = job.stored(directory, f"coordinates/{name}")
-        self._norms = job.stored(directory, "gradient_norm")
+        self._products = job.stored(_FOLDER, f"coordinates/{name}", checkpoint.label)
+        self._norms = job.stored(_FOLDER, "gradient_norm", checkpoint.label)
 
     def __len__(self) -> int:
         return len(self._products)

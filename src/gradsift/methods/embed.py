@@ -60,7 +60,7 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = job.stored(job.path("embed/pool"), "embedding")
+    pool = job.stored("embed/pool", "embedding")
     result = {}
     for name in job.targets:
         target = load_file(job.path(f"embed/targets/{name}.safetensors"))["embedding"]

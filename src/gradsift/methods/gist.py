@@ -74,8 +74,8 @@ def scores(job: Job) -> dict[str, Alignment]:
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
-    directory = job.path("coordinates") / job.checkpoints(stages(job.inputs)[0])[-1].label
-    return {name: job.stored(directory, name)[:] for name in ("loss", "gradient_norm")}
+    last = job.checkpoints(stages(job.inputs)[0])[-1].label
+    return {name: job.stored("coordinates", name, last)[:] for name in ("loss", "gradient_norm")}
 
 
 def settings(config: Config) -> Mapping[str, Any]:
@@ -95,13 +95,12 @@ def load_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
 def _align(job: Job, name: str) -> Alignment:
     views = []
     for checkpoint in job.checkpoints(stages(job.inputs)[0]):
-        directory = job.path("coordinates") / checkpoint.label
         views.append(
             View(
-                pool=job.stored(directory, f"coordinates/{name}"),
+                pool=job.stored("coordinates", f"coordinates/{name}", checkpoint.label),
                 target=load_subspace(job, name, checkpoint).coordinates.astype(np.float32),
                 weight=checkpoint.weight,
-                gradient_norms=job.stored(directory, "gradient_norm"),
+                gradient_norms=job.stored("coordinates", "gradient_norm", checkpoint.label),
             )
         )
     config = job.config.gist

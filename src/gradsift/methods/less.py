@@ -82,7 +82,7 @@ def scores(job: Job) -> dict[str, Alignment]:
 
     def view(name: str, checkpoint: Checkpoint) -> View:
         target = load_file(job.path(f"less/targets/{name}") / f"{checkpoint.label}.safetensors")
-        pool = job.stored(job.path("less/pool") / checkpoint.label, "gradient")
+        pool = job.stored("less/pool", "gradient", checkpoint.label)
         return View(pool, target["gradient"], checkpoint.weight)
 
     return {

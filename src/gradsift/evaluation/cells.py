@@ -1,0 +1,197 @@
+"""One fine-tuning and what it leads to: done once, whoever asks for it, and kept by its inputs.
+
+A cell's file is named by a hash of all that its training depends on. So an evaluation that was
+killed goes on with the first cell that is missing, and selections that are the same share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from gradsift.data import EncodedSet
+from gradsift.errors import NumericsError
+from gradsift.evaluation.settings import EvaluationConfig
+from gradsift.job import Job
+from gradsift.store import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A fine-tuning: on which rows of the pool, for how many steps, with which seed.
+
+    No rows: the base model as it is.
+    """
+
+    rows: tuple[int, ...]
+    steps: int
+    seed: int
+    label: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Test examples of one target; `fingerprint` tells them from others of that name."""
+
+    examples: EncodedSet
+    fingerprint: str
+
+    @property
+    def num_tokens(self) -> Int[np.ndarray, " example"]:
+        """How many tokens of each are predicted."""
+        return self.examples.table(["num_supervised"])["num_supervised"].to_numpy()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a model does on the test examples of one target.
+
+    `losses` in nats: mean over an example's supervised tokens; `num_correct`: how many of these
+    are predicted right.
+    """
+
+    losses: Float[np.ndarray, " example"]
+    num_correct: Int[np.ndarray, " example"]
+
+
+class Bench:
+    """Trains cells and measures them, each once."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: EvaluationConfig,
+        tests: Mapping[str, HeldOut],
+    ) -> None:
+        """Take what all cells have in common."""
+        self._job, self._settings, self._tests = job, settings.fine_tuning, tests
+        self._lm_eval, self._include = settings.lm_eval, settings.lm_eval_include
+        self._folder = job.path("evaluation/cells")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._common = {
+            "model": job.inputs.model_facts,
+            "lora": job.config.lora.model_dump(),
+            "pool": job.inputs.data["pool"].fingerprint,
+            **self._settings.model_dump(exclude={"steps"}),
+        }
+
+    def lacks(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> bool:
+        """Return whether the cell has to be trained to know how it does on these targets."""
+        stored = self._stored(cell)
+        tasks = self._lm_eval if with_tasks else ()
+        return any(
+            stored.get("tests", {}).get(name) != self._tests[name].fingerprint for name in targets
+        ) or not set(tasks) <= set(stored.get("lm_eval", {}))
+
+    def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
+        """Train the cell, measure it, and keep what was found; all targets that it had once too.
+
+        Raises:
+            NumericsError: If a loss is not finite.
+        """
+        started, stored = time.perf_counter(), self._stored(cell)
+        names = [name for name in self._tests if name in {*targets, *stored.get("tests", {})}]
+        model, undo = self._trained(cell)
+        tensors, tasks = {}, dict(stored.get("lm_eval", {}))
+        try:
+            for name in names:
+                found = self._measure(model, name)
+                tensors |= {f"{name}/loss": found.losses, f"{name}/num_correct": found.num_correct}
+            if with_tasks and self._lm_eval:
+                from gradsift.evaluation.harness import run_tasks
+
+                tasks |= run_tasks(model, self._job.config.model, self._lm_eval, self._include)
+        finally:
+            undo()
+        facts = {
+            "label": cell.label,
+            "num_rows": len(cell.rows),
+            "inputs": self._inputs(cell),
+            "tests": {name: self._tests[name].fingerprint for name in names},
+            "lm_eval": tasks,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        metadata = {"facts": json.dumps(facts)}
+        write_atomically(self._path(cell), lambda path: save_file(tensors, path, metadata))
+        mean = ", ".join(f"{name} {self._mean_loss(cell, name):.4f}" for name in names)
+        logger.info("%s: loss on %s (%.1f s)", cell.label, mean, facts["seconds"])
+
+    def outcome(self, cell: Cell, target: str) -> Outcome:
+        """Return what was found of a cell that was run."""
+        with safe_open(self._path(cell), "np") as file:
+            return Outcome(
+                file.get_tensor(f"{target}/loss"), file.get_tensor(f"{target}/num_correct")
+            )
+
+    def tasks(self, cell: Cell) -> dict[str, dict[str, float]]:
+        """Return the metrics of the lm-evaluation-harness tasks of a cell that was run."""
+        return self._stored(cell).get("lm_eval", {})
+
+    def _mean_loss(self, cell: Cell, name: str) -> float:
+        return float(
+            np.average(self.outcome(cell, name).losses, weights=self._tests[name].num_tokens)
+        )
+
+    def _inputs(self, cell: Cell) -> dict[str, Any]:
+        rows = hashlib.sha256(np.array(cell.rows, np.int64).tobytes()).hexdigest()
+        return self._common | {"rows": rows, "steps": cell.steps, "seed": cell.seed}
+
+    def _path(self, cell: Cell) -> Path:
+        text = json.dumps(self._inputs(cell), sort_keys=True)
+        return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+    def _stored(self, cell: Cell) -> dict[str, Any]:
+        path = self._path(cell)
+        if not path.exists():
+            return {}
+        with safe_open(path, "np") as file:
+            return json.loads(file.metadata()["facts"])
+
+    def _trained(self, cell: Cell) -> tuple[nn.Module, Any]:
+        """Return the model of a cell, and what takes its adapter off again."""
+        base = self._job.models.base()
+        if not cell.rows:
+            return base, lambda: None
+        from gradsift.model import attach_lora
+        from gradsift.training import train
+
+        model = attach_lora(base, self._job.config.lora, cell.seed)
+        examples = self._job.pool.examples(cell.rows)
+        steps, seed = cell.steps, cell.seed
+        train(model, examples, self._settings, steps=steps, seed=seed, label="fine-tuning")
+        return model.eval(), partial(model.unload)
+
+    def _measure(self, model: nn.Module, name: str) -> Outcome:
+        from gradsift.batches import lengths_of
+        from gradsift.forward import run_forward
+        from gradsift.memory import start_tokens, within_memory
+
+        test = self._tests[name].examples
+        examples = test.examples(range(len(test)))
+        tokens = start_tokens(self._job.config.engine, next(model.parameters()).device)
+        work = partial(run_forward, model, examples)
+        found, _ = within_memory(work, tokens, lengths_of(examples))
+        losses = found.losses.cpu().numpy()
+        if not np.isfinite(losses).all():
+            raise NumericsError(
+                f"the loss on the held-out examples of {name!r} is not finite after fine-tuning; "
+                "lower fine_tuning.learning_rate"
+            )
+        return Outcome(losses, found.num_correct.cpu().numpy())

@@ -1,0 +1,44 @@
+"""How much two selections share, and how far two methods agree on the whole pool."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Float
+
+from gradsift.evaluation.statistics import spearman
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two selections: `jaccard` of the picks, `agreement` (Spearman) of the scores of the pool."""
+
+    target: str
+    method: str
+    other_target: str
+    other_method: str
+    jaccard: float
+    agreement: float
+
+
+def jaccard(one: Collection[int], other: Collection[int]) -> float:
+    """Return the share of the picks of either that both have.
+
+    >>> jaccard([1, 2, 3], [2, 3, 4])
+    0.5
+    """
+    left, right = set(one), set(other)
+    return len(left & right) / len(left | right)
+
+
+def overlaps(
+    picks: Mapping[tuple[str, str], Collection[int]],
+    scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]],
+) -> Iterator[Overlap]:
+    """Yield every two selections, by target and method."""
+    for one, other in combinations(picks, 2):
+        shared = jaccard(picks[one], picks[other])
+        yield Overlap(*one, *other, shared, spearman(scores[one], scores[other]))

@@ -3,7 +3,7 @@
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: demo test check quantized format lint types imports
+.PHONY: demo test check extras format lint types imports
 
 demo: $(ready)
 	.venv/bin/gradsift demo
@@ -14,9 +14,9 @@ test: $(ready)
 check: format lint types imports test
 
 # apart from the others: with bitsandbytes installed every import of PEFT takes five seconds longer
-quantized: $(ready)
-	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized]'
-	$(python) -m pytest tests/test_quantized.py
+extras: $(ready)
+	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized,embed,lm-eval]'
+	$(python) -m pytest tests/test_quantized.py tests/test_embed.py tests/test_harness.py
 
 format: $(ready)
 	$(python) -m ruff format --check .

@@ -47,14 +47,14 @@ def test_select_and_explain(
 ) -> None:  # fmt: skip
     assert call(monkeypatch, *arguments) == 0
     out = capsys.readouterr().out
-    assert "mine: 6 picks of 90" in out
+    assert "mine: 6 picks of 90 by gist" in out
     assert "1 unusable rows" in out
     assert (tmp_path / "run" / "log.txt").read_text().count("coordinates: ") == 1
     lines = (tmp_path / "run" / "selected" / "mine.jsonl").read_text().splitlines()
     first = json.loads(lines[0])["id"]
     assert call(monkeypatch, "explain", tmp_path / "run", first) == 0
     out = capsys.readouterr().out
-    assert "for mine: picked as number 1 of 6, for " in out
+    assert "for mine, by gist: picked as number 1 of 6, for " in out
     assert "number 1 of 90" in out
     [explanation] = explain(tmp_path / "run", first)
     assert explanation.position == 1
@@ -73,6 +73,32 @@ def _config(tmp_path: Path) -> dict[str, Any]:
     from gradsift.config import read_yaml
 
     return read_yaml(tmp_path / "run" / "config.yaml")
+
+
+def test_evaluate_says_which_methods_beat_random(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    write: Write, pool_rows: Rows, tmp_path: Path,
+) -> None:  # fmt: skip
+    assert call(monkeypatch, *arguments, "--method", "length") == 0
+    test = write("test.jsonl", [row | {"id": f"{row['id']}-x"} for row in pool_rows[:4]])
+    again = [
+        "evaluate", tmp_path / "run", "--test", f"mine={test}", "--method", "length",
+        "--set", "fine_tuning.steps=1", "--set", "fine_tuning.batch_size=4",
+        "--set", "lora=1",
+    ]  # fmt: skip
+    assert call(monkeypatch, *again) == 2
+    assert "unknown setting 'lora'; did you mean" in capsys.readouterr().err
+    assert call(monkeypatch, *again[:-2]) == 0
+    out = capsys.readouterr().out
+    assert "mine, 6: " in out
+    assert "report.md" in out
+    config = tmp_path / "run/evaluation/config.yaml"
+    assert call(monkeypatch, "evaluate", tmp_path / "run", "--config", config, "--seeds", "3") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "evaluate", tmp_path / "run") == 2
+    assert "missing setting 'tests': give --test NAME=FILE" in capsys.readouterr().err
+    assert call(monkeypatch, "evaluate", tmp_path, "--test", f"mine={test}") == 2
+    assert "is not a gradsift run" in capsys.readouterr().err
 
 
 def test_refusals_are_explained(
@@ -160,8 +186,12 @@ def test_the_verbs_and_flags_are_these() -> None:
         "--memory", "--config", "--set", "--strict",
     }  # fmt: skip
     assert flags == {
-        "select": shared | {"--overwrite"},
+        "select": shared | {"--overwrite", "--method"},
         "plan": shared,
+        "evaluate": {
+            "run", "--test", "--method", "--budget", "--seeds", "--full", "--lds", "--lm-eval",
+            "--config", "--set",
+        },
         "explain": {"run", "example"},
         "demo": {"--output-dir"},
     }  # fmt: skip
@@ -169,8 +199,8 @@ def test_the_verbs_and_flags_are_these() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert gradsift.__all__ == [
-        "Budget", "Config", "Explanation", "Forecast", "GradsiftError", "RunResult", "Selection",
-        "explain", "plan", "run", "select",
+        "Budget", "Config", "Evaluation", "EvaluationConfig", "Explanation", "Forecast",
+        "GradsiftError", "RunResult", "Selection", "evaluate", "explain", "plan", "run", "select",
     ]  # fmt: skip
     for _ in range(2):  # a submodule must never come to stand in a name's place
         assert all(callable(getattr(gradsift, name)) for name in gradsift.__all__)

@@ -104,8 +104,8 @@ def choose_waiting(
     if device.type == "cpu":
         raise ModelError(
             f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB, more than "
-            f"the {memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; raise "
-            f"it, or {advice}"
+            f"the {memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; "
+            f"raise it, or {advice}"
         )
     room = memory - 2 * max(sizes.values())  # two slots for those that are brought
     # spread evenly over the layers, so that each copy has a whole layer's time

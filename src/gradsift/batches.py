@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from gradsift.data import Encoded
@@ -71,6 +71,12 @@ class Batch:
                 f"{tuple(hidden.shape)}, expected (example, token, feature)"
             )
         return hidden[self.rows, self.columns].unsqueeze(0)
+
+    def by_example(self, values: Shaped[Tensor, " label"]) -> Shaped[Tensor, " example"]:
+        """Return the sum over each example's labels; each has its own place, so in no new order."""
+        table = torch.zeros(self.input_ids.shape, dtype=values.dtype, device=values.device)
+        table[self.rows, self.columns] = values
+        return table.sum(1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

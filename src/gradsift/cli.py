@@ -327,12 +327,29 @@ def _show(result: RunResult) -> None:
 
 
 def _show_evaluation(found: Evaluation) -> None:
-    """Print the tables of an evaluation and its verdicts."""
+    """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.table import Table
+
+    from gradsift.evaluation.results import interval, plus_minus
 
     console = Console()
-    console.print(Markdown(found.markdown()))
+    for target, budget in dict.fromkeys((row.target, row.budget) for row in found.rows):
+        titles = ("method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", "")
+        table = Table(*titles, title=f"{target}, {budget}")
+        for row in found.rows:
+            if (row.target, row.budget) == (target, budget):
+                gap = "" if row.difference is None else interval(row.difference, 3)
+                loss, accuracy = plus_minus(row.loss, row.loss_std), f"{row.accuracy:.1%}"
+                table.add_row(row.method, f"{row.num_picks:,}", loss, accuracy, gap, row.verdict)
+        console.print(table)
+    if found.lds:
+        table = Table("target", "method", "[95 %]", title="linear datamodeling score")
+        for score in found.lds:
+            table.add_row(score.target, score.method, interval(score.correlation, 2))
+        console.print(table)
+    for line in found.verdicts:
+        console.print(line, markup=False)
     for name in ("report.md", "plot.html", "table.parquet"):
         console.print(f"→ {found.path / name}", markup=False, highlight=False, soft_wrap=True)
 

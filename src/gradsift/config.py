@@ -60,6 +60,7 @@ _FLAGS = {
     "data": "--pool and --target",
     "data.pool": "--pool",
     "data.targets": "--target",
+    "tests": "--test NAME=FILE",
 }
 
 

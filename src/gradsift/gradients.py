@@ -80,10 +80,7 @@ class PerExampleGradients:
 
     def __enter__(self) -> PerExampleGradients:
         """Attach the taps."""
-        head = self._model.get_output_embeddings()  # type: ignore[operator]
-        self._handles = [head.register_forward_pre_hook(self._only_labels)]
-        for name, pair in self._pairs.items():
-            self._handles += self._tap(name, pair)
+        self._handles = [tap for name, pair in self._pairs.items() for tap in self._tap(name, pair)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,21 +95,13 @@ class PerExampleGradients:
         self._batch, self._consume = batch, consume
         self._seen.clear()
         with torch.enable_grad():
-            logits = self._model(input_ids=batch.input_ids, use_cache=False).logits
-            nll = token_losses(logits.flatten(0, -2), batch.labels) * batch.weights
+            nll = token_losses(label_logits(self._model, batch), batch.labels) * batch.weights
             (nll.sum() * self._scale).backward()
-        table = torch.zeros(batch.input_ids.shape, device=nll.device)
-        table[batch.rows, batch.columns] = nll.detach()  # one place each: no order of adding up
-        return table.sum(1)
+        return batch.by_example(nll.detach())
 
     def _tap(self, name: str, pair: LoraPair) -> Iterator[Any]:
         for suffix, module in zip("AB", pair, strict=True):
             yield module.register_forward_hook(partial(self._watch, f"{name}.{suffix}"))
-
-    def _only_labels(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Trim what enters the output head to the positions that have a label."""
-        assert self._batch is not None
-        return (self._batch.at_labels(inputs[0]), *inputs[1:])
 
     def _watch(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
@@ -144,6 +133,31 @@ class PerExampleGradients:
                 "tokens of the batch in order, (example, token, feature)"
             )
         return tensor.reshape(num_examples, num_tokens, features)
+
+
+def label_logits(
+    model: nn.Module, batch: Batch, look: Callable[[Tensor], object] = lambda hidden: None
+) -> Float[Tensor, "label vocabulary"]:
+    """Return the logits where there is a label; elsewhere none are formed.
+
+    What enters the output head is trimmed, which keeps each architecture's own scaling and
+    soft-capping; `look` sees it before.
+
+    Raises:
+        ModelError: If the output head is not fed (example, token, feature).
+    """
+
+    def trim(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        look(inputs[0])
+        return (batch.at_labels(inputs[0]), *inputs[1:])
+
+    head = getattr(model, "module", model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(trim)
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits.flatten(0, -2)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -35,7 +35,7 @@ from gradsift.types import RunResult, Selection
 logger = logging.getLogger(__name__)
 
 
-def select(
+def select(  # noqa: PLR0913
     *,
     model: str,
     pool: str | Sequence[str],

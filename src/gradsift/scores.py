@@ -101,6 +101,11 @@ class Similarity(Protocol):
         """Which target examples can be compared with at all."""
         ...
 
+    @property
+    def width(self) -> int:
+        """How many entries of a pool example are in memory while it is compared."""
+        ...
+
     def __len__(self) -> int: ...
 
     def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
@@ -163,6 +168,11 @@ class Cosines:
         return len(self.views[0].pool)
 
     @property
+    def width(self) -> int:
+        """As many as it has features, or the target examples."""
+        return max(max(view.target.shape) for view in self.views)
+
+    @property
     def alive(self) -> Bool[np.ndarray, " query"]:
         """Which target examples have a direction at some checkpoint."""
         return np.any([np.linalg.norm(view.target, axis=1) > 0 for view in self.views], axis=0)
@@ -198,9 +208,14 @@ class Table:
         return len(self.parts[0][0])
 
     @property
+    def width(self) -> int:
+        """The target examples."""
+        return self.with_examples(slice(0, 1)).shape[1]
+
+    @property
     def alive(self) -> Bool[np.ndarray, " query"]:
         """All target examples: whatever a column holds is an answer."""
-        return np.ones(self.with_examples(slice(0, 1)).shape[1], dtype=bool)
+        return np.ones(self.width, dtype=bool)
 
     def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
         """Return the stored similarity."""
@@ -286,7 +301,8 @@ class Alignment:
 
     def _pieces(self) -> Iterator[slice]:
         """Yield ranges of the pool whose cosines fit into memory at once."""
-        num_examples, step = len(self._similarity), max(1, _ENTRIES_AT_ONCE // len(self._alive))
+        num_examples = len(self._similarity)
+        step = max(1, _ENTRIES_AT_ONCE // self._similarity.width)
         for start in range(0, num_examples, step):
             yield slice(start, min(start + step, num_examples))
 

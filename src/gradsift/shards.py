@@ -6,7 +6,7 @@ While the device works on a shard, one thread reads the next and another writes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -181,15 +181,24 @@ class Stored:
     def __getitem__(self, rows: Rows) -> Float[np.ndarray, "row ..."]:
         """Return some rows, in the order asked for, reading only their shards."""
         if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(self._num_examples))
+            start, stop, step = rows.indices(self._num_examples)
+            assert step == 1, "ranges are read as they lie"
+            return np.concatenate(list(self._range(start, stop)))
         unique, inverse = np.unique(rows, return_inverse=True)
         owners = np.searchsorted(self._starts, unique, side="right") - 1
-        parts = []
+        parts = list(self._range(0, 0))
         for owner in np.unique(owners):
             with safe_open(self._paths[owner], "np") as shard:
                 local = unique[owners == owner] - self._starts[owner]
                 parts.append(shard.get_tensor(self._name)[local])
-        if not parts:
-            with safe_open(self._paths[0], "np") as shard:
-                return shard.get_tensor(self._name)[:0]
         return np.concatenate(parts)[inverse]
+
+    def _range(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the parts of a range that its shards hold; at least an empty one."""
+        first, last = np.searchsorted(self._starts, [start, max(start, stop - 1)], side="right") - 1
+        for owner in range(int(first), int(last) + 1):
+            offset = int(self._starts[owner])
+            with safe_open(self._paths[owner], "np") as shard:
+                whole = shard.get_slice(self._name)
+                end = min(stop - offset, whole.get_shape()[0])
+                yield whole[max(start - offset, 0) : max(end, 0)]

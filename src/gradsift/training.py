@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gradsift.batches import Batch, lay_out, lengths_of, plan_batches
+from gradsift.batches import lay_out, lengths_of, plan_batches
 from gradsift.data import Encoded
 from gradsift.errors import NumericsError
-from gradsift.gradients import token_losses
+from gradsift.gradients import label_logits, token_losses
 from gradsift.progress import track
 
 
@@ -36,7 +36,7 @@ def steps_per_epoch(num_examples: int, settings: TrainingSettings) -> int:
     return math.ceil(num_examples / settings.batch_size)
 
 
-def train(
+def train(  # noqa: PLR0913
     model: nn.Module,
     examples: Sequence[Encoded],
     settings: TrainingSettings,
@@ -124,23 +124,11 @@ class _Trainer(Trainer):
             last = number == len(groups)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = _summed_loss(model, batch) / num_labels
+                    logits = label_logits(model, batch)
+                    loss = token_losses(logits, batch.labels).sum() / num_labels
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
-
-
-def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the negative log-likelihood of all labels of a batch."""
-    head = getattr(model, "module", model).get_output_embeddings()
-    tap = head.register_forward_pre_hook(
-        lambda _, inputs: (batch.at_labels(inputs[0]), *inputs[1:])
-    )
-    try:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    finally:
-        tap.remove()
-    return token_losses(logits.flatten(0, -2), batch.labels).sum()
 
 
 class _Watcher(TrainerCallback):

@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gradsift.config import Config, merge
 from gradsift.data import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.evaluation.cells import Bench, Cell, HeldOut
-from gradsift.evaluation.lds import (
-    LinearDatamodelingScore,
-    linear_datamodeling_scores,
-    subset_cells,
-)
-from gradsift.evaluation.overlap import Overlap, overlaps
-from gradsift.evaluation.plot import write_plot
-from gradsift.evaluation.results import Evaluation, Row, verdicts
+from gradsift.evaluation.conclusions import Entry, conclude
+from gradsift.evaluation.lds import subset_cells
+from gradsift.evaluation.results import Evaluation
 from gradsift.evaluation.settings import EvaluationConfig
-from gradsift.evaluation.statistics import paired_difference
 from gradsift.job import Job
 from gradsift.methods import METHODS
 from gradsift.pipeline import choose, encode, encode_sets, measure
 from gradsift.progress import track
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
-from gradsift.store import Run, open_run, read_config, write_atomically
+from gradsift.store import open_run, read_config, write_atomically
 from gradsift.training import steps_per_epoch
 
 logger = logging.getLogger(__name__)
@@ -86,26 +76,12 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
         subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
         bench = Bench(job, settings, tests)
         _run_cells(bench, grid, subsets, list(tests))
-        rows = _rows(grid, bench, tests)
-        found = Evaluation(
-            path=folder.path / _FOLDER,
-            rows=rows,
-            overlaps=_overlaps(grid, scored),
-            lds=_lds(subsets, bench, tests, scored),
-            verdicts=verdicts(rows),
-        )
-        _write(found, grid, bench, tests)
-        return found
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A cell of the grid, and what it stands for."""
-
-    target: str
-    budget: str
-    method: str
-    cell: Cell
+        scores = {
+            (target, method): by_target[target].scores()[0]
+            for target in tests
+            for method, by_target in scored.items()
+        }
+        return conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
 
 
 def _check(config: Config, settings: EvaluationConfig) -> None:
@@ -150,12 +126,12 @@ def _grid(
     settings: EvaluationConfig,
     scored: Mapping[str, Mapping[str, Scores]],
     tests: Mapping[str, HeldOut],
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     """Yield base, random and every method's picks, for every target, budget and seed."""
     steps, num_pool = settings.fine_tuning.steps, len(job.pool)
     for target in tests:
         for budget in settings.budgets or (job.config.policy.budget,):
-            entry = partial(_Entry, target, budget)
+            entry = partial(Entry, target, budget)
             yield entry("base", Cell((), 0, 0, "base"))
             for seed in range(settings.random_seeds):
                 config = job.config.model_copy(
@@ -185,7 +161,7 @@ def _picks(job: Job, target: str, budget: str, scores: Scores) -> tuple[int, ...
 
 
 def _run_cells(
-    bench: Bench, grid: Sequence[_Entry], subsets: Sequence[Cell], targets: Sequence[str]
+    bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], targets: Sequence[str]
 ) -> None:
     """Train what is missing; selections that are the same are trained once."""
     wanted: dict[Cell, set[str]] = {}
@@ -200,115 +176,3 @@ def _run_cells(
             for cell, names, with_tasks in missing:
                 bench.run(cell, [*names], with_tasks)
                 advance(1)
-
-
-def _rows(grid: Sequence[_Entry], bench: Bench, tests: Mapping[str, HeldOut]) -> list[Row]:
-    """Return what the trainings of each target, budget and method come to."""
-    groups: dict[tuple[str, str, str], list[Cell]] = {}
-    for entry in grid:
-        groups.setdefault((entry.target, entry.budget, entry.method), []).append(entry.cell)
-    return [
-        _row(*key, cells, groups[(*key[:2], "random")], bench, tests[key[0]])
-        for key, cells in groups.items()
-    ]
-
-
-def _row(
-    target: str,
-    budget: str,
-    method: str,
-    cells: Sequence[Cell],
-    at_random: Sequence[Cell],
-    bench: Bench,
-    test: HeldOut,
-) -> Row:
-    num_tokens = test.num_tokens
-    found = [bench.outcome(cell, target) for cell in cells]
-    losses = [float(np.average(o.losses, weights=num_tokens)) for o in found]
-    accuracies = [float(o.num_correct.sum() / num_tokens.sum()) for o in found]
-    difference = None
-    if method != "random":
-        others = [bench.outcome(cell, target).losses for cell in at_random]
-        difference = paired_difference([o.losses for o in found], others, num_tokens)
-    tasks: dict[str, list[float]] = {}
-    for cell in cells:
-        for task, metrics in bench.tasks(cell).items():
-            for metric, value in metrics.items():
-                tasks.setdefault(f"{task} {metric}", []).append(value)
-    return Row(
-        target=target,
-        budget=budget,
-        method=method,
-        num_picks=len(cells[0].rows),
-        steps=cells[0].steps,
-        seeds=len(cells),
-        loss=float(np.mean(losses)),
-        loss_std=float(np.std(losses, ddof=1)) if len(cells) > 1 else 0.0,
-        accuracy=float(np.mean(accuracies)),
-        accuracy_std=float(np.std(accuracies, ddof=1)) if len(cells) > 1 else 0.0,
-        difference=difference,
-        tasks={name: float(np.mean(values)) for name, values in tasks.items()},
-    )
-
-
-def _overlaps(grid: Sequence[_Entry], scored: Mapping[str, Mapping[str, Scores]]) -> list[Overlap]:
-    """Return how much any two selections at the first budget share."""
-    picks = {
-        (entry.target, entry.method): entry.cell.rows
-        for entry in reversed(grid)
-        if entry.budget == grid[0].budget and entry.method in scored
-    }
-    scores = {(target, method): scored[method][target].scores()[0] for target, method in picks}
-    return list(overlaps(dict(sorted(picks.items())), scores))
-
-
-def _lds(
-    subsets: Sequence[Cell],
-    bench: Bench,
-    tests: Mapping[str, HeldOut],
-    scored: Mapping[str, Mapping[str, Scores]],
-) -> list[LinearDatamodelingScore]:
-    if not subsets:
-        return []
-    losses = {
-        name: [
-            float(np.average(bench.outcome(cell, name).losses, weights=test.num_tokens))
-            for cell in subsets
-        ]
-        for name, test in tests.items()
-    }
-    scores = {
-        (name, method): by_target[name].scores()[0]
-        for name in tests
-        for method, by_target in scored.items()
-    }
-    return linear_datamodeling_scores(subsets, losses, scores)
-
-
-def _write(
-    found: Evaluation, grid: Sequence[_Entry], bench: Bench, tests: Mapping[str, HeldOut]
-) -> None:
-    """Leave the tables as Parquet and Markdown, and the plot."""
-    trainings = []
-    for entry in grid:
-        outcome, num_tokens = (
-            bench.outcome(entry.cell, entry.target),
-            tests[entry.target].num_tokens,
-        )
-        trainings.append(
-            {"target": entry.target, "budget": entry.budget, "method": entry.method}
-            | {"seed": entry.cell.seed, "steps": entry.cell.steps, "picks": len(entry.cell.rows)}
-            | {"loss": float(np.average(outcome.losses, weights=num_tokens))}
-            | {"accuracy": float(outcome.num_correct.sum() / num_tokens.sum())}
-        )
-    scores = [{"target": s.target, "method": s.method} | asdict(s.correlation) for s in found.lds]
-    tables = {
-        "trainings": pa.Table.from_pylist(trainings),
-        "table": found.table(),
-        "overlap": pa.Table.from_pylist([asdict(overlap) for overlap in found.overlaps]),
-        "lds": pa.Table.from_pylist(scores),
-    }
-    for name, table in tables.items():
-        write_atomically(found.path / f"{name}.parquet", partial(pq.write_table, table))
-    write_atomically(found.path / "report.md", found.markdown().encode())
-    write_plot(found.rows, found.path / "plot.html")

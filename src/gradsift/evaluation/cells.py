@@ -10,16 +10,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from gradsift.data import EncodedSet
 from gradsift.errors import NumericsError
@@ -53,7 +53,7 @@ class HeldOut:
     examples: EncodedSet
     fingerprint: str
 
-    @property
+    @cached_property
     def num_tokens(self) -> Int[np.ndarray, " example"]:
         """How many tokens of each are predicted."""
         return self.examples.table(["num_supervised"])["num_supervised"].to_numpy()
@@ -63,12 +63,23 @@ class HeldOut:
 class Outcome:
     """How a model does on the test examples of one target.
 
-    `losses` in nats: mean over an example's supervised tokens; `num_correct`: how many of these
-    are predicted right.
+    `losses` in nats: mean over an example's supervised tokens; `num_correct`: how many of its
+    `num_tokens` are predicted right.
     """
 
     losses: Float[np.ndarray, " example"]
     num_correct: Int[np.ndarray, " example"]
+    num_tokens: Int[np.ndarray, " example"]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all tokens."""
+        return float(np.average(self.losses, weights=self.num_tokens))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all tokens that are predicted right."""
+        return float(self.num_correct.sum() / self.num_tokens.sum())
 
 
 class Bench:
@@ -94,60 +105,60 @@ class Bench:
 
     def lacks(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> bool:
         """Return whether the cell has to be trained to know how it does on these targets."""
-        stored = self._stored(cell)
-        tasks = self._lm_eval if with_tasks else ()
-        return any(
-            stored.get("tests", {}).get(name) != self._tests[name].fingerprint for name in targets
-        ) or not set(tasks) <= set(stored.get("lm_eval", {}))
+        return any(self._lacking(self._stored(cell), targets, with_tasks))
 
     def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
-        """Train the cell, measure it, and keep what was found; all targets that it had once too.
+        """Train the cell, measure what is not known of it, and keep that beside what is.
 
         Raises:
             NumericsError: If a loss is not finite.
         """
-        started, stored = time.perf_counter(), self._stored(cell)
-        names = [name for name in self._tests if name in {*targets, *stored.get("tests", {})}]
+        started, stored, path = time.perf_counter(), self._stored(cell), self._path(cell)
+        names, tasks = self._lacking(stored, targets, with_tasks)
+        tensors = load_file(path) if stored else {}
+        found: dict[str, dict[str, float]] = {}
         model, undo = self._trained(cell)
-        tensors, tasks = {}, dict(stored.get("lm_eval", {}))
         try:
             for name in names:
-                found = self._measure(model, name)
-                tensors |= {f"{name}/loss": found.losses, f"{name}/num_correct": found.num_correct}
-            if with_tasks and self._lm_eval:
+                losses, num_correct = self._measure(model, name)
+                tensors |= {f"{name}/loss": losses, f"{name}/num_correct": num_correct}
+            if tasks:
                 from gradsift.evaluation.harness import run_tasks
 
-                tasks |= run_tasks(model, self._job.config.model, self._lm_eval, self._include)
+                found = run_tasks(model, self._job.config.model, tasks, self._include)
         finally:
             undo()
+        tests = {name: self._tests[name].fingerprint for name in names}
         facts = {
             "label": cell.label,
             "num_rows": len(cell.rows),
             "inputs": self._inputs(cell),
-            "tests": {name: self._tests[name].fingerprint for name in names},
-            "lm_eval": tasks,
+            "tests": stored.get("tests", {}) | tests,
+            "lm_eval": stored.get("lm_eval", {}) | found,
             "seconds": round(time.perf_counter() - started, 3),
         }
         metadata = {"facts": json.dumps(facts)}
-        write_atomically(self._path(cell), lambda path: save_file(tensors, path, metadata))
-        mean = ", ".join(f"{name} {self._mean_loss(cell, name):.4f}" for name in names)
+        write_atomically(path, lambda path: save_file(tensors, path, metadata))
+        mean = ", ".join(f"{name} {self.outcome(cell, name).loss:.4f}" for name in names)
         logger.info("%s: loss on %s (%.1f s)", cell.label, mean, facts["seconds"])
 
     def outcome(self, cell: Cell, target: str) -> Outcome:
         """Return what was found of a cell that was run."""
         with safe_open(self._path(cell), "np") as file:
-            return Outcome(
-                file.get_tensor(f"{target}/loss"), file.get_tensor(f"{target}/num_correct")
-            )
+            found = (file.get_tensor(f"{target}/{name}") for name in ("loss", "num_correct"))
+            return Outcome(*found, self._tests[target].num_tokens)
 
     def tasks(self, cell: Cell) -> dict[str, dict[str, float]]:
         """Return the metrics of the lm-evaluation-harness tasks of a cell that was run."""
         return self._stored(cell).get("lm_eval", {})
 
-    def _mean_loss(self, cell: Cell, name: str) -> float:
-        return float(
-            np.average(self.outcome(cell, name).losses, weights=self._tests[name].num_tokens)
-        )
+    def _lacking(
+        self, stored: Mapping[str, Any], targets: Sequence[str], with_tasks: bool
+    ) -> tuple[list[str], list[str]]:
+        """Return the targets and the lm-evaluation-harness tasks that are not known of a cell."""
+        tests, known = stored.get("tests", {}), stored.get("lm_eval", {})
+        names = [name for name in targets if tests.get(name) != self._tests[name].fingerprint]
+        return names, [task for task in self._lm_eval if with_tasks and task not in known]
 
     def _inputs(self, cell: Cell) -> dict[str, Any]:
         rows = hashlib.sha256(np.array(cell.rows, np.int64).tobytes()).hexdigest()
@@ -164,7 +175,7 @@ class Bench:
         with safe_open(path, "np") as file:
             return json.loads(file.metadata()["facts"])
 
-    def _trained(self, cell: Cell) -> tuple[nn.Module, Any]:
+    def _trained(self, cell: Cell) -> tuple[nn.Module, Callable[[], object]]:
         """Return the model of a cell, and what takes its adapter off again."""
         base = self._job.models.base()
         if not cell.rows:
@@ -176,9 +187,9 @@ class Bench:
         examples = self._job.pool.examples(cell.rows)
         steps, seed = cell.steps, cell.seed
         train(model, examples, self._settings, steps=steps, seed=seed, label="fine-tuning")
-        return model.eval(), partial(model.unload)
+        return model.eval(), model.unload
 
-    def _measure(self, model: nn.Module, name: str) -> Outcome:
+    def _measure(self, model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
         from gradsift.batches import lengths_of
         from gradsift.forward import run_forward
         from gradsift.memory import start_tokens, within_memory
@@ -194,4 +205,4 @@ class Bench:
                 f"the loss on the held-out examples of {name!r} is not finite after fine-tuning; "
                 "lower fine_tuning.learning_rate"
             )
-        return Outcome(losses, found.num_correct.cpu().numpy())
+        return losses, found.num_correct.cpu().numpy()

@@ -28,8 +28,8 @@ def run_tasks(
     model: nn.Module, config: ModelConfig, names: Sequence[str], include: str | None
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of each task, by name, standard errors among them."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     from gradsift.model import load_tokenizer
 
@@ -45,7 +45,7 @@ def run_tasks(
 
 def _manager(include: str | None) -> Any:
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
             "--lm-eval needs lm-evaluation-harness: pip install 'gradsift[lm-eval]'"

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.evaluation.statistics import spearman
+from gradsift.evaluation.statistics import correlation, ranks
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def overlaps(
     scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]],
 ) -> Iterator[Overlap]:
     """Yield every two selections, by target and method."""
+    ranked = {key: ranks(scores[key][None]) for key in picks}
     for one, other in combinations(picks, 2):
-        shared = jaccard(picks[one], picks[other])
-        yield Overlap(*one, *other, shared, spearman(scores[one], scores[other]))
+        agreement = float(correlation(ranked[one], ranked[other])[0])
+        yield Overlap(*one, *other, jaccard(picks[one], picks[other]), agreement)

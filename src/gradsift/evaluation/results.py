@@ -113,12 +113,10 @@ def _fine_tuning(rows: Sequence[Row]) -> str:
     titles += ["difference to random [95 %]", "", *tasks]
     lines = []
     for row in rows:
-        spread, near = (
-            f" ± {v:.4f}" if row.seeds > 1 else "" for v in (row.loss_std, row.accuracy_std)
-        )
         gap = "" if row.difference is None else interval(row.difference)
         cells = [row.target, row.budget, row.method, f"{row.num_picks:,}", str(row.seeds)]
-        cells += [f"{row.loss:.4f}{spread}", f"{row.accuracy:.4f}{near}", gap, row.verdict]
+        cells += [plus_minus(row.loss, row.loss_std), plus_minus(row.accuracy, row.accuracy_std)]
+        cells += [gap, row.verdict]
         lines.append([*cells, *(f"{row.tasks[t]:.4f}" if t in row.tasks else "" for t in tasks)])
     return _markdown(titles, lines)
 
@@ -139,18 +137,22 @@ def _overlap(overlaps: Sequence[Overlap]) -> str:
         methods = list(dict.fromkeys(m for o in own for m in (o.method, o.other_method)))
         found = {(o.method, o.other_method): f"{o.jaccard:.2f} / {o.agreement:+.2f}" for o in own}
         lines = [
-            [
-                one,
-                *(found.get((one, other)) or found.get((other, one), "") for other in methods[1:]),
-            ]
-            for one in methods[:-1]
+            [one, *[""] * number, *(found[one, other] for other in methods[number + 1 :])]
+            for number, one in enumerate(methods[:-1])
         ]
-        for number, line in enumerate(lines):  # the half above the diagonal
-            line[1 : number + 1] = [""] * number
         title = f"Overlap for {target}: Jaccard of the picks / Spearman of the scores"
         if lines:
             parts.append(f"{title}\n\n{_markdown(['', *methods[1:]], lines)}")
     return "\n\n".join(parts)
+
+
+def plus_minus(mean: float, std: float) -> str:
+    """Return a mean and its standard deviation as text, the mean alone where there is none.
+
+    >>> plus_minus(2.5, 0.125)
+    '2.5000 ± 0.1250'
+    """
+    return f"{mean:.4f}" + (f" ± {std:.4f}" if std else "")
 
 
 def interval(found: Interval, digits: int = 4) -> str:

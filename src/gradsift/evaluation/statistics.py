@@ -71,23 +71,27 @@ def rank_correlation(
     """
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(one), size=(_RESAMPLES, len(one)))
-    low, high = np.percentile(_spearman(one[drawn], other[drawn]), _TAILS)
-    return Interval(spearman(one, other), float(low), float(high))
+    low, high = np.percentile(correlation(ranks(one[drawn]), ranks(other[drawn])), _TAILS)
+    value = correlation(ranks(one[None]), ranks(other[None]))[0]
+    return Interval(float(value), float(low), float(high))
 
 
-def spearman(one: Float[np.ndarray, " item"], other: Float[np.ndarray, " item"]) -> float:
-    """Return Spearman's correlation; 0 where a side is the same throughout.
+def ranks(rows: Float[np.ndarray, "row item"]) -> Float[np.ndarray, "row item"]:
+    """Return the ranks within each row, of ties their mean.
 
-    >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 9.0]))
-    1.0
+    >>> ranks(np.array([[3.0, 1.0, 1.0]]))
+    array([[3. , 1.5, 1.5]])
     """
-    return float(_spearman(one[None], other[None])[0])
+    return stats.rankdata(rows, axis=1)
 
 
-def _spearman(
-    one: Float[np.ndarray, "row subset"], other: Float[np.ndarray, "row subset"]
+def correlation(
+    one: Float[np.ndarray, "row item"], other: Float[np.ndarray, "row item"]
 ) -> Float[np.ndarray, " row"]:
-    ranks = [stats.rankdata(side, axis=1) for side in (one, other)]
-    left, right = (side - side.mean(axis=1, keepdims=True) for side in ranks)
+    """Return Pearson's correlation of each two rows; of ranks it is Spearman's.
+
+    0 where a row is the same throughout.
+    """
+    left, right = (side - side.mean(axis=1, keepdims=True) for side in (one, other))
     lengths = np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))
     return np.divide((left * right).sum(axis=1), lengths, where=lengths > 0, out=lengths * 0)

@@ -90,7 +90,9 @@ def _encoder(config: Config) -> Encode:
         ModelError: If the encoder cannot be loaded.
     """
     try:
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+            SentenceTransformer,
+        )
     except ImportError:
         raise ConfigError(
             "method=embed needs sentence-transformers: pip install 'gradsift[embed]'"

@@ -1,0 +1,134 @@
+"""From trained cells to what they say: means, differences to random, verdicts, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from gradsift.evaluation.cells import Bench, Cell
+from gradsift.evaluation.lds import linear_datamodeling_scores
+from gradsift.evaluation.overlap import Overlap, overlaps
+from gradsift.evaluation.plot import write_plot
+from gradsift.evaluation.results import Evaluation, Row, verdicts
+from gradsift.evaluation.statistics import paired_difference
+from gradsift.store import write_atomically
+
+ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
+"""Scores of the whole pool, by target and method."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of the grid, and what it stands for."""
+
+    target: str
+    budget: str
+    method: str
+    cell: Cell
+
+
+def conclude(
+    path: Path, bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], scores: ScoresOf
+) -> Evaluation:
+    """Return what the trained cells say, and leave it as Parquet, Markdown and a plot in `path`."""
+    rows = _rows(grid, bench)
+    lds = []
+    if subsets:
+        targets = dict.fromkeys(entry.target for entry in grid)
+        losses = {name: [bench.outcome(c, name).loss for c in subsets] for name in targets}
+        lds = linear_datamodeling_scores(subsets, losses, scores)
+    found = Evaluation(path, rows, _overlaps(grid, scores), lds, verdicts(rows))
+    tables = {
+        "trainings": pa.Table.from_pylist([_training(entry, bench) for entry in grid]),
+        "table": found.table(),
+        "overlap": pa.Table.from_pylist([asdict(overlap) for overlap in found.overlaps]),
+        "lds": pa.Table.from_pylist(
+            [{"target": s.target, "method": s.method, **asdict(s.correlation)} for s in lds]
+        ),
+    }
+    for name, table in tables.items():
+        write_atomically(path / f"{name}.parquet", partial(pq.write_table, table))
+    write_atomically(path / "report.md", found.markdown().encode())
+    write_plot(rows, path / "plot.html")
+    return found
+
+
+def _rows(grid: Sequence[Entry], bench: Bench) -> list[Row]:
+    """Return what the trainings of each target, budget and method come to."""
+    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    for entry in grid:
+        groups.setdefault((entry.target, entry.budget, entry.method), []).append(entry.cell)
+    return [_row(key, cells, groups[(*key[:2], "random")], bench) for key, cells in groups.items()]
+
+
+def _row(
+    key: tuple[str, str, str], cells: Sequence[Cell], at_random: Sequence[Cell], bench: Bench
+) -> Row:
+    target, budget, method = key
+    found = [bench.outcome(cell, target) for cell in cells]
+    difference = None
+    if method != "random":
+        others = [bench.outcome(cell, target).losses for cell in at_random]
+        difference = paired_difference([o.losses for o in found], others, found[0].num_tokens)
+    losses, accuracies = [o.loss for o in found], [o.accuracy for o in found]
+    return Row(
+        target=target,
+        budget=budget,
+        method=method,
+        num_picks=len(cells[0].rows),
+        steps=cells[0].steps,
+        seeds=len(cells),
+        loss=float(np.mean(losses)),
+        loss_std=_spread(losses),
+        accuracy=float(np.mean(accuracies)),
+        accuracy_std=_spread(accuracies),
+        difference=difference,
+        tasks=_mean_tasks([bench.tasks(cell) for cell in cells]),
+    )
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation over trainings, 0 for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _mean_tasks(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the mean of each metric of each lm-evaluation-harness task over the trainings."""
+    values: dict[str, list[float]] = {}
+    for tasks in found:
+        for task, metrics in tasks.items():
+            for metric, value in metrics.items():
+                values.setdefault(f"{task} {metric}", []).append(value)
+    return {name: float(np.mean(own)) for name, own in values.items()}
+
+
+def _training(entry: Entry, bench: Bench) -> dict[str, object]:
+    """Return one training as a row of `trainings.parquet`."""
+    outcome, cell = bench.outcome(entry.cell, entry.target), entry.cell
+    return {
+        "target": entry.target,
+        "budget": entry.budget,
+        "method": entry.method,
+        "seed": cell.seed,
+        "steps": cell.steps,
+        "num_picks": len(cell.rows),
+        "loss": outcome.loss,
+        "accuracy": outcome.accuracy,
+    }
+
+
+def _overlaps(grid: Sequence[Entry], scores: ScoresOf) -> list[Overlap]:
+    """Return how much any two methods' selections at the first budget share."""
+    picks = {
+        (entry.target, entry.method): entry.cell.rows
+        for entry in reversed(grid)  # the first seed stays
+        if entry.budget == grid[0].budget and (entry.target, entry.method) in scores
+    }
+    return list(overlaps({key: picks[key] for key in scores if key in picks}, scores))

@@ -1,0 +1,292 @@
+"""`gradsift evaluate`: cells done once, resumed, shared; numbers that are the plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gradsift
+import reference
+from conftest import Write, configure
+from gradsift.data import EncodedSet
+from gradsift.errors import ConfigError, NumericsError
+from gradsift.evaluation.cells import Bench, Cell
+from gradsift.evaluation.lds import linear_datamodeling_scores, subset_cells
+from gradsift.evaluation.results import Row, interval, verdicts
+from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig, LdsConfig
+from gradsift.evaluation.statistics import Interval
+from gradsift.pipeline import run
+
+Rows = list[dict[str, Any]]
+TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def folder(
+    base: Path, adapter: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
+) -> Path:
+    """A finished run with two targets."""
+    files = {"t": write("t.jsonl", target_rows), "u": write("u.jsonl", target_rows[5:])}
+    config = configure(
+        base, write("pool.jsonl", pool_rows), files, warmup={"adapter": str(adapter)}
+    )
+    run(config, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def tests(write: Write) -> dict[str, str]:
+    from gradsift.demo.skills import make_examples
+
+    skills = {"t": "sql", "u": "record"}
+    return {
+        n: str(write(f"{n}-test.jsonl", make_examples(s, 6, seed=3))) for n, s in skills.items()
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of the cells that are run, in order."""
+    labels: list[str] = []
+    plain = Bench.run
+
+    def counted(self: Bench, cell: Cell, targets: Any, with_tasks: bool = False) -> None:
+        labels.append(cell.label)
+        plain(self, cell, targets, with_tasks)
+
+    monkeypatch.setattr(Bench, "run", counted)
+    return labels
+
+
+def evaluate(folder: Path, tests: dict[str, str], **changes: Any) -> gradsift.Evaluation:
+    settings = {"methods": ["gist", "length"], "fine_tuning": TRAINING} | changes
+    return gradsift.evaluate(folder, tests=tests, **settings)
+
+
+def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained: list[str]) -> None:
+    found = evaluate(folder, tests)
+    # base; 3 random; 2 of length, for both targets; 2 of gist for each
+    assert len(trained) == len(set(trained)) == 1 + 3 + 2 + 2 * 2
+    assert len([*(folder / "evaluation/cells").iterdir()]) == len(trained)
+    table = pq.read_table(folder / "evaluation/table.parquet").to_pylist()
+    methods = ["base", "random", "gist", "length"]
+    assert [(r["target"], r["method"]) for r in table] == [(t, m) for t in "tu" for m in methods]
+    trainings = pq.read_table(folder / "evaluation/trainings.parquet").to_pandas()
+    for row in table:
+        own = trainings[(trainings.target == row["target"]) & (trainings.method == row["method"])]
+        assert row["loss"] == pytest.approx(own.loss.mean())
+        assert row["accuracy"] == pytest.approx(own.accuracy.mean())
+        if row["seeds"] > 1:
+            assert row["loss_std"] == pytest.approx(own.loss.std())
+    at_random = table[1]
+    assert (at_random["seeds"], at_random["difference"]) == (3, None)
+    assert table[2]["difference"] == pytest.approx(table[2]["loss"] - at_random["loss"])
+    assert table[2]["difference_low"] <= table[2]["difference"] <= table[2]["difference_high"]
+    page = (folder / "evaluation/report.md").read_text()
+    assert page == found.markdown()
+    assert f"- {found.verdicts[0]}" in page
+    assert "Overlap for t: Jaccard of the picks / Spearman of the scores" in page
+    plot = (folder / "evaluation/plot.html").read_text()
+    assert 'id="evaluation"' in plot
+    assert 'src="http' not in plot
+    picked = set(gradsift.run(gradsift.Config.build(_config(folder)), folder)
+                 .selections["t"].picks["row"].to_pylist())  # fmt: skip
+    overlap = pq.read_table(folder / "evaluation/overlap.parquet").to_pylist()
+    assert len(overlap) == 6
+    lengths = EncodedSet(folder / "data/pool.parquet").table(["num_supervised"])
+    longest = np.argsort(-lengths["num_supervised"].to_numpy(), kind="stable")[:9]
+    pair = next(o for o in overlap if (o["target"], o["other_target"]) == ("t", "t"))
+    shared = len(picked & set(longest.tolist()))
+    assert pair["jaccard"] == pytest.approx(shared / (18 - shared))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    from gradsift.config import read_yaml
+
+    return read_yaml(folder / "config.yaml")
+
+
+def test_the_base_model_is_measured_as_it_is(
+    base: Path, folder: Path, tests: dict[str, str]
+) -> None:
+    row = evaluate(folder, tests, methods=["random"]).rows[0]
+    encoded = EncodedSet(folder / "evaluation/data/test.t.parquet")
+    examples = encoded.examples(range(len(encoded)))
+    model = AutoModelForCausalLM.from_pretrained(str(base)).eval()
+    total, right, count = 0.0, 0, 0
+    with torch.no_grad():
+        for example in examples:
+            own = int(example.supervised.sum())
+            total += float(reference.loss(model, example)) * own
+            logits = model(input_ids=torch.from_numpy(example.input_ids).long()[None]).logits[0]
+            predicted = logits.argmax(-1)[:-1].numpy()
+            right += int((predicted == example.input_ids[1:])[example.supervised[1:]].sum())
+            count += own
+    assert (row.target, row.method, row.seeds) == ("t", "base", 1)
+    assert row.loss == pytest.approx(total / count, rel=1e-5)
+    assert row.accuracy == pytest.approx(right / count)
+
+
+def test_one_that_was_broken_off_goes_on_where_it_stopped(
+    folder: Path, tests: dict[str, str], monkeypatch: pytest.MonkeyPatch, trained: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    counted = Bench.run
+
+    def breaks(self: Bench, cell: Cell, targets: Any, with_tasks: bool = False) -> None:
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        counted(self, cell, targets, with_tasks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(folder, tests)
+    kept = {p: p.stat().st_mtime_ns for p in (folder / "evaluation/cells").iterdir()}
+    assert len(kept) == 4
+    resumed = evaluate(folder, tests)
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    assert len(trained) == len(set(trained)) == 10
+    again = evaluate(folder, tests)
+    assert len(trained) == 10
+    assert again.table().equals(resumed.table())
+    for path in (folder / "evaluation/cells").iterdir():
+        path.unlink()
+    anew = evaluate(folder, tests)
+    assert len(trained) == 20
+    assert anew.table().equals(resumed.table())
+
+
+def test_more_of_it_trains_only_what_is_new(
+    folder: Path, tests: dict[str, str], trained: list[str]
+) -> None:
+    evaluate(folder, tests, methods=["gist"])
+    count = len(trained)
+    evaluate(folder, tests, methods=["gist", "random"], seeds=3, full=True)
+    assert trained[count:] == [
+        "full, seed 0", "full, seed 1", "full, seed 2", "gist for t, 10%, seed 2",
+        "gist for u, 10%, seed 2",
+    ]  # fmt: skip
+    count = len(trained)
+    found = evaluate(folder, tests, methods=["gist"], budgets=["10%", "20"])
+    assert len(trained) - count == 3 + 4
+    sizes = {(row.budget, row.method): row.num_picks for row in found.rows}
+    assert (sizes["10%", "gist"], sizes["20", "gist"], sizes["20", "random"]) == (9, 20, 20)
+
+
+def test_fine_tuning_on_the_targets_kind_lowers_its_loss(
+    folder: Path, tests: dict[str, str]
+) -> None:
+    training = TRAINING | {"steps": 25}
+    rows = {r.method: r for r in evaluate(folder, tests, fine_tuning=training).rows[:4]}
+    assert rows["gist"].loss < rows["base"].loss - 0.2
+    assert rows["gist"].verdict in ("better", "no difference", "worse")
+
+
+def test_held_out_examples_in_the_pool_are_told(
+    folder: Path, write: Write, pool_rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    leaking = {"t": str(write("leak.jsonl", pool_rows[:3]))}
+    with caplog.at_level("WARNING", "gradsift"):
+        evaluate(folder, leaking, methods=["random"])
+    assert "3 of 3 held-out examples of t are in the pool itself" in caplog.text
+
+
+def test_the_linear_datamodeling_score_end_to_end(
+    folder: Path, tests: dict[str, str], trained: list[str]
+) -> None:
+    lds = {"subsets": 32, "sample": 60}
+    found = evaluate(folder, {"t": tests["t"]}, lds=lds, fine_tuning=TRAINING | {"steps": 2})
+    assert [(s.target, s.method) for s in found.lds] == [("t", "gist"), ("t", "length")]
+    assert all(s.correlation.low <= s.correlation.value <= s.correlation.high for s in found.lds)
+    assert sum(label.startswith("subset ") for label in trained) == 32
+    assert "Linear datamodeling score" in found.markdown()
+    count = len(trained)
+    evaluate(folder, tests, methods=["gist"], lds=lds, fine_tuning=TRAINING | {"steps": 2})
+    assert [label for label in trained[count:] if "subset" in label] == [
+        f"subset {number}" for number in range(1, 33)
+    ]  # the second target was not measured yet
+
+
+def test_lds_finds_the_scores_that_add_up_to_the_effect() -> None:
+    rng = np.random.default_rng(0)
+    effect = rng.normal(size=100)
+    cells = subset_cells(100, LdsConfig(subsets=64, sample=80), FineTuningConfig())
+    rows = np.array([cell.rows for cell in cells])
+    assert rows.shape == (64, 40)
+    assert len(np.unique(rows)) == 80
+    losses = 5 - effect[rows].sum(axis=1) + rng.normal(size=64)
+    scores = {
+        ("t", "true"): effect, ("t", "opposite"): -effect, ("t", "none"): rng.normal(size=100)
+    }  # fmt: skip
+    found = linear_datamodeling_scores(cells, {"t": losses.tolist()}, scores)
+    values = {s.method: s.correlation for s in found}
+    assert values["true"].low > 0.9
+    assert values["opposite"].high < -0.9
+    assert values["none"].low < 0.2
+    assert subset_cells(100, LdsConfig(subsets=64, sample=80), FineTuningConfig()) == cells
+
+
+def test_a_training_that_diverges_is_an_error(folder: Path, tests: dict[str, str]) -> None:
+    with pytest.raises(NumericsError, match=r"of the fine-tuning is nan|not finite after fine-tun"):
+        evaluate(folder, tests, fine_tuning=TRAINING | {"learning_rate": 1e30})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tests": {"x": "x.jsonl"}},
+            r"examples for 'x', .* no target of this run \(t, u",
+        ),
+        ({"tests": {}}, "tests: Dictionary should have at least 1 item"),
+        ({"methods": ["best"]}, "methods.0: Input should be 'gist', 'less'"),
+        ({"seeds": 1}, "seeds: Input should be greater than or equal to 2"),
+        ({"random_seeds": 2}, "random_seeds: Input should be greater than or equal to 3"),
+        ({"lds": {"subsets": 8}}, "fewer than 32 subsets says little"),
+        ({"budgets": ["0"]}, "a budget is above 0"),
+        ({"fine_tuning": {"step": 3}}, "did you mean 'fine_tuning.steps'"),
+        ({"lm_eval": ["a b"]}, "expected the name of a task, found 'a b'"),
+    ],
+    ids=str,
+)
+def test_what_a_user_can_mend(
+    folder: Path, tests: dict[str, str], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gradsift.evaluate(folder, **{"tests": tests, **change})
+
+
+def row(method: str, low: float, high: float, target: str = "t") -> Row:
+    gap = Interval((low + high) / 2, low, high)
+    return Row(target, "5%", method, 9, 9, 2, 1.0, 0.1, 0.5, 0.1, gap, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row("gist", -2, -1), row("less", -3, -1), row("rds", -1, 1)],
+         "gist and less beat random."),
+        ([row("gist", -2, 1)], "nothing beats random beyond the noise."),
+        ([row("a", -2, -1), row("b", 1, 2)], "a beats random; b is worse."),
+        ([row("base", 1, 2), row("b", 1, 2), row("c", 1, 2)],
+         "nothing beats random beyond the noise; b and c are worse."),
+        ([row("base", -2, -1), row("b", -1, 2)],
+         "nothing beats random beyond the noise; not fine-tuning at all is better than random."),
+    ],
+)  # fmt: skip
+def test_verdicts_are_plain_sentences(rows: list[Row], expected: str) -> None:
+    assert verdicts(rows) == [f"t, 5%: {expected}"]
+
+
+def test_intervals_and_settings_as_text() -> None:
+    assert interval(Interval(0.5, -0.25, 1), 2) == "+0.50 [-0.25, +1.00]"
+    settings = EvaluationConfig.build({"tests": {"t": "t.jsonl"}, "budgets": ["5%", "5 %", "30"]})
+    assert settings.budgets == ("5%", "30")
+    assert len(settings.methods) == 9

@@ -1,0 +1,77 @@
+"""The training step by length is the ordinary one, and whole passes are what they seem."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import reference
+from gradsift.batches import Batch
+from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.forward import run_forward
+from gradsift.model import attach_lora
+from gradsift.training import steps_per_epoch, train
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
+def test_a_step_is_adamw_on_the_mean_over_all_tokens(micro_batch_size: int) -> None:
+    examples = models.examples(16, seed=5)
+    lora = LoraConfig(rank=3, alpha=6, dropout=0.0)
+    settings = WarmupConfig(
+        batch_size=16, micro_batch_size=micro_batch_size, learning_rate=1e-2, warmup_ratio=0.0
+    )
+    found = attach_lora(models.build("llama"), lora, seed=1)
+    log = train(found, examples, settings, steps=2, seed=0)
+
+    expected = attach_lora(models.build("llama"), lora, seed=1)
+    parameters = [p for p in expected.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    counts = [int(e.supervised.sum()) for e in examples]
+    for step, rate in enumerate((1e-2, 5e-3)):  # cosine decay over two steps
+        optimizer.param_groups[0]["lr"] = rate
+        total = sum(reference.loss(expected, e) * n for e, n in zip(examples, counts, strict=True))
+        loss = total / sum(counts)
+        assert log[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    for name, parameter in found.named_parameters():
+        if parameter.requires_grad:
+            other = dict(expected.named_parameters())[name]
+            torch.testing.assert_close(parameter, other, rtol=2e-3, atol=2e-5)
+
+
+def test_steps_of_an_epoch_round_up() -> None:
+    settings = WarmupConfig(batch_size=8)
+    assert [steps_per_epoch(n, settings) for n in (1, 8, 9)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 90, 10_000])
+def test_a_forward_pass_gives_what_the_plain_model_gives(max_tokens: int) -> None:
+    model, examples = models.adapted("llama"), models.examples(11, seed=2)
+    found = run_forward(model, examples, max_tokens)
+    with torch.no_grad():
+        for row, example in enumerate(examples):
+            loss = reference.loss(model, example)
+            assert found.losses[row].item() == pytest.approx(loss.item(), rel=1e-4)
+            ids = torch.from_numpy(example.input_ids).long()[None]
+            out = model(input_ids=ids, output_hidden_states=True)
+            right = (out.logits[0].argmax(-1)[:-1] == ids[0, 1:])[
+                torch.from_numpy(example.supervised[1:])
+            ]
+            assert found.num_correct[row] == right.sum()
+            weights = torch.arange(1.0, len(ids[0]) + 1)
+            mean = (weights[:, None] * out.hidden_states[-1][0]).sum(0)
+            torch.testing.assert_close(found.hidden[row], mean / mean.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_whole_batch_holds_what_follows_the_last_label_too() -> None:
+    examples = models.examples(4, seed=1)
+    batch = Batch.of(examples, torch.device("cpu"), whole=True)
+    assert batch.input_ids.shape[1] == max(len(e.input_ids) for e in examples)
+    for row, example in enumerate(examples):
+        ids = batch.input_ids[row, : len(example.input_ids)].numpy()
+        np.testing.assert_array_equal(ids, example.input_ids)

@@ -26,6 +26,6 @@ def test_the_demo_finds_its_skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     in_pool = re.search(r"random picks +([\d.]+)% \(pool\) +\d\.\d{3} ± \d\.\d{3}\n", table)
     assert found, table
     assert in_pool, table
-    assert re.search(r"nothing +\d\.\d{3}$", table), table
+    assert re.search(r"nothing +\d\.\d{3}\n\nsql, 5%: gist beats random\.$", table), table
     assert float(found[1]) > 2 * float(in_pool[1])
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -86,7 +86,7 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
             assert row["loss_std"] == pytest.approx(own.loss.std())
     at_random = table[1]
     assert (at_random["seeds"], at_random["difference"]) == (3, None)
-    assert table[2]["difference"] == pytest.approx(table[2]["loss"] - at_random["loss"])
+    assert table[2]["difference"] == pytest.approx(table[2]["loss"] - at_random["loss"], abs=1e-5)
     assert table[2]["difference_low"] <= table[2]["difference"] <= table[2]["difference_high"]
     page = (folder / "evaluation/report.md").read_text()
     assert page == found.markdown()
@@ -186,7 +186,6 @@ def test_fine_tuning_on_the_targets_kind_lowers_its_loss(
     training = TRAINING | {"steps": 25}
     rows = {r.method: r for r in evaluate(folder, tests, fine_tuning=training).rows[:4]}
     assert rows["gist"].loss < rows["base"].loss - 0.2
-    assert rows["gist"].verdict in ("better", "no difference", "worse")
 
 
 def test_held_out_examples_in_the_pool_are_told(
@@ -196,6 +195,7 @@ def test_held_out_examples_in_the_pool_are_told(
     with caplog.at_level("WARNING", "gradsift"):
         evaluate(folder, leaking, methods=["random"])
     assert "3 of 3 held-out examples of t are in the pool itself" in caplog.text
+    assert "in the target itself" not in caplog.text
 
 
 def test_the_linear_datamodeling_score_end_to_end(
@@ -230,6 +230,7 @@ def test_lds_finds_the_scores_that_add_up_to_the_effect() -> None:
     assert values["true"].low > 0.9
     assert values["opposite"].high < -0.9
     assert values["none"].low < 0.2
+    assert values["none"].high < 0.9
     assert subset_cells(100, LdsConfig(subsets=64, sample=80), FineTuningConfig()) == cells
 
 
@@ -264,7 +265,7 @@ def test_what_a_user_can_mend(
 
 
 def row(method: str, low: float, high: float, target: str = "t") -> Row:
-    gap = Interval((low + high) / 2, low, high)
+    gap = Interval((low + high) / 2, float(low), float(high))
     return Row(target, "5%", method, 9, 9, 2, 1.0, 0.1, 0.5, 0.1, gap, {})
 
 
@@ -286,7 +287,10 @@ def test_verdicts_are_plain_sentences(rows: list[Row], expected: str) -> None:
 
 
 def test_intervals_and_settings_as_text() -> None:
-    assert interval(Interval(0.5, -0.25, 1), 2) == "+0.50 [-0.25, +1.00]"
+    assert interval(Interval(0.5, -0.25, 1.0), 2) == "+0.50 [-0.25, +1.00]"
     settings = EvaluationConfig.build({"tests": {"t": "t.jsonl"}, "budgets": ["5%", "5 %", "30"]})
     assert settings.budgets == ("5%", "30")
-    assert len(settings.methods) == 9
+    assert len(settings.methods) == 8
+    assert "embed" not in settings.methods
+    twice = EvaluationConfig.build({"tests": {"t": "t.jsonl"}, "methods": ["gist", "gist"]})
+    assert twice.methods == ("gist",)

@@ -83,11 +83,17 @@ def test_entries_name_the_file_and_what_its_turns_are_called(picked: Path, tmp_p
     [
         ("alpaca", {"instruction": "a", "output": "b"}, {},
          {"formatting": "alpaca",
-          "columns": {"prompt": "instruction", "query": "input", "response": "output"}},
+          "columns": {"prompt": "instruction", "response": "output"}},
          {"type": "alpaca"}),
-        ("sharegpt", {"conversations": []}, {},
+        ("alpaca", {"instruction": "a", "input": "i", "output": "b", "system": "s"}, {},
+         {"formatting": "alpaca", "columns": {"prompt": "instruction", "query": "input",
+                                              "response": "output", "system": "system"}},
+         {"type": {"field_instruction": "instruction", "field_input": "input",
+                   "field_output": "output", "format": "{instruction}\n\n{input}",
+                   "no_input_format": "{instruction}", "field_system": "system"}}),
+        ("sharegpt", {"conversations": [{"from": "user"}, {"from": "gpt"}]}, {},
          {"formatting": "sharegpt", "columns": {"messages": "conversations"},
-          "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human",
+          "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "user",
                    "assistant_tag": "gpt", "system_tag": "system"}},
          {"type": "chat_template", "field_messages": "conversations",
           "message_property_mappings": {"role": "from", "content": "value"}}),
@@ -111,7 +117,11 @@ def test_entries_of_other_schemas(
 
 @pytest.mark.parametrize(
     ("schemas", "row"),
-    [({"messages", "alpaca"}, {}), ({"prompt-completion"}, {"prompt": [], "completion": []})],
+    [
+        ({"messages", "alpaca"}, {}),
+        ({"prompt-completion"}, {"prompt": [], "completion": []}),
+        ({"sharegpt"}, {"conversations": [{"from": "human"}, {"from": "user"}]}),
+    ],
 )
 def test_what_no_trainer_reads_in_one_go_has_no_entry(
     schemas: set[str], row: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture

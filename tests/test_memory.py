@@ -95,6 +95,7 @@ import models, torch
 from math import prod
 from gradsift.basis import Basis
 from gradsift.batches import lengths_of
+from gradsift.gradients import blocks
 from gradsift.memory import within_memory
 from gradsift import passes
 from gradsift.passes import project

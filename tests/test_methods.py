@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -75,7 +74,8 @@ def test_every_method_picks_its_best_and_explains_them(
     assert all(0 < s <= 1 for s in shares) if method == "gist" else shares == [None] * 4
     [explanation] = explain(tmp_path / "run", picks["id"][0].as_py())
     assert (explanation.position, explanation.method) == (1, method)
-    assert f"for t, by {method}: picked as number 1 of 4" in explanation.text()
+    told = f"for t, by {method}: picked as number 1 of 4"
+    assert (f"{told}, for " if method in COMPARING else f"{told}\n") in explanation.text()
     assert ("most like these target examples" in explanation.text()) == (method in COMPARING)
 
 
@@ -210,10 +210,11 @@ def test_target_examples_cannot_take_turns_where_they_do_not_count(
 def test_embeddings_need_their_library(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr("gradsift.methods.embed.find_spec", lambda name: None)
     embed = config.embed.model_copy(update={"model": str(base)})
     with pytest.raises(ConfigError, match=r"needs sentence-transformers: pip install"):
         run(by("embed", config.model_copy(update={"embed": embed})), tmp_path / "run")
+    monkeypatch.undo()
     with pytest.raises(ModelError, match=r"no such folder: './nowhere'"):
         embed = config.embed.model_copy(update={"model": "./nowhere"})
         run(by("embed", config.model_copy(update={"embed": embed})), tmp_path / "run")

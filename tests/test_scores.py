@@ -121,5 +121,5 @@ def test_a_ranking_knows_no_target_examples() -> None:
     assert ranking.scores()[1] is None
     assert ranking.turns(PolicyConfig())[:, 0].tolist() == NORMS.tolist()
     assert ranking.winners(PolicyConfig(), np.array([1]), np.array([0])) is None
-    with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .* top"):
+    with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .*=top"):
         ranking.turns(PolicyConfig(strategy="round-robin"))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from gradsift.data import Encoded
 from gradsift.job import Inputs, Job
-from gradsift.shards import Measure, Stored, measure_pool
+from gradsift.shards import Measure, Stored, check_finite, measure_pool
 from gradsift.store import Stage, write_atomically
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run_over_target(job: Job, name: str) -> None:
             tokens = start_tokens(job.config.engine, device)
             found, _ = within_memory(partial(measure, examples), tokens, lengths_of(examples))
             tensors = {key: value.cpu().numpy() for key, value in found.items()}
+            check_finite(tensors, f"of the target {name!r}", job.targets[name])
             path = job.path(_target_file(name))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(save_file, tensors))

@@ -131,11 +131,11 @@ def evaluate(
         typer.Option(metavar="NAME=FILE", help="held-out examples of a target; repeatable"),
     ] = [],  # noqa: B006
     method: Annotated[
-        list[str], typer.Option(help="repeatable (default: all); base and random always")
+        list[str], typer.Option(help="repeatable (default: all but embed); base and random always")
     ] = [],  # noqa: B006
     budget: Annotated[list[str], typer.Option(help="repeatable (default: that of the run)")] = [],  # noqa: B006
     seeds: Annotated[int | None, typer.Option(help="trainings per selection (default: 2)")] = None,
-    full: Annotated[bool, typer.Option(help="also train on the whole pool")] = False,
+    full: Annotated[bool | None, typer.Option(help="also train on the whole pool")] = None,
     lds: Annotated[
         int | None, typer.Option(help="also the linear datamodeling score, on so many subsets")
     ] = None,
@@ -248,7 +248,7 @@ def _resolve(file: Path | None, flags: dict[str, Any], settings: list[str]) -> C
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """Return what was given, without the flags and sections that were not."""
     inner = {k: _given(v) if isinstance(v, dict) else v for k, v in flags.items()}
-    return {key: value for key, value in inner.items() if value}
+    return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
 
 
 def _targets(given: list[str]) -> dict[str, Any]:
@@ -335,13 +335,15 @@ def _show_evaluation(found: Evaluation) -> None:
 
     console = Console()
     for target, budget in dict.fromkeys((row.target, row.budget) for row in found.rows):
-        titles = ("method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", "")
-        table = Table(*titles, title=f"{target}, {budget}")
+        titles = ["method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", ""]
+        tasks = sorted({name for row in found.rows for name in row.tasks})
+        table = Table(*titles, *tasks, title=f"{target}, {budget}")
         for row in found.rows:
             if (row.target, row.budget) == (target, budget):
                 gap = "" if row.difference is None else interval(row.difference, 3)
                 loss, accuracy = plus_minus(row.loss, row.loss_std), f"{row.accuracy:.1%}"
-                table.add_row(row.method, f"{row.num_picks:,}", loss, accuracy, gap, row.verdict)
+                cells = [row.method, f"{row.num_picks:,}", loss, accuracy, gap, row.verdict]
+                table.add_row(*cells, *(f"{row.tasks[task]:.4f}" for task in tasks))
         console.print(table)
     if found.lds:
         table = Table("target", "method", "[95 %]", title="linear datamodeling score")

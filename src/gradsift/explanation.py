@@ -132,7 +132,8 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
 def _verdict(run: Path, name: str, row: int) -> str:
     selection = read_selection(run, name)
     for pick in selection.picks.filter(pc.field("row") == row).to_pylist():
-        return f"picked as number {pick['rank']} of {len(selection.picks)}, for {pick['best']}"
+        told = f"picked as number {pick['rank']} of {len(selection.picks)}"
+        return f"{told}, for {pick['best']}" if pick["best"] else told
     for refusal in selection.refused.filter(pc.field("row") == row).to_pylist():
         like = f" {refusal['like']}" if refusal["like"] else ""
         return f"refused: {refusal['reason']}{like}"

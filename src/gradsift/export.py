@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def export_entries(
     """Write `dataset_info.json` (LLaMA-Factory) and `axolotl.yaml` beside the picks.
 
     `schemas`: those of each target's picks. `columns` maps fields to the pool's own columns. Picks
-    of several schemas, and prompts that are lists of turns, have no entry, and the log says so.
+    of several schemas or names of roles, and prompts that are lists of turns, have no entry, and
+    the log says so.
     """
     factory: dict[str, Any] = {}
     axolotl = []
@@ -48,32 +49,49 @@ def _entries(
     path: Path, schemas: Collection[str], columns: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return what LLaMA-Factory and axolotl have to know of the file."""
-    schema = next(iter(schemas)) if len(schemas) == 1 else None
-    if schema in ("messages", "sharegpt"):
-        field, role, content = "conversations", "from", "value"
-        if schema == "messages":
-            field, role, content = columns.get("messages", "messages"), "role", "content"
-        return _turns(field, role, content)
-    if schema == "alpaca":
-        named = {"prompt": "instruction", "query": "input", "response": "output"}
-        return {"formatting": "alpaca", "columns": named}, {"type": "alpaca"}
-    if schema == "prompt-completion":
-        prompt, completion = (columns.get(field, field) for field in ("prompt", "completion"))
-        with path.open("rb") as file:
-            first = json.loads(file.readline())
-        if isinstance(first[prompt], str) and isinstance(first[completion], str):
-            return _pair(prompt, completion)
-    return None
+    if len(schemas) != 1:
+        return None
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    schema, system = next(iter(schemas)), columns.get("system", "system")
+    entries = _FORMATS[schema](rows, columns)
+    if entries is None or schema == "messages" or not any(row.get(system) for row in rows):
+        return entries
+    factory, axolotl = entries
+    if "messages" in factory["columns"]:  # a column beside the turns, which axolotl does not read
+        return None
+    kind = axolotl["type"] if isinstance(axolotl["type"], dict) else dict(_ALPACA)
+    factory = {**factory, "columns": {**factory["columns"], "system": system}}
+    return factory, {"type": {**kind, "field_system": system}}
 
 
-def _turns(field: str, role: str, content: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
-    if role == "from":
-        names = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}
+def _messages(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    tags = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+    return _turns(columns.get("messages", "messages"), "role", "content", tags)
+
+
+def _sharegpt(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the entries if every role goes by a single name."""
+    found = {turn["from"] for row in rows for turn in row["conversations"]}
+    tags = {"system_tag": "system"}
+    for tag, names in {"user_tag": ("human", "user"), "assistant_tag": _ASSISTANTS}.items():
+        own = [name for name in names if name in found]
+        if len(own) > 1:
+            return None
+        tags[tag] = own[0] if own else names[0]
+    return _turns("conversations", "from", "value", tags)
+
+
+def _turns(
+    field: str, role: str, content: str, tags: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     factory = {
         "formatting": "sharegpt",
         "columns": {"messages": field},
-        "tags": {"role_tag": role, "content_tag": content, **names},
+        "tags": {"role_tag": role, "content_tag": content, **tags},
     }
     mappings = {"role": role, "content": content}
     axolotl = {
@@ -84,7 +102,22 @@ def _turns(field: str, role: str, content: str) -> tuple[dict[str, Any], dict[st
     return factory, axolotl
 
 
-def _pair(prompt: str, completion: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _alpaca(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    named = {"prompt": "instruction", "response": "output"}
+    if any("input" in row for row in rows):
+        named["query"] = "input"
+    return {"formatting": "alpaca", "columns": named}, {"type": "alpaca"}
+
+
+def _pair(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the entries if prompts and completions are texts."""
+    prompt, completion = (columns.get(field, field) for field in ("prompt", "completion"))
+    if not all(isinstance(row[name], str) for row in rows for name in (prompt, completion)):
+        return None
     factory = {"formatting": "alpaca", "columns": {"prompt": prompt, "response": completion}}
     custom = {
         "field_instruction": prompt,
@@ -93,3 +126,19 @@ def _pair(prompt: str, completion: str) -> tuple[dict[str, Any], dict[str, Any]]
         "no_input_format": _PLAIN,
     }
     return factory, {"type": custom}
+
+
+_ASSISTANTS = ("gpt", "assistant", "chatgpt", "bing", "bard", "model")
+_ALPACA = {
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+    "format": "{instruction}\n\n{input}",
+    "no_input_format": _PLAIN,
+}
+_FORMATS = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt-completion": _pair,
+}

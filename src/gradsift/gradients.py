@@ -151,7 +151,7 @@ def label_logits(
         look(inputs[0])
         return (batch.at_labels(inputs[0]), *inputs[1:])
 
-    head = getattr(model, "module", model).get_output_embeddings()
+    head = getattr(model, "module", model).get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(trim)
     try:
         logits = model(input_ids=batch.input_ids, use_cache=False).logits

@@ -96,7 +96,7 @@ class Job:
             if todo:
                 from gradsift.warmup import warm_up
 
-                warm_up(config, self.pool, self.path(stage.name))
+                warm_up(config, self.models, self.pool, self.path(stage.name))
         return self.checkpoints(stage)
 
     def checkpoints(self, stage: Stage) -> list[Checkpoint]:
@@ -117,9 +117,10 @@ class Job:
                 f"{self.folder.path} and run the same command: what is there is kept"
             ) from None
 
-    def texts(self, name: str, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
-        """Return the conversations of `pool` or a target as plain text, without roles."""
-        encoded = self.pool if name == "pool" else self.targets[name]
+    def texts(
+        self, encoded: EncodedSet, rows: Sequence[int] | np.ndarray | None = None
+    ) -> list[str]:
+        """Return the conversations of pool or target as plain text, without roles."""
         wanted = range(len(encoded)) if rows is None else rows
         conversations = encoded.conversations(wanted, self.config.data.columns)
         return ["\n".join(m["content"] for m in messages) for messages in conversations]
@@ -144,7 +145,8 @@ class Method:
     `stages`: what it leaves in the run folder, besides scores, in the order of its work.
     `measure`: does what of that is not there yet. `scores`: one `Scores` per target, from what is
     there. `settings`: what else the scores depend on. `facts`: columns for `scores.parquet` that
-    it knows of every pool example, whatever the target.
+    it knows of every pool example, whatever the target. `check`: finds out before any work what
+    would stop it.
     """
 
     scores: Callable[[Job], Mapping[str, Scores]]
@@ -152,6 +154,7 @@ class Method:
     measure: Callable[[Job], object] = _nothing
     settings: Callable[[Config], Mapping[str, Any]] = _nothing
     facts: Callable[[Job], Mapping[str, np.ndarray]] = _nothing
+    check: Callable[[Config], object] = _nothing
 
 
 def distinct(keys: Sequence[object]) -> tuple[list[int], np.ndarray]:

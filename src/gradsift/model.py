@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ from gradsift.config import LoraConfig, ModelConfig
 from gradsift.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -260,6 +261,19 @@ class Models:
         if path != self._path:
             self._model, self._path = load_adapter(self.base(), path), path
         return self._model  # type: ignore[return-value]
+
+    @contextmanager
+    def fresh(self, config: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
+        """Yield the model with a fresh, trainable adapter, and take it off again.
+
+        Raises:
+            ModelError: As `load_base` and `attach_lora`.
+        """
+        model = attach_lora(self.base(), config, seed)
+        try:
+            yield model
+        finally:
+            model.unload().eval()  # type: ignore[operator]
 
 
 def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:

@@ -105,12 +105,13 @@ def gradient_rows(
         name: torch.empty(len(examples), prod(shape), device=device)
         for name, shape in blocks(model).items()
     }
+    scale = gradient_scale(model)
     groups = plan_batches(lengths_of(examples), max_tokens, MOST_EXAMPLES)
     for group, backpropagate in _each_batch(model, examples, groups):
         indices = to_device(group, device)
 
         def take(name: str, gradient: Tensor, indices: Tensor = indices) -> None:
-            rows[name][indices] = gradient.flatten(1).float() / gradient_scale(model)
+            rows[name][indices] = gradient.flatten(1).float() / scale
 
         backpropagate(take)
     return rows

@@ -101,13 +101,13 @@ def run(
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     plan = Plan.of(config)
+    METHODS[config.method].check(config)
     with open_run(Path(output_dir)) as folder:
         folder.prepare(plan, overwrite)
         if not (folder.path / "config.yaml").exists():
             folder.write_config(config)
         job = encode(plan, folder, strict)
-        sources, num_tokens = _column(job.pool, "source"), _column(job.pool, "num_tokens")
-        check_policy(config.policy, sources.to_pylist(), num_tokens.to_numpy())
+        check_budgets(job, [config.policy.budget])
         scored = measure(job, plan)
         for name in job.targets:
             with folder.stage(plan.selections[name]) as todo:
@@ -144,6 +144,18 @@ def measure(job: Job, plan: Plan) -> Callable[[], Mapping[str, Scores]]:
         if todo:
             _write_scores(job, method.facts(job), scored())
     return scored
+
+
+def check_budgets(job: Job, budgets: Sequence[str]) -> None:
+    """Find out before the work whether the policy fits the pool at each of some budgets.
+
+    Raises:
+        ConfigError: As `check_policy`.
+    """
+    sources, num_tokens = _column(job.pool, "source"), _column(job.pool, "num_tokens")
+    for budget in budgets:
+        policy = job.config.policy.model_copy(update={"budget": budget})
+        check_policy(policy, sources.to_pylist(), num_tokens.to_numpy())
 
 
 def encode(plan: Plan, folder: Run, strict: bool) -> Job:
@@ -288,6 +300,12 @@ def _shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
         return pa.nulls(len(rows), pa.float32())
     norms, projected = (column.to_numpy()[rows] for column in pq.read_table(path, columns=columns))
     return pa.array(np.divide(projected, norms, where=norms > 0, out=norms * 0))
+
+
+def read_scores(run: Path, method: str, target: str) -> Float[np.ndarray, " example"]:
+    """Return a method's stored scores of the whole pool for a target."""
+    name = f"{target}/score"
+    return pq.read_table(run / scores_file(method), columns=[name])[name].to_numpy()
 
 
 def read_selection(run: Path, name: str) -> Selection:

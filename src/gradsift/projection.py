@@ -33,7 +33,7 @@ class Projection:
         """Return the signs of some parameters, counted over the whole vector.
 
         >>> Projection(64, seed=0, device=torch.device("cpu")).signs(0, 1)[0, :6].tolist()
-        [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0]
+        [1.0, 1.0, 1.0, 1.0, -1.0, 1.0]
         """
         words = self.dimension // _WORD
         places = torch.arange(start * words + 1, stop * words + 1, device=self._device)

@@ -109,7 +109,7 @@ def measure_shards(
     from gradsift.memory import within_memory
 
     total = sum(shard.stop - shard.start for shard in shards)
-    label = f"pool at {shards[0].path.parent.name}"
+    label = "/".join(shards[0].path.parent.parts[-2:])
     with track(label, total) as advance, ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         try:
@@ -127,12 +127,23 @@ def measure_shards(
 
 def _write(shard: Shard, found: Mapping[str, Tensor], pool: EncodedSet, max_tokens: int) -> None:
     tensors = {name: values.cpu().numpy() for name, values in found.items()}
-    for name, values in tensors.items():
-        finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-        if not finite.all():
-            told = f"{name.partition('/')[0].replace('_', ' ')} of the pool"
-            raise not_finite(told, pool, shard.rows[~finite])
+    check_finite(tensors, "of the pool", pool, shard.start)
     save_shard(shard, tensors, {_BATCH_TOKENS: str(max_tokens)})
+
+
+def check_finite(
+    tensors: Mapping[str, np.ndarray], whose: str, encoded: EncodedSet, start: int = 0
+) -> None:
+    """Make sure that all is finite that was found of some examples, the first being `start`.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not.
+    """
+    for name, values in tensors.items():
+        broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        if len(broken):
+            told = f"{name.partition('/')[0].replace('_', ' ')} {whose}"
+            raise not_finite(told, encoded, start + broken)
 
 
 def save_shard(
@@ -148,7 +159,8 @@ def not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsErro
     where = encoded.take(rows[:1], ["id", "file", "line"]).to_pylist()[0]
     return NumericsError(
         f"the {what} is not finite for {len(rows)} examples, the first being {where['id']!r} "
-        f"({where['file']}:{where['line']}); is the adapter broken? Try model.dtype=float32"
+        f"({where['file']}:{where['line']}); is the model or its adapter broken? Try "
+        "model.dtype=float32"
     )
 
 

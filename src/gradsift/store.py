@@ -236,9 +236,9 @@ def identity(name: str) -> str:
             raise ModelError(f"cannot load the model {name!r}: {error}") from error
     piece, pieces = 1 << 16, 256  # 16 MiB of each file at most
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(name).iterdir() if p.is_file()):
+    for path in sorted(p for p in Path(name).rglob("*") if p.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(f"{path.relative_to(name).as_posix()} {size} ".encode())
         step = max(piece, size // pieces)
         with path.open("rb") as file:
             for start in [*range(0, size, step), max(size - piece, 0)]:

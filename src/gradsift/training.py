@@ -45,6 +45,7 @@ def train(  # noqa: PLR0913
     seed: int,
     on_epoch: Callable[[int, float, torch.optim.Optimizer], None] = lambda *_: None,
     label: str = "warm-up",
+    progress: bool = True,
 ) -> list[dict[str, int | float]]:
     """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
 
@@ -54,7 +55,8 @@ def train(  # noqa: PLR0913
     Raises:
         NumericsError: If the loss or its gradient stops being finite.
     """
-    with tempfile.TemporaryDirectory() as scratch, track(label, steps, "steps") as advance:
+    tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
+    with tempfile.TemporaryDirectory() as scratch, tracked as advance:
         watcher = _Watcher(on_epoch, advance, label)
         trainer = _Trainer(
             model=model,  # type: ignore[arg-type]
@@ -67,6 +69,8 @@ def train(  # noqa: PLR0913
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.train()
+        # mixed precision is wrapped around the forward pass; measuring is to be without
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return watcher.log
 
 
@@ -118,7 +122,8 @@ class _Trainer(Trainer):
         device = next(model.parameters()).device
         num_labels = sum(int(example.supervised.sum()) for example in examples)
         lengths = lengths_of(examples)
-        groups = plan_batches(lengths, int(lengths.sum()) + 1, self.micro_batch_size)
+        no_limit = len(lengths) * int(lengths.max())
+        groups = plan_batches(lengths, no_limit, self.micro_batch_size)
         total = torch.zeros((), device=device)
         for number, batch in enumerate(lay_out(examples, groups, device), start=1):
             last = number == len(groups)
@@ -156,7 +161,8 @@ class _Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
+        # in float16 the scaler skips steps whose gradient overflows, until its scale is right
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(name, 0))):
                 raise NumericsError(
                     f"the {name.replace('_', ' ')} of the {self._label} is {logs[name]} at step "

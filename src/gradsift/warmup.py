@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 
 from gradsift.config import Config
 from gradsift.data import EncodedSet
-from gradsift.model import attach_lora, load_adapter, load_base
+from gradsift.model import Models
 from gradsift.store import OPTIMIZER_STATE, write_atomically, write_checkpoints
 from gradsift.training import optimizer_state, steps_per_epoch, train
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
+def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -> None:
     """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
     Trained on a random part of the pool (one adapter for each of the last epochs, weighted by its
@@ -30,15 +31,21 @@ def warm_up(config: Config, pool: EncodedSet, directory: Path) -> None:
         ModelError: If the model or the adapter given cannot be used.
         NumericsError: If the training loss stops being finite.
     """
-    warmup, base = config.warmup, load_base(config.model)
+    warmup = config.warmup
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
-        load_adapter(base, given).save_pretrained(str(kept))
+        models.at(given).save_pretrained(str(kept))
         if (given / OPTIMIZER_STATE).exists():
             shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
         write_checkpoints(directory, {"adapter": 1.0})
         return
-    model = attach_lora(base, config.lora, warmup.seed)
+    with models.fresh(config.lora, warmup.seed) as model:
+        _train(config, model, pool, directory)
+
+
+def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
+    """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
+    warmup = config.warmup
     if warmup.mode == "none":
         model.save_pretrained(str(directory / "fresh"))
         write_checkpoints(directory, {"fresh": 1.0})

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, merge
 from gradsift.data import EncodedSet
@@ -20,15 +19,18 @@ from gradsift.evaluation.cells import Bench, Cell, HeldOut
 from gradsift.evaluation.conclusions import Entry, conclude
 from gradsift.evaluation.lds import subset_cells
 from gradsift.evaluation.results import Evaluation
-from gradsift.evaluation.settings import EvaluationConfig
+from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig
 from gradsift.job import Job
 from gradsift.methods import METHODS
-from gradsift.pipeline import choose, encode, encode_sets, measure
+from gradsift.pipeline import check_budgets, choose, encode, encode_sets, measure, read_scores
 from gradsift.progress import track
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
 from gradsift.store import open_run, read_config, write_atomically
 from gradsift.training import steps_per_epoch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -63,38 +65,48 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     config = read_config(Path(run))
-    _check(config, settings)
+    plans = _plans(config, settings)
     with open_run(Path(run)) as folder:
-        plan = Plan.of(config.model_copy(update={"method": "random"}))  # costs nothing to plan
-        folder.prepare(plan.inputs.data.values())
-        job = encode(plan, folder, strict=False)
+        for plan in plans.values():  # whatever cannot be done is told before anything is
+            folder.prepare([*plan.inputs.data.values(), *plan.measured])
+        job = encode(plans["random"], folder, strict=False)
+        budgets = settings.budgets or (config.policy.budget,)
+        check_budgets(job, budgets)
         tests = _encode_tests(job, settings)
+        bench = Bench(job, settings, tests)
         content = settings.to_yaml().encode()
         write_atomically(folder.path / _FOLDER / "config.yaml", content)
-        scored = {method: _scored(job, method) for method in settings.methods}
-        grid = [*_grid(job, settings, scored, tests)]
+        grid = _grid(job, settings, plans, [(t, b) for t in tests for b in budgets])
         subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
-        bench = Bench(job, settings, tests)
+        _tell_what_is_not_seen(settings.fine_tuning, grid, subsets)
         _run_cells(bench, grid, subsets, list(tests))
         scores = {
-            (target, method): by_target[target].scores()[0]
+            (target, method): read_scores(folder.path, method, target)
             for target in tests
-            for method, by_target in scored.items()
+            for method in settings.methods
         }
         return conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
 
 
-def _check(config: Config, settings: EvaluationConfig) -> None:
+def _plans(config: Config, settings: EvaluationConfig) -> dict[str, Plan]:
+    """Return the stages of every method, `random` always among them.
+
+    Raises:
+        ConfigError: If a test belongs to no target, or something would stop a method.
+        ModelError: If the model, an adapter or an encoder is not there.
+    """
     unknown = [name for name in settings.tests if name not in config.data.targets]
     if unknown:
         raise ConfigError(
             f"held-out examples for {unknown[0]!r}, which is no target of this run "
             f"({', '.join(config.data.targets)})"
         )
-    if settings.lm_eval:
-        from gradsift.evaluation.harness import check_tasks
-
-        check_tasks(settings.lm_eval, settings.lm_eval_include)
+    plans = {}
+    for method in dict.fromkeys([*settings.methods, "random"]):
+        own = config.model_copy(update={"method": method})
+        METHODS[method].check(own)
+        plans[method] = Plan.of(own)
+    return plans
 
 
 def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
@@ -103,61 +115,94 @@ def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
     stages = encoding_stages(job.config, job.inputs.model, specs, f"{_FOLDER}/data")
     encode_sets(job.config, specs, stages, job.folder, job.path(f"{_FOLDER}/data"))
     result = {}
-    known = {*job.pool.table(["text_hash"])["text_hash"].to_pylist()}
     for name, (encoded, stage) in zip(settings.tests, stages.items(), strict=True):
         examples = EncodedSet(job.path(f"{_FOLDER}/data/{encoded}.parquet"))
         result[name] = HeldOut(examples, stage.fingerprint)
-        repeated = sum(h in known for h in examples.table(["text_hash"])["text_hash"].to_pylist())
-        if repeated:
-            told = (repeated, len(examples), name)
-            logger.warning("%d of %d held-out examples of %s are in the pool itself", *told)
+        for where, others in (("pool", job.pool), ("target", job.targets[name])):
+            repeated = sum(_hashes(examples).isin(_hashes(others)))
+            if repeated:
+                told = (repeated, len(examples), name, where)
+                logger.warning("%d of %d held-out examples of %s are in the %s itself", *told)
     return result
 
 
-def _scored(job: Job, method: str) -> Mapping[str, Scores]:
-    """Return a method's scores, measured now or before."""
-    plan = Plan.of(job.config.model_copy(update={"method": method}))
-    job.folder.prepare([*plan.measured, plan.scores])
-    return measure(replace(job, inputs=plan.inputs), plan)()
+def _hashes(encoded: EncodedSet) -> pd.Series:
+    return encoded.table(["text_hash"])["text_hash"].to_pandas()
 
 
 def _grid(
     job: Job,
     settings: EvaluationConfig,
-    scored: Mapping[str, Mapping[str, Scores]],
-    tests: Mapping[str, HeldOut],
-) -> Iterator[Entry]:
-    """Yield base, random and every method's picks, for every target, budget and seed."""
+    plans: Mapping[str, Plan],
+    places: Sequence[tuple[str, str]],
+) -> list[Entry]:
+    """Return base, random and every method's picks, by target and budget, for every seed.
+
+    Methods are measured one after the other, and only their picks are kept.
+    """
     steps, num_pool = settings.fine_tuning.steps, len(job.pool)
-    for target in tests:
-        for budget in settings.budgets or (job.config.policy.budget,):
-            entry = partial(Entry, target, budget)
-            yield entry("base", Cell((), 0, 0, "base"))
-            for seed in range(settings.random_seeds):
-                config = job.config.model_copy(
-                    update={"random": job.config.random.model_copy(update={"seed": seed})}
-                )
-                seeded = replace(job, inputs=replace(job.inputs, config=config))
-                rows = _picks(job, target, budget, METHODS["random"].scores(seeded)[target])
-                yield entry("random", Cell(rows, steps, seed, f"random, {budget}, seed {seed}"))
-            if settings.full:
-                whole = max(steps, steps_per_epoch(num_pool, settings.fine_tuning))
-                for seed in range(settings.seeds):
-                    cell = Cell(tuple(range(num_pool)), whole, seed, f"full, seed {seed}")
-                    yield entry("full", cell)
-            for method in settings.methods:
-                if method != "random":
-                    rows = _picks(job, target, budget, scored[method][target])
-                    for seed in range(settings.seeds):
-                        label = f"{method} for {target}, {budget}, seed {seed}"
-                        yield entry(method, Cell(rows, steps, seed, label))
+    cells: dict[str, dict[tuple[str, str], list[Cell]]] = {"base": {}, "random": {}}
+    for place in places:
+        cells["base"][place] = [Cell((), 0, 0, "base")]
+    for seed in range(settings.random_seeds):
+        section = job.config.random.model_copy(update={"seed": seed})
+        config = job.config.model_copy(update={"random": section})
+        seeded = replace(job, inputs=replace(job.inputs, config=config))
+        for place, rows in _picks(job, METHODS["random"].scores(seeded), places):
+            cell = Cell(rows, steps, seed, f"random, {place[1]}, seed {seed}")
+            cells["random"].setdefault(place, []).append(cell)
+    if settings.full:
+        whole = max(steps, steps_per_epoch(num_pool, settings.fine_tuning))
+        rows = tuple(range(num_pool))
+        trained = [Cell(rows, whole, seed, f"full, seed {seed}") for seed in range(settings.seeds)]
+        cells["full"] = dict.fromkeys(places, trained)
+    for method in settings.methods:
+        scored = measure(replace(job, inputs=plans[method].inputs), plans[method])()
+        if method == "random":
+            continue
+        cells[method] = {
+            place: [
+                Cell(rows, steps, seed, f"{method} for {place[0]}, {place[1]}, seed {seed}")
+                for seed in range(settings.seeds)
+            ]
+            for place, rows in _picks(job, scored, places)
+        }
+    return [
+        Entry(*place, method, cell)
+        for place in places
+        for method, by_place in cells.items()
+        for cell in by_place[place]
+    ]
 
 
-def _picks(job: Job, target: str, budget: str, scores: Scores) -> tuple[int, ...]:
-    policy = job.config.policy.model_copy(update={"budget": budget})
-    if isinstance(scores, Ranking):  # it has no target examples that could take turns
-        policy = policy.model_copy(update={"strategy": "top"})
-    return tuple(choose(job, target, scores.turns(policy), policy).rows)
+def _picks(
+    job: Job, scored: Mapping[str, Scores], places: Sequence[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    """Yield the rows that the run's policy picks for each target at each budget, in their order."""
+    for target, budget in places:
+        policy, scores = job.config.policy.model_copy(update={"budget": budget}), scored[target]
+        if isinstance(scores, Ranking):  # it has no target examples that could take turns
+            policy = policy.model_copy(update={"strategy": "top"})
+        rows = choose(job, target, scores.turns(policy), policy).rows
+        yield (target, budget), tuple(sorted(rows))
+
+
+def _tell_what_is_not_seen(
+    settings: FineTuningConfig, grid: Sequence[Entry], subsets: Sequence[Cell]
+) -> None:
+    """Warn where a fine-tuning ends before it has seen all of its examples."""
+    seen = settings.steps * settings.batch_size
+    picked = [len(entry.cell.rows) for entry in grid if entry.method not in ("base", "full")]
+    for what, size in (
+        ("picks", max(picked)),
+        ("a subset", max((len(c.rows) for c in subsets), default=0)),
+    ):
+        if size > seen:
+            logger.warning(
+                "fine_tuning.steps × batch_size is %d examples, less than the %d of %s: not all of "
+                "them are trained on",
+                seen, size, what,
+            )  # fmt: skip
 
 
 def _run_cells(

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from gradsift.data import EncodedSet
 from gradsift.errors import NumericsError
+from gradsift.evaluation.harness import Harness
 from gradsift.evaluation.settings import EvaluationConfig
 from gradsift.job import Job
 from gradsift.store import write_atomically
@@ -93,7 +95,7 @@ class Bench:
     ) -> None:
         """Take what all cells have in common."""
         self._job, self._settings, self._tests = job, settings.fine_tuning, tests
-        self._lm_eval, self._include = settings.lm_eval, settings.lm_eval_include
+        self._tasks = Harness.of(settings.lm_eval, settings.lm_eval_include)
         self._folder = job.path("evaluation/cells")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {
@@ -116,18 +118,11 @@ class Bench:
         started, stored, path = time.perf_counter(), self._stored(cell), self._path(cell)
         names, tasks = self._lacking(stored, targets, with_tasks)
         tensors = load_file(path) if stored else {}
-        found: dict[str, dict[str, float]] = {}
-        model, undo = self._trained(cell)
-        try:
+        with self._trained(cell) as model:
             for name in names:
                 losses, num_correct = self._measure(model, name)
                 tensors |= {f"{name}/loss": losses, f"{name}/num_correct": num_correct}
-            if tasks:
-                from gradsift.evaluation.harness import run_tasks
-
-                found = run_tasks(model, self._job.config.model, tasks, self._include)
-        finally:
-            undo()
+            found = self._tasks.run(model, self._job.config.model, tasks)
         tests = {name: self._tests[name].fingerprint for name in names}
         facts = {
             "label": cell.label,
@@ -139,18 +134,22 @@ class Bench:
         }
         metadata = {"facts": json.dumps(facts)}
         write_atomically(path, lambda path: save_file(tensors, path, metadata))
-        mean = ", ".join(f"{name} {self.outcome(cell, name).loss:.4f}" for name in names)
-        logger.info("%s: loss on %s (%.1f s)", cell.label, mean, facts["seconds"])
+        told = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
+        told += [f"{task} done" for task in tasks]
+        logger.info("%s: %s (%.1f s)", cell.label, ", ".join(told), facts["seconds"])
 
     def outcome(self, cell: Cell, target: str) -> Outcome:
         """Return what was found of a cell that was run."""
         with safe_open(self._path(cell), "np") as file:
-            found = (file.get_tensor(f"{target}/{name}") for name in ("loss", "num_correct"))
-            return Outcome(*found, self._tests[target].num_tokens)
+            losses, num_correct = (
+                file.get_tensor(f"{target}/{name}") for name in ("loss", "num_correct")
+            )
+        return Outcome(losses, num_correct, self._tests[target].num_tokens)
 
     def tasks(self, cell: Cell) -> dict[str, dict[str, float]]:
-        """Return the metrics of the lm-evaluation-harness tasks of a cell that was run."""
-        return self._stored(cell).get("lm_eval", {})
+        """Return the metrics of the lm-evaluation-harness tasks that these settings ask for."""
+        known = self._stored(cell).get("lm_eval", {})
+        return {task: known[task]["metrics"] for task in self._tasks.names if task in known}
 
     def _lacking(
         self, stored: Mapping[str, Any], targets: Sequence[str], with_tasks: bool
@@ -158,7 +157,10 @@ class Bench:
         """Return the targets and the lm-evaluation-harness tasks that are not known of a cell."""
         tests, known = stored.get("tests", {}), stored.get("lm_eval", {})
         names = [name for name in targets if tests.get(name) != self._tests[name].fingerprint]
-        return names, [task for task in self._lm_eval if with_tasks and task not in known]
+        tasks = [
+            task for task in self._tasks.names if with_tasks and self._tasks.lacks(task, known)
+        ]
+        return names, tasks
 
     def _inputs(self, cell: Cell) -> dict[str, Any]:
         rows = hashlib.sha256(np.array(cell.rows, np.int64).tobytes()).hexdigest()
@@ -175,19 +177,21 @@ class Bench:
         with safe_open(path, "np") as file:
             return json.loads(file.metadata()["facts"])
 
-    def _trained(self, cell: Cell) -> tuple[nn.Module, Callable[[], object]]:
-        """Return the model of a cell, and what takes its adapter off again."""
-        base = self._job.models.base()
+    @contextmanager
+    def _trained(self, cell: Cell) -> Iterator[nn.Module]:
+        """Yield the model of a cell, for as long as it is measured."""
         if not cell.rows:
-            return base, lambda: None
-        from gradsift.model import attach_lora
+            yield self._job.models.base()
+            return
         from gradsift.training import train
 
-        model = attach_lora(base, self._job.config.lora, cell.seed)
         examples = self._job.pool.examples(cell.rows)
-        steps, seed = cell.steps, cell.seed
-        train(model, examples, self._settings, steps=steps, seed=seed, label="fine-tuning")
-        return model.eval(), model.unload
+        with self._job.models.fresh(self._job.config.lora, cell.seed) as model:
+            train(
+                model, examples, self._settings,
+                steps=cell.steps, seed=cell.seed, label="fine-tuning", progress=False,
+            )  # fmt: skip
+            yield model.eval()
 
     def _measure(self, model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
         from gradsift.batches import lengths_of
@@ -202,7 +206,7 @@ class Bench:
         losses = found.losses.cpu().numpy()
         if not np.isfinite(losses).all():
             raise NumericsError(
-                f"the loss on the held-out examples of {name!r} is not finite after fine-tuning; "
-                "lower fine_tuning.learning_rate"
+                f"the loss on the held-out examples of {name!r} is not finite; if that of the base "
+                "model is, lower fine_tuning.learning_rate"
             )
         return losses, found.num_correct.cpu().numpy()

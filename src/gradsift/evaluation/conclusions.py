@@ -103,9 +103,9 @@ def _mean_tasks(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
     """Return the mean of each metric of each lm-evaluation-harness task over the trainings."""
     values: dict[str, list[float]] = {}
     for tasks in found:
-        for task, metrics in tasks.items():
+        for metrics in tasks.values():
             for metric, value in metrics.items():
-                values.setdefault(f"{task} {metric}", []).append(value)
+                values.setdefault(metric, []).append(value)
     return {name: float(np.mean(own)) for name, own in values.items()}
 
 

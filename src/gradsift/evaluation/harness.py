@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import ModelConfig
@@ -11,43 +15,74 @@ from gradsift.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
+_NO_METRICS = ("sample_len",)
 
-def check_tasks(names: Sequence[str], include: str | None) -> None:
-    """Find out before the work whether the harness is there and knows the tasks.
 
-    Raises:
-        ConfigError: If it is not installed, or a task is unknown.
+@dataclass(frozen=True)
+class Harness:
+    """The tasks asked for; `fingerprint` tells the harness and the tasks of one's own from others.
+
+    `manager` knows all tasks; nothing where none is asked for.
     """
-    manager = _manager(include)
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise ConfigError(f"lm-evaluation-harness knows no task {name!r}; see lm-eval ls tasks")
 
+    names: tuple[str, ...]
+    fingerprint: str
+    manager: Any
 
-def run_tasks(
-    model: nn.Module, config: ModelConfig, names: Sequence[str], include: str | None
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of each task, by name, standard errors among them."""
-    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    @classmethod
+    def of(cls, names: Sequence[str], include: str | None) -> Harness:
+        """Return the harness for some tasks, those in the folder `include` among them.
 
-    from gradsift.model import load_tokenizer
+        Raises:
+            ConfigError: If it is not installed, or a task is unknown.
+        """
+        if not names:
+            return cls((), "", None)
+        try:
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    wrapped: Any = HFLM(pretrained=model, tokenizer=load_tokenizer(config))  # type: ignore[arg-type]
-    found: Any = simple_evaluate(
-        model=wrapped, tasks=list(names), task_manager=_manager(include), log_samples=False
-    )
-    return {
-        task: {key: float(v) for key, v in metrics.items() if isinstance(v, int | float)}
-        for task, metrics in found["results"].items()
-    }
+            digest = hashlib.sha256(version("lm_eval").encode())
+        except (ImportError, PackageNotFoundError):
+            raise ConfigError(
+                "--lm-eval needs lm-evaluation-harness: pip install 'gradsift[lm-eval]'"
+            ) from None
+        manager = TaskManager(include_path=include)
+        for name in names:
+            if not manager.match_tasks([name]):
+                raise ConfigError(
+                    f"lm-evaluation-harness knows no task {name!r}; see lm-eval ls tasks"
+                )
+        for path in sorted(Path(include).rglob("*.yaml")) if include else ():
+            digest.update(path.read_bytes())
+        return cls(tuple(names), digest.hexdigest()[:16], manager)
 
+    def lacks(self, task: str, known: Mapping[str, Any]) -> bool:
+        """Return whether a task is not among those that were run, as it is now."""
+        return known.get(task, {}).get("harness") != self.fingerprint
 
-def _manager(include: str | None) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            "--lm-eval needs lm-evaluation-harness: pip install 'gradsift[lm-eval]'"
-        ) from None
-    return TaskManager(include_path=include)
+    def run(
+        self, model: nn.Module, config: ModelConfig, names: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Return, by task, its `metrics` (of a group, those of its members) and the fingerprint."""
+        if not names:
+            return {}
+        from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+        from gradsift.model import load_tokenizer
+
+        tokenizer: Any = load_tokenizer(config)
+        wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto")  # type: ignore[arg-type]
+        found = {}
+        for name in names:
+            results: Any = simple_evaluate(
+                model=wrapped, tasks=[name], task_manager=self.manager, log_samples=False
+            )
+            metrics = {
+                f"{task} {key}": float(value)
+                for task, values in results["results"].items()
+                for key, value in values.items()
+                if isinstance(value, int | float) and key not in _NO_METRICS
+            }
+            found[name] = {"harness": self.fingerprint, "metrics": metrics}
+        return found

@@ -94,7 +94,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" * bool(names)
+    return " and ".join([", ".join(names[:-1]), *names[-1:]]) if len(names) > 1 else "".join(names)
 
 
 def _flat(row: Row) -> dict[str, object]:

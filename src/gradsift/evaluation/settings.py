@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -10,6 +11,7 @@ from gradsift.config import MethodName, Section, Sources
 from gradsift.methods import METHODS
 from gradsift.types import Budget
 
+_WITHOUT_EXTRAS: Any = tuple(name for name in METHODS if name != "embed")
 _TASK = re.compile(r"[\w.:/-]+")
 
 
@@ -47,7 +49,9 @@ class EvaluationConfig(Section):
     """A whole evaluation, as it stands in `evaluation/config.yaml`."""
 
     tests: dict[str, Sources] = Field(min_length=1, description="held-out examples by target")
-    methods: tuple[MethodName, ...] = tuple(METHODS)  # type: ignore[assignment]
+    methods: tuple[MethodName, ...] = Field(
+        default=_WITHOUT_EXTRAS, description="embed only where asked for: it needs an extra"
+    )
     budgets: tuple[str, ...] = Field(default=(), description="those of the run if none is given")
     seeds: int = Field(default=2, ge=2, description="fine-tunings of each selection")
     random_seeds: int = Field(default=3, ge=3, description="random selections, one training each")
@@ -61,6 +65,11 @@ class EvaluationConfig(Section):
     @classmethod
     def _budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(str(Budget.parse(budget)) for budget in budgets))
+
+    @field_validator("methods", "lm_eval")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
 
     @field_validator("lm_eval")
     @classmethod

@@ -19,10 +19,10 @@ def scores(job: Job) -> dict[str, Alignment]:
     import bm25s
 
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(job.texts("pool"), show_progress=False), show_progress=False)
+    index.index(bm25s.tokenize(job.texts(job.pool), show_progress=False), show_progress=False)
     result = {}
-    for name in job.targets:
-        queries: Any = bm25s.tokenize(job.texts(name), return_ids=False, show_progress=False)
+    for name, target in job.targets.items():
+        queries: Any = bm25s.tokenize(job.texts(target), return_ids=False, show_progress=False)
         found = np.zeros((len(job.pool), len(queries)), np.float32)
         for column, words in enumerate(queries):
             known = [word for word in words if word in index.vocab_dict]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradsift.config import Config
+from gradsift.errors import ConfigError
 from gradsift.job import Inputs, Job, Method
 from gradsift.poolpass import distinct_examples, project_pool
 from gradsift.scores import Alignment, Table
@@ -23,6 +24,16 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     warmup = inputs.warmup(inputs.config, "warmup")
     targets = {name: inputs.target(name).fingerprint for name in inputs.config.data.targets}
     return warmup, inputs.pool_pass(_FOLDER, warmup=warmup.fingerprint, targets=targets)
+
+
+def check(config: Config) -> None:
+    """Find out whether the aggregation makes sense.
+
+    Raises:
+        ConfigError: If it is `task-mean`: no mean gradient is at hand.
+    """
+    if config.gist.aggregation == "task-mean":
+        raise ConfigError("method=cosine has no gist.aggregation=task-mean; use max or mean-cosine")
 
 
 def measure(job: Job) -> None:
@@ -41,9 +52,9 @@ def measure(job: Job) -> None:
 
 
 def scores(job: Job) -> dict[str, Alignment]:
-    """Return the cosines, aggregated as `gist.aggregation` says (`task-mean` as `mean-cosine`)."""
+    """Return the cosines, aggregated as `gist.aggregation` says."""
     checkpoints = job.checkpoints(stages(job.inputs)[0])
-    aggregation = "max" if job.config.gist.aggregation == "max" else "mean-cosine"
+    aggregation = job.config.gist.aggregation
     return {
         name: Alignment(
             Table([(_Cosines(job, name, c), c.weight) for c in checkpoints]),
@@ -65,7 +76,7 @@ def settings(config: Config) -> dict[str, object]:
     return config.gist.model_dump(include={"aggregation"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts)
+METHOD = Method(scores, stages, measure, settings, facts, check)
 
 
 class _Cosines:

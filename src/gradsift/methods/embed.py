@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -14,7 +15,7 @@ from gradsift.errors import ConfigError, ModelError
 from gradsift.job import Inputs, Job, Method
 from gradsift.progress import track
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import plan_shards, save_shard
+from gradsift.shards import check_finite, plan_shards, save_shard
 from gradsift.store import Stage, identity, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,20 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     return *targets, inputs.pool_pass("embed/pool", encoder=encoder)
 
 
+def check(config: Config) -> None:
+    """Find out whether the library is there.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if find_spec("sentence_transformers") is None:
+        raise ConfigError("method=embed needs sentence-transformers: pip install 'gradsift[embed]'")
+
+
 def measure(job: Job) -> None:
     """Leave the embeddings of targets and pool.
 
     Raises:
-        ConfigError: If sentence-transformers is not installed.
         ModelError: If the encoder cannot be loaded.
     """
     *targets, pool = stages(job.inputs)
@@ -51,7 +61,8 @@ def measure(job: Job) -> None:
                 encode = encode or _encoder(job.config)
                 path = job.path(f"embed/targets/{name}.safetensors")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                tensors = {"embedding": encode(job.texts(name))}
+                tensors = {"embedding": encode(job.texts(job.targets[name]))}
+                check_finite(tensors, f"of the target {name!r}", job.targets[name])
                 write_atomically(path, partial(save_file, tensors))
     with job.folder.stage(pool) as todo:
         if todo:
@@ -68,7 +79,7 @@ def scores(job: Job) -> dict[str, Alignment]:
     return result
 
 
-METHOD = Method(scores, stages, measure)
+METHOD = Method(scores, stages, measure, check=check)
 
 
 def _embed_pool(job: Job, encode: Encode) -> None:
@@ -78,7 +89,9 @@ def _embed_pool(job: Job, encode: Encode) -> None:
     missing = [shard for shard in shards if not shard.path.exists()]
     with track("embedding the pool", sum(len(shard.rows) for shard in missing)) as advance:
         for shard in missing:
-            save_shard(shard, {"embedding": encode(job.texts("pool", shard.rows))})
+            tensors = {"embedding": encode(job.texts(job.pool, shard.rows))}
+            check_finite(tensors, "of the pool", job.pool, shard.start)
+            save_shard(shard, tensors)
             advance(len(shard.rows))
 
 
@@ -86,17 +99,12 @@ def _encoder(config: Config) -> Encode:
     """Return what turns texts into embeddings of length 1.
 
     Raises:
-        ConfigError: If sentence-transformers is not installed.
         ModelError: If the encoder cannot be loaded.
     """
-    try:
-        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
-            SentenceTransformer,
-        )
-    except ImportError:
-        raise ConfigError(
-            "method=embed needs sentence-transformers: pip install 'gradsift[embed]'"
-        ) from None
+    from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+        SentenceTransformer,
+    )
+
     from gradsift.model import resolve_device
 
     try:

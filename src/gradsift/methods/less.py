@@ -25,7 +25,7 @@ from gradsift.data import Encoded
 from gradsift.errors import ConfigError, ModelError
 from gradsift.job import Inputs, Job, Method
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import Measure, measure_pool, not_finite
+from gradsift.shards import Measure, check_finite, measure_pool
 from gradsift.store import OPTIMIZER_STATE, Stage, write_atomically
 from gradsift.types import Checkpoint
 
@@ -167,13 +167,11 @@ def _measure_target(job: Job, name: str, checkpoint: Checkpoint) -> None:
     measure, device = _prepare(job, checkpoint, moments=False)
     tokens = start_tokens(job.config.engine, device)
     found, _ = within_memory(partial(measure, examples), tokens, lengths_of(examples))
-    gradient = found["gradient"].float().cpu().numpy()
-    broken = np.flatnonzero(~np.isfinite(gradient).all(axis=1))
-    if len(broken):
-        raise not_finite(f"gradient of the target {name!r}", target, broken)
+    tensors = {"gradient": found["gradient"].float().cpu().numpy()}
+    check_finite(tensors, f"of the target {name!r}", target)
     path = job.path(f"less/targets/{name}") / f"{checkpoint.label}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(save_file, {"gradient": gradient}))
+    write_atomically(path, partial(save_file, tensors))
 
 
 def _prepare(

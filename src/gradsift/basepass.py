@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file
 
 from gradsift.data import Encoded
 from gradsift.job import Inputs, Job
-from gradsift.shards import Measure, Stored, check_finite, measure_pool
-from gradsift.store import Stage, write_atomically
+from gradsift.shards import Measure, Stored, measure_pool, measure_target
+from gradsift.store import Stage
 
 if TYPE_CHECKING:
     import torch
@@ -47,20 +47,10 @@ def run_over_pool(job: Job) -> None:
 
 def run_over_target(job: Job, name: str) -> None:
     """Leave `loss` and `hidden` of every target example."""
-    from gradsift.batches import lengths_of
-    from gradsift.memory import start_tokens, within_memory
-
     with job.folder.stage(target_stage(job.inputs, name)) as todo:
         if todo:
-            examples = job.targets[name].examples(range(len(job.targets[name])))
-            measure, device = _prepare(job)
-            tokens = start_tokens(job.config.engine, device)
-            found, _ = within_memory(partial(measure, examples), tokens, lengths_of(examples))
-            tensors = {key: value.cpu().numpy() for key, value in found.items()}
-            check_finite(tensors, f"of the target {name!r}", job.targets[name])
-            path = job.path(_target_file(name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(save_file, tensors))
+            path, engine = job.path(_target_file(name)), job.config.engine
+            measure_target(job.targets[name], path, engine, _prepare(job))
 
 
 def stored_pool(job: Job, name: str) -> Stored:
@@ -70,8 +60,6 @@ def stored_pool(job: Job, name: str) -> Stored:
 
 def stored_target(job: Job, name: str) -> dict[str, object]:
     """Return `loss` and `hidden` of a target."""
-    from safetensors.numpy import load_file
-
     return dict(load_file(job.path(_target_file(name))))
 
 

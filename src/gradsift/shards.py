@@ -97,6 +97,30 @@ def measure_pool(
     measure_shards(pool, missing, measure, max_tokens)
 
 
+def measure_target(
+    target: EncodedSet,
+    path: Path,
+    engine: EngineConfig,
+    prepared: tuple[Measure, torch.device],
+) -> None:
+    """Store what the measure finds of a target's examples, row by row, in one file.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not finite.
+    """
+    from gradsift.batches import lengths_of
+    from gradsift.memory import start_tokens, within_memory
+
+    measure, device = prepared
+    examples = target.examples(range(len(target)))
+    work = partial(measure, examples)
+    found, _ = within_memory(work, start_tokens(engine, device), lengths_of(examples))
+    tensors = {name: values.cpu().numpy() for name, values in found.items()}
+    check_finite(tensors, f"of the target {target.path.stem.removeprefix('target.')!r}", target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, partial(save_file, tensors))
+
+
 def measure_shards(
     pool: EncodedSet, shards: Sequence[Shard], measure: Measure, max_tokens: int
 ) -> None:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from gradsift.config import Config
 from gradsift.data import Encoded
 from gradsift.errors import ConfigError, ModelError
 from gradsift.job import Inputs, Job, Method
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import Measure, check_finite, measure_pool
-from gradsift.store import OPTIMIZER_STATE, Stage, write_atomically
+from gradsift.shards import Measure, measure_pool, measure_target
+from gradsift.store import OPTIMIZER_STATE, Stage
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def measure(job: Job) -> None:
         with job.folder.stage(stage) as todo:
             if todo:
                 for checkpoint in checkpoints:
-                    _measure_target(job, name, checkpoint)
+                    prepared = _prepare(job, checkpoint, moments=False)
+                    path = job.path(stage.name) / f"{checkpoint.label}.safetensors"
+                    measure_target(job.targets[name], path, job.config.engine, prepared)
     with job.folder.stage(pool) as todo:
         if todo:
             for checkpoint in checkpoints:
@@ -83,7 +85,7 @@ def scores(job: Job) -> dict[str, Alignment]:
     def view(name: str, checkpoint: Checkpoint) -> View:
         target = load_file(job.path(f"less/targets/{name}") / f"{checkpoint.label}.safetensors")
         pool = job.stored("less/pool", "gradient", checkpoint.label)
-        return View(pool, target["gradient"], checkpoint.weight)
+        return View(pool, target["gradient"].astype(np.float32), checkpoint.weight)
 
     return {
         name: Alignment(Cosines([view(name, c) for c in checkpoints]), job.tasks(name), "mean")
@@ -156,22 +158,6 @@ def _with_own_warmup(config: Config) -> Config:
     own = {"epochs": config.less.checkpoints, "checkpoints": config.less.checkpoints}
     warmup = config.warmup.model_copy(update=own | {"keep_optimizer": True})
     return config.model_copy(update={"warmup": warmup})
-
-
-def _measure_target(job: Job, name: str, checkpoint: Checkpoint) -> None:
-    from gradsift.batches import lengths_of
-    from gradsift.memory import start_tokens, within_memory
-
-    target = job.targets[name]
-    examples = target.examples(range(len(target)))
-    measure, device = _prepare(job, checkpoint, moments=False)
-    tokens = start_tokens(job.config.engine, device)
-    found, _ = within_memory(partial(measure, examples), tokens, lengths_of(examples))
-    tensors = {"gradient": found["gradient"].float().cpu().numpy()}
-    check_finite(tensors, f"of the target {name!r}", target)
-    path = job.path(f"less/targets/{name}") / f"{checkpoint.label}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(save_file, tensors))
 
 
 def _prepare(

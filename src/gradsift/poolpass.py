@@ -56,13 +56,15 @@ def project_pool(
     measure_pool(job.pool, directory / checkpoint.label, job.config.engine, prepare)
 
 
-def distinct_examples(target: EncodedSet) -> tuple[list[Encoded], np.ndarray]:
-    """Return the different examples, and for each example which of them it is.
+def distinct_examples(
+    target: EncodedSet, rows: Sequence[int] | np.ndarray | None = None
+) -> tuple[list[Encoded], np.ndarray]:
+    """Return the different examples (of all, or of some rows), and for each which of them it is.
 
     Equal examples have equal gradients: they are computed once, so that no rounding tells them
     apart and blows up the difference into a direction.
     """
-    examples = target.examples(range(len(target)))
+    examples = target.examples(range(len(target)) if rows is None else rows)
     first, inverse = distinct([(e.input_ids.tobytes(), e.supervised.tobytes()) for e in examples])
     return [examples[i] for i in first], inverse
 

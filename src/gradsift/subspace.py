@@ -7,6 +7,7 @@ and S; the basis V = Gᵀ U S⁻¹ is then a combination of the rows of G, block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -113,3 +114,16 @@ def rank_of_share(sigma: Float[np.ndarray, " query"], share: float) -> int:
     cumulative = np.cumsum(sigma**2)
     enough = cumulative >= share * cumulative[-1] * (1 - 1e-12)
     return int(enough.argmax()) + 1
+
+
+def describe(subspace: Subspace) -> dict[str, Any]:
+    """Return rank and spectrum as plain values: how many directions hold how much variance."""
+    sigma = subspace.singular_values
+    return {
+        "num_examples": len(sigma),
+        "rank": subspace.rank,
+        "r95": rank_of_share(sigma, 0.95),
+        "r99": rank_of_share(sigma, 0.99),
+        "singular_values": sigma.tolist(),
+        "cumulative_variance": (np.cumsum(sigma**2) / (sigma**2).sum()).tolist(),
+    }

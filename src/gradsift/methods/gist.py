@@ -23,7 +23,7 @@ from gradsift.poolpass import distinct_examples, project_pool
 from gradsift.scores import Alignment, Cosines, View
 from gradsift.shards import not_finite
 from gradsift.store import Stage, write_atomically
-from gradsift.subspace import Subspace, fit_subspace, rank_of_share
+from gradsift.subspace import Subspace, describe, fit_subspace
 from gradsift.types import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def _measure_subspaces(job: Job, name: str, checkpoints: list[Checkpoint]) -> No
                 name,
             )
         _save_subspace(subspace, directory / f"{checkpoint.label}.safetensors")
-        spectra[checkpoint.label] = _spectrum(subspace)
+        spectra[checkpoint.label] = describe(subspace)
         told = (name, checkpoint.label, subspace.rank, len(target))
         logger.info("%s at %s: rank %d of %d examples", *told)
     write_atomically(directory / "spectrum.json", json.dumps(spectra, indent=1).encode())
@@ -143,15 +143,3 @@ def _save_subspace(subspace: Subspace, path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, partial(save_file, tensors))
-
-
-def _spectrum(subspace: Subspace) -> dict[str, Any]:
-    sigma = subspace.singular_values
-    return {
-        "num_examples": len(sigma),
-        "rank": subspace.rank,
-        "r95": rank_of_share(sigma, 0.95),
-        "r99": rank_of_share(sigma, 0.99),
-        "singular_values": sigma.tolist(),
-        "cumulative_variance": (np.cumsum(sigma**2) / (sigma**2).sum()).tolist(),
-    }

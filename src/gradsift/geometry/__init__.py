@@ -1,0 +1,143 @@
+"""The paper's claims, measured on the user's own model and targets.
+
+Whether few directions hold the target's gradients, whether they are those in which the loss curves
+most, and how much of that curvature a diagonal preconditioner such as Adam's cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradsift.config import Config, ModelConfig
+from gradsift.errors import ConfigError, RunError
+from gradsift.exhibits import write_exhibits
+from gradsift.geometry.figures import exhibits
+from gradsift.geometry.settings import GeometryConfig
+from gradsift.job import Job
+from gradsift.pipeline import open_job
+from gradsift.report import write_report
+from gradsift.stages import Plan
+from gradsift.store import Run, Stage, open_run, read_config, write_atomically
+
+if TYPE_CHECKING:
+    import peft
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "geometry"
+BEFORE = "before warm-up"
+
+
+def geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
+    """Measure spectrum, subspace and coupling of every target of a run; return `geometry.json`.
+
+    `settings` are as in `GeometryConfig`. Figures and numbers go into `geometry/` and the report.
+    Run it again to go on after a crash.
+
+    Example:
+        >>> found = gradsift.geometry("runs/gsm8k")              # doctest: +SKIP
+        >>> found["gsm8k"]["coupling"]["off_diagonal"]           # doctest: +SKIP
+        {'value': 0.98, 'standard_error': 0.01}
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    return run_geometry(run, GeometryConfig.build(settings))
+
+
+def run_geometry(run: str | Path, settings: GeometryConfig) -> Mapping[str, Any]:
+    """Measure everything that is not measured yet; see `geometry`.
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    from gradsift.model import Models
+
+    config = read_config(Path(run))
+    if config.model.quantization != "none":
+        raise ConfigError(
+            "geometry differentiates twice, which quantized layers do not; use a run whose "
+            "model.quantization is none"
+        )
+    inputs = Plan.of(config).inputs
+    warmup = inputs.warmup(config, "warmup")
+    with open_run(Path(run)) as folder:
+        folder.prepare([*inputs.data.values(), warmup])
+        if not folder.facts([warmup]):
+            raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
+        # what curves little is lost in half precision
+        job = open_job(inputs, folder, Models(_in_float32(config.model)))
+        found = {}
+        for name in job.targets:
+            places = _places(job, warmup)
+            found[name] = _measure_target(job, name, places, warmup, settings)
+        content = json.dumps(found, indent=1).encode()
+        write_atomically(job.path(_FOLDER) / "geometry.json", content)
+        write_exhibits(job.path(_FOLDER), {name: exhibits(own) for name, own in found.items()})
+        write_report(job)
+        return found
+
+
+def _in_float32(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"dtype": "float32"})
+
+
+Place = Callable[[], AbstractContextManager["peft.PeftModel"]]
+"""Gives the model with one adapter."""
+
+
+def _places(job: Job, warmup: Stage) -> dict[str, Place]:
+    """Return where it is measured: at the fresh adapter, if it is known, and at each checkpoint."""
+    config = job.config
+    places: dict[str, Place] = {}
+    if config.warmup.adapter is None and config.warmup.mode == "train":
+        places[BEFORE] = partial(_fresh, job, config)
+    for checkpoint in job.checkpoints(warmup):
+        places[checkpoint.label] = partial(_at, job, checkpoint.path)
+    return places
+
+
+@contextmanager
+def _fresh(job: Job, config: Config) -> Iterator[peft.PeftModel]:
+    with job.models.fresh(config.lora, config.warmup.seed) as model:
+        yield model.requires_grad_(False).eval()
+
+
+def _at(job: Job, path: Path) -> AbstractContextManager[peft.PeftModel]:
+    return nullcontext(job.models.at(path))
+
+
+def _measure_target(
+    job: Job, name: str, places: Mapping[str, Place], warmup: Stage, settings: GeometryConfig
+) -> dict[str, Any]:
+    """Return what is found of a target at every place, measured now or before."""
+    depends = {
+        "data": job.inputs.target(name).fingerprint,
+        "warmup": warmup.fingerprint,
+        "gist": job.config.gist.model_dump(include={"rank"}),
+    }
+    result: dict[str, Any] = {"places": {}}
+    for number, (label, place) in enumerate(places.items(), start=1):
+        last = number == len(places)
+        wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
+        path = f"{_FOLDER}/{name}/{label.replace(' ', '-')}.json"
+        inputs = depends | wanted | {"place": label}
+        stage = Stage(path.removesuffix(".json"), inputs, (path,), cheap=True)
+        with job.folder.stage(stage) as todo:
+            if todo:
+                from gradsift.geometry.measuring import measure_place
+
+                with place() as model:
+                    found = measure_place(job, name, label, model, settings, coupling=last)
+                job.path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(job.path(path), json.dumps(found, indent=1).encode())
+        found = json.loads(job.path(path).read_text(encoding="utf-8"))
+        result |= {key: found.pop(key) for key in ("coupling",) if key in found}
+        result["places"][label] = found
+    return result

@@ -1,0 +1,132 @@
+"""Hessian products, eigenpairs and estimates against the full Hessian in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from gradsift.curvature import Hessian, entries, leading_eigenpairs, measure_coupling, sines
+from gradsift.data import Encoded
+from gradsift.gradients import blocks
+from gradsift.model import lora_pairs
+
+EXAMPLES = models.examples(5, longest=12)
+WEIGHTS = np.array([0.4, 0.1, 0.2, 0.2, 0.1])
+
+
+def full_hessian(
+    model: torch.nn.Module, examples: Sequence[Encoded], weights: np.ndarray
+) -> Tensor:
+    """Return the Hessian as a matrix: one example at a time, one column at a time, autograd."""
+    parameters = [m.weight.requires_grad_() for pair in lora_pairs(model).values() for m in pair]
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for example, weight in zip(examples, weights, strict=True):
+            ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+            logits = model(input_ids=ids).logits[0, :-1]
+            nll = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            total = total + weight * nll[torch.from_numpy(example.supervised[1:])].mean()
+    gradient = torch.autograd.grad(total, parameters, create_graph=True)
+    flat = torch.cat([part.flatten() for part in gradient])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in flat]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).detach()
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[Hessian, Tensor]:
+    model = models.adapted("llama", dtype=torch.float64, rank=2)
+    matrix = full_hessian(model, EXAMPLES, WEIGHTS)
+    model.requires_grad_(False)
+    return Hessian(model, EXAMPLES, WEIGHTS, max_tokens=30), matrix
+
+
+def test_products_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> None:
+    hessian, matrix = truth
+    vectors = torch.randn(3, hessian.size, dtype=torch.float64)
+    torch.testing.assert_close(hessian(vectors), vectors @ matrix, rtol=1e-4, atol=2e-5)
+    name = next(iter(hessian.slices))
+    alone = torch.zeros_like(vectors[:1])
+    alone[:, hessian.slices[name]] = 1
+    found = hessian(alone, rows=[name])
+    own = hessian.slices[name]
+    torch.testing.assert_close(found[:, own], (alone @ matrix)[:, own], rtol=1e-4, atol=2e-5)
+    assert found.count_nonzero() <= hessian.slices[name].stop
+    assert (hessian(torch.zeros(1, hessian.size)) == 0).all()
+
+
+def test_eigenpairs_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> None:
+    hessian, matrix = truth
+    values, vectors = leading_eigenpairs(hessian, 4, seed=0)
+    exact = np.linalg.eigvalsh(matrix.numpy())
+    exact = exact[np.argsort(-np.abs(exact))][:4]
+    np.testing.assert_allclose(values, exact, rtol=0.02)
+    residual = matrix.numpy() @ vectors.T - vectors.T * values
+    assert np.linalg.norm(residual, axis=0).max() < 0.02 * abs(values[0])
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(4), atol=1e-6)
+
+
+def test_coupling_is_that_of_the_full_matrix_within_its_error(
+    truth: tuple[Hessian, Tensor],
+) -> None:
+    hessian, tensor = truth
+    matrix = tensor.numpy()
+    coupling = measure_coupling(hessian, num_probes=24, seed=0)
+    total, names = (matrix**2).sum(), [*hessian.slices]
+    layers = [name.rpartition(".")[0] for name in names]
+    mass = np.array(
+        [
+            [(matrix[a, b] ** 2).sum() for b in hessian.slices.values()]
+            for a in hessian.slices.values()
+        ]
+    )
+    same = np.array(layers)[:, None] == np.array(layers)
+    cross = (mass * same).sum() - np.trace(mass)
+    for found, exact in (
+        (coupling.off_diagonal, 1 - (np.diag(matrix) ** 2).sum() / total),
+        (coupling.cross, cross / total),
+        (coupling.between_layers, (mass * ~same).sum() / total),
+    ):
+        assert 0 < found.standard_error < 0.1
+        assert abs(found.value - exact) < 4 * found.standard_error, (found, exact)
+    for layer, found in coupling.layers.items():
+        own = [i for i, name in enumerate(layers) if name == layer]
+        exact = 2 * mass[own[0], own[1]] / mass[np.ix_(own, own)].sum()
+        assert abs(found.value - exact) < max(4 * found.standard_error, 0.02), (layer, found, exact)
+    np.testing.assert_allclose(coupling.masses.sum(), total, rtol=0.1)
+
+
+def test_a_diagonal_hessian_has_no_coupling() -> None:
+    class Diagonal(Hessian):
+        def __init__(self) -> None:
+            self.size, self.slices = 6, {"x.A": slice(0, 2), "x.B": slice(2, 6)}
+
+        def __call__(self, vectors: Tensor, rows: Collection[str] = ()) -> Tensor:
+            return vectors * torch.arange(1.0, 7.0)
+
+    coupling = measure_coupling(Diagonal(), num_probes=3, seed=0)
+    assert coupling.off_diagonal.value == pytest.approx(0, abs=1e-12)
+    assert coupling.off_diagonal.standard_error == pytest.approx(0, abs=1e-9)
+    assert coupling.layers["x"].value == 0
+
+
+def test_entries_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> None:
+    hessian, matrix = truth
+    layer = "model.layers.1.self_attn.v_proj"
+    found, labels = entries(hessian, layer, per_block=3)
+    a, b = hessian.slices[f"{layer}.A"], hessian.slices[f"{layer}.B"]
+    rows = [a.start, (a.start + a.stop - 1) // 2, a.stop - 1]
+    rows += [b.start, (b.start + b.stop - 1) // 2, b.stop - 1]
+    np.testing.assert_allclose(found, matrix.numpy()[np.ix_(rows, rows)], rtol=1e-4, atol=1e-6)
+    assert labels[0] == "A[0,0]"
+    shape = blocks(models.adapted("llama", rank=2))[f"{layer}.B"]
+    assert labels[-1] == f"B[{shape[0] - 1},{shape[1] - 1}]"
+
+
+def test_sines_of_a_space_with_itself_and_with_its_complement() -> None:
+    np.testing.assert_allclose(sines(np.eye(3)), 0, atol=1e-7)
+    np.testing.assert_allclose(sines(np.zeros((3, 2))), 1)

@@ -193,6 +193,8 @@ def test_the_verbs_and_flags_are_these() -> None:
             "--config", "--set",
         },
         "explain": {"run", "example"},
+        "report": {"run"},
+        "geometry": {"run", "--examples", "--eigenvectors", "--probes"},
         "demo": {"--output-dir"},
     }  # fmt: skip
 
@@ -200,7 +202,8 @@ def test_the_verbs_and_flags_are_these() -> None:
 def test_the_public_names_are_these() -> None:
     assert gradsift.__all__ == [
         "Budget", "Config", "Evaluation", "EvaluationConfig", "Explanation", "Forecast",
-        "GradsiftError", "RunResult", "Selection", "evaluate", "explain", "plan", "run", "select",
+        "GradsiftError", "RunResult", "Selection", "evaluate", "explain", "measure_geometry",
+        "plan", "run", "select", "write_report",
     ]  # fmt: skip
     for _ in range(2):  # a submodule must never come to stand in a name's place
         assert all(callable(getattr(gradsift, name)) for name in gradsift.__all__)

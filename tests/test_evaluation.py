@@ -21,6 +21,7 @@ from gradsift.evaluation.lds import linear_datamodeling_scores, subset_cells
 from gradsift.evaluation.results import Row, interval, verdicts
 from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig, LdsConfig
 from gradsift.evaluation.statistics import Interval
+from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
 
 Rows = list[dict[str, Any]]
@@ -92,9 +93,14 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert page == found.markdown()
     assert f"- {found.verdicts[0]}" in page
     assert "Overlap for t: Jaccard of the picks / Spearman of the scores" in page
-    plot = (folder / "evaluation/plot.html").read_text()
-    assert 'id="evaluation"' in plot
-    assert 'src="http' not in plot
+    shown = read_exhibits(folder / "evaluation", "t")
+    assert [e.title for e in shown] == ["Does it help? (10%)", "Overlap of the methods"]
+    assert shown[0].text.startswith(found.verdicts[0])
+    assert shown[0].figure is not None
+    assert shown[0].figure["data"][0]["x"] == methods
+    assert [row[0] for row in shown[0].table] == ["method", *methods]
+    assert shown[1].table[1][2] == f"{found.overlaps[0].jaccard:.2f}"
+    assert "Does it help? (10%)" in (folder / "report.html").read_text(encoding="utf-8")
     picked = set(gradsift.run(gradsift.Config.build(_config(folder)), folder)
                  .selections["t"].picks["row"].to_pylist())  # fmt: skip
     overlap = pq.read_table(folder / "evaluation/overlap.parquet").to_pylist()

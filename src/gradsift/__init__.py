@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from gradsift.evaluation import Evaluation, EvaluationConfig, evaluate
     from gradsift.explanation import Explanation, explain
     from gradsift.forecast import Forecast, plan
+    from gradsift.geometry import measure_geometry
     from gradsift.pipeline import run, select
+    from gradsift.report import write_report
     from gradsift.types import Budget, RunResult, Selection
 
 _HOME = {
@@ -32,9 +34,11 @@ _HOME = {
     "Selection": "types",
     "evaluate": "evaluation",
     "explain": "explanation",
+    "measure_geometry": "geometry",
     "plan": "forecast",
     "run": "pipeline",
     "select": "pipeline",
+    "write_report": "report",
 }
 __all__ = [
     "Budget",
@@ -48,9 +52,11 @@ __all__ = [
     "Selection",
     "evaluate",
     "explain",
+    "measure_geometry",
     "plan",
     "run",
     "select",
+    "write_report",
 ]
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -183,6 +183,38 @@ def explain(
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(help="the run folder")]) -> None:
+    """Write report.html anew: the page that explains a selection; it needs no network."""
+    with _logged(run):
+        from gradsift.report import write_report
+
+        path = write_report(run)
+    typer.echo(f"→ {path}")
+
+
+@app.command()
+def geometry(
+    run: Annotated[Path, typer.Argument(help="the run folder")],
+    examples: Annotated[
+        int | None, typer.Option(help="of each target, for the Hessian (default: 32)")
+    ] = None,
+    eigenvectors: Annotated[
+        int | None, typer.Option(help="leading ones of the Hessian (default: 10)")
+    ] = None,
+    probes: Annotated[
+        int | None, typer.Option(help="random vectors per LoRA matrix (default: 4)")
+    ] = None,
+) -> None:
+    """Measure the paper's claims here: spectrum, curvature, and what a diagonal cannot hold."""
+    given = {"examples": examples, "eigenvectors": eigenvectors, "probes": probes}
+    with _logged(run):
+        from gradsift.geometry import measure_geometry
+
+        found = measure_geometry(run, **_given(given))
+    _show_geometry(run, found)
+
+
+@app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
 ) -> None:
@@ -295,9 +327,9 @@ def _show(result: RunResult) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from gradsift.pipeline import source_shares
+    from gradsift.choosing import source_shares
 
-    console = Console()
+    console, in_pool = Console(), result.scores(["source"])["source"].to_pylist()
     for name, selection in result.selections.items():
         picks = selection.picks
         table = Table(
@@ -306,13 +338,13 @@ def _show(result: RunResult) -> None:
             title=f"{name}: {len(picks):,} picks of {result.num_pool:,} by {result.method}, "
             f"{sum(picks['num_tokens'].to_pylist()):,} tokens",
         )
-        for row in source_shares(result, name)[:_SOURCES_SHOWN]:
+        for row in source_shares(in_pool, picks["source"].to_pylist())[:_SOURCES_SHOWN]:
             table.add_row(
                 escape(row.source),
                 f"{row.num_picks:,}",
                 f"{row.of_picks:.1%}",
                 f"{row.of_pool:.1%}",
-                f"{row.of_picks / row.of_pool:.1f}×",
+                f"{row.lift:.1f}×",
             )
         console.print(table)
         if selection.shortfall:
@@ -322,6 +354,8 @@ def _show(result: RunResult) -> None:
         path = result.path / "rejected.jsonl"
         console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)
     took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    path = _report_of(result.path)
+    console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"seconds of each stage when it was done: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
 
@@ -352,8 +386,36 @@ def _show_evaluation(found: Evaluation) -> None:
         console.print(table)
     for line in found.verdicts:
         console.print(line, markup=False)
-    for name in ("report.md", "plot.html", "table.parquet"):
-        console.print(f"→ {found.path / name}", markup=False, highlight=False, soft_wrap=True)
+    for path in (
+        found.path / "report.md",
+        found.path / "table.parquet",
+        _report_of(found.path.parent),
+    ):
+        console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_geometry(run: Path, found: Mapping[str, Any]) -> None:
+    """Print the three numbers of each target that the figures are about."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    heads = ("target", "directions for 95 %", "kept", "eigenvectors inside", "off the diagonal")
+    table = Table(*heads, title="geometry of the target loss")
+    for name, target in found.items():
+        last = [*target["places"].values()][-1]
+        spectrum, captured = last["spectrum"], last["hessian"]["captured"]
+        off = target["coupling"]["off_diagonal"]
+        told = f"{off['value']:.1%} ± {off['standard_error']:.1%}"
+        inside = f"{sum(captured) / len(captured):.1%} of {len(captured)}"
+        table.add_row(name, str(spectrum["r95"]), str(spectrum["rank"]), inside, told)
+    console.print(table)
+    for path in (run / "geometry" / "geometry.json", _report_of(run)):
+        console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _report_of(run: Path) -> Path:
+    return run / "report.html"
 
 
 def _show_forecast(forecast: Forecast) -> None:

@@ -95,7 +95,7 @@ class Hessian:
 
 
 @contextmanager
-def _twice_differentiable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _twice_differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Let the parameters have gradients, and gradients of gradients, for a while.
 
     The fused attention kernels have no second derivative; the plain one does.
@@ -128,7 +128,7 @@ def leading_eigenpairs(
     start = np.random.default_rng(seed).standard_normal(hessian.size)
     shape = (hessian.size, hessian.size)
     operator = LinearOperator(shape, matvec=multiply, dtype=np.float64)  # type: ignore[call-arg]
-    values, vectors = eigsh(operator, k=count, which="LM", v0=start, tol=_ACCURACY)
+    values, vectors = eigsh(operator, k=count, which="LM", v0=start, tol=_ACCURACY)  # type: ignore[arg-type]
     logger.info("%d eigenvectors took %d products with the Hessian", count, num_products)
     order = np.argsort(-np.abs(values), kind="stable")
     return values[order], np.ascontiguousarray(vectors[:, order].T)

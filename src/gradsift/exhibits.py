@@ -1,4 +1,4 @@
-"""Figures with a sentence each, as files: what one part of a run leaves for the report to show."""
+"""Figures and tables with a sentence each, as files: what a part of a run has for the report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ FILE = "exhibits.json"
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A figure (Plotly's JSON) and what it says in plain words."""
+    """A figure (Plotly's JSON) or a table, its heads the first row, and what it says in words."""
 
     title: str
     text: str
-    figure: Mapping[str, Any]
+    figure: Mapping[str, Any] | None = None
+    table: Sequence[Sequence[str]] = ()
 
 
 def write_exhibits(folder: Path, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
@@ -35,3 +36,9 @@ def read_exhibits(folder: Path, target: str) -> list[Exhibit]:
         return []
     content = json.loads((folder / FILE).read_text(encoding="utf-8"))
     return [Exhibit(**exhibit) for exhibit in content.get(target, [])]
+
+
+def plotly_json(figure: Any) -> dict[str, Any]:
+    """Return a Plotly figure as plain values, without the template that the page has of its own."""
+    figure.update_layout(template="none", autosize=True)
+    return json.loads(figure.to_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gradsift.data import Message
+from gradsift.choosing import read_selection
+from gradsift.data import as_text
 from gradsift.errors import DataError, RunError
-from gradsift.job import Job
+from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
-from gradsift.pipeline import open_job, read_selection
 from gradsift.scores import Scores
 from gradsift.stages import Plan, scores_file
 from gradsift.store import Run, read_config
 
 _SHOWN = 3  # target examples most like it
-_CHARACTERS = 400  # of each text
+_CHARACTERS = 400  # of each turn
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,11 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         RunError: If the folder holds no finished run.
         DataError: If the pool has no example of this id.
     """
-    from gradsift.model import Models
-
     path = Path(run)
     config = read_config(path)
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
         raise RunError(f"{path} has not finished; run `gradsift select` with it again")
-    job = open_job(Plan.of(config).inputs, Run(path), Models(config.model))
+    job = open_job(Plan.of(config).inputs, Run(path))
     table = pq.read_table(path / scores_file(config.method))
     rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
     if not len(rows):
@@ -109,6 +106,7 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
     facts = table.slice(row, 1).to_pylist()[0]
     projected, norm = facts.get(f"{name}/projected_norm"), facts.get("gradient_norm")
     by_example = scored.with_examples(np.array([row]))
+    [conversation] = job.pool.conversations([row], job.config.data.columns)
     # as in the ranking: ties go to the one that comes first in the pool
     position = (scores > scores[row]).sum() + (scores[:row] == scores[row]).sum() + 1
     return Explanation(
@@ -124,7 +122,7 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
         projected_share=None if projected is None else projected / norm if norm else 0.0,
         loss=facts.get("loss"),
         num_tokens=facts["num_tokens"],
-        example=_shortened(job.pool.conversations([row], job.config.data.columns)[0]),
+        example=as_text(conversation, _CHARACTERS),
         nearest=() if by_example is None else _nearest(job, name, by_example[0]),
     )
 
@@ -146,10 +144,6 @@ def _nearest(job: Job, name: str, by_example: np.ndarray) -> tuple[Neighbour, ..
     target = job.targets[name]
     order = np.argsort(-by_example, kind="stable")[:_SHOWN]
     ids = target.take(order, ["id"])["id"].to_pylist()
-    texts = map(_shortened, target.conversations(order, job.config.data.columns))
+    found = target.conversations(order, job.config.data.columns)
+    texts = [as_text(messages, _CHARACTERS) for messages in found]
     return tuple(map(Neighbour, ids, by_example[order].tolist(), texts))
-
-
-def _shortened(messages: Sequence[Message]) -> str:
-    turns = [f"[{m['role']}] {m['content']}" for m in messages]
-    return "\n".join(t if len(t) <= _CHARACTERS else t[:_CHARACTERS] + " …" for t in turns)

@@ -127,7 +127,19 @@ class Job:
 
     def tasks(self, name: str) -> list[str]:
         """Return the task of each example of a target."""
-        return self.targets[name].table(["task"])["task"].to_pylist()
+        return self.targets[name].column("task").to_pylist()
+
+
+def open_job(inputs: Inputs, folder: Run, models: Models | None = None) -> Job:
+    """Return the job of a run whose pool and targets are encoded."""
+    from gradsift.model import Models
+
+    directory, config = folder.path / "data", inputs.config
+    targets = {
+        name: EncodedSet(directory / f"target.{name}.parquet") for name in config.data.targets
+    }
+    pool = EncodedSet(directory / "pool.parquet")
+    return Job(inputs, folder, pool, targets, models or Models(config.model))
 
 
 def _no_stages(inputs: Inputs) -> Sequence[Stage]:

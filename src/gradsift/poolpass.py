@@ -7,11 +7,12 @@ gradients: an orthonormal basis of each target's subspace, or the target gradien
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from gradsift.data import Encoded, EncodedSet
 from gradsift.job import Job, distinct
@@ -36,24 +37,45 @@ def project_pool(
     Raises:
         NumericsError: Naming the first example whose loss or gradient is not finite.
     """
-    ranks = [combination.shape[1] for combination in combinations.values()]
-
-    def prepare() -> tuple[Measure, torch.device]:
-        from gradsift.memory import fitting_basis
-        from gradsift.passes import project
-
-        model = job.models.at(checkpoint.path)
-        basis = fitting_basis(model, _parts(job, combinations), job.config.engine)
-
-        def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
-            found = project(model, examples, max_tokens, basis)
-            parts = zip(combinations, found.coordinates.split(ranks, dim=1), strict=True)
-            coordinates = {f"coordinates/{name}": part for name, part in parts}
-            return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
-
-        return measure, model.device
-
+    prepare = partial(_prepare, job, checkpoint, combinations)
     measure_pool(job.pool, directory / checkpoint.label, job.config.engine, prepare)
+
+
+def project_rows(
+    job: Job,
+    checkpoint: Checkpoint,
+    rows: Int[np.ndarray, " row"],
+    combinations: Mapping[str, Float[np.ndarray, "_ _"]],
+) -> dict[str, np.ndarray]:
+    """Return what `project_pool` would leave of some rows of the pool, by name."""
+    from gradsift.batches import lengths_of
+    from gradsift.memory import start_tokens, within_memory
+
+    measure, device = _prepare(job, checkpoint, combinations)
+    examples = job.pool.examples(rows)
+    work = partial(measure, examples)
+    found, _ = within_memory(work, start_tokens(job.config.engine, device), lengths_of(examples))
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+def _prepare(
+    job: Job, checkpoint: Checkpoint, combinations: Mapping[str, Float[np.ndarray, "_ _"]]
+) -> tuple[Measure, torch.device]:
+    """Return what measures some examples at a checkpoint, and where it works."""
+    from gradsift.memory import fitting_basis
+    from gradsift.passes import project
+
+    ranks = [combination.shape[1] for combination in combinations.values()]
+    model = job.models.at(checkpoint.path)
+    basis = fitting_basis(model, _parts(job, combinations), job.config.engine)
+
+    def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
+        found = project(model, examples, max_tokens, basis)
+        parts = zip(combinations, found.coordinates.split(ranks, dim=1), strict=True)
+        coordinates = {f"coordinates/{name}": part for name, part in parts}
+        return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
+
+    return measure, model.device
 
 
 def distinct_examples(

@@ -237,12 +237,28 @@ class Alignment:
     task counts.
     """
 
-    def __init__(self, similarity: Similarity, tasks: Sequence[str], aggregation: str) -> None:
-        self._similarity, self._aggregation = similarity, aggregation
-        self._alive = similarity.alive
+    def __init__(
+        self,
+        similarity: Similarity,
+        tasks: Sequence[str],
+        aggregation: str,
+        among: Bool[np.ndarray, " query"] | None = None,
+    ) -> None:
+        """Compare with all target examples, or with those `among` which it is asked for."""
+        self._similarity, self._aggregation, self._tasks = similarity, aggregation, tasks
+        self._alive = similarity.alive if among is None else similarity.alive & among
         names = sorted({task for task, alive in zip(tasks, self._alive, strict=True) if alive})
         members = np.array(tasks)[None, :] == np.array(names)[:, None]
         self._members = members & self._alive  # task × target example
+
+    def among(self, chosen: Bool[np.ndarray, " query"]) -> Alignment:
+        """Return the scores by some of the target examples alone."""
+        return Alignment(self._similarity, self._tasks, self._aggregation, chosen & self._alive)
+
+    @property
+    def alive(self) -> Bool[np.ndarray, " query"]:
+        """Which target examples take part."""
+        return self._alive
 
     def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
         """Return the alignment with each target example; −∞ for those that take no part."""

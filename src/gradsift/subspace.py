@@ -27,12 +27,14 @@ class Subspace:
     """One target's subspace at one checkpoint.
 
     `combination` = U_k/σ_k turns the target's gradient rows into the basis; `coordinates` = U_k σ_k
-    are those of the target examples; `singular_values` are all, not only the `rank` kept.
+    are those of the target examples; `singular_values` are all, not only the `rank` kept; `span`
+    of them are above rounding.
     """
 
     combination: Float[np.ndarray, "query rank"]
     coordinates: Float[np.ndarray, "query rank"]
     singular_values: Float[np.ndarray, " query"]
+    span: int
 
     @property
     def rank(self) -> int:
@@ -83,7 +85,7 @@ def fit_subspace(
     largest = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]
     left = left * np.sign(largest)
     left[np.diag(gram) == 0] = 0  # no gradient, no direction: not even one of rounding
-    return Subspace(left / sigma_k, left * sigma_k, sigma)
+    return Subspace(left / sigma_k, left * sigma_k, sigma, span)
 
 
 def choose_rank(sigma: Float[np.ndarray, " query"], span: int, rank: int | str) -> int:
@@ -122,6 +124,7 @@ def describe(subspace: Subspace) -> dict[str, Any]:
     return {
         "num_examples": len(sigma),
         "rank": subspace.rank,
+        "span": subspace.span,
         "r95": rank_of_share(sigma, 0.95),
         "r99": rank_of_share(sigma, 0.99),
         "singular_values": sigma.tolist(),

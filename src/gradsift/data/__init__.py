@@ -1,6 +1,6 @@
 """Pool and target files: read, understood, encoded once, and kept in the run folder."""
 
-from gradsift.data.conversations import Message, to_messages
+from gradsift.data.conversations import Message, as_text, to_messages
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoded, Encoder
 from gradsift.data.sources import Source, resolve
@@ -11,6 +11,7 @@ __all__ = [
     "Encoder",
     "Message",
     "Source",
+    "as_text",
     "encode_set",
     "resolve",
     "to_messages",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypedDict
 
 
@@ -11,6 +11,17 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+def as_text(messages: Sequence[Message], characters: int) -> str:
+    """Return a conversation as plain lines, each turn cut to so many characters.
+
+    >>> as_text([{"role": "user", "content": "How are you?"}], 7)
+    '[user] How are …'
+    """
+    turns = [f"[{m['role']}] {m['content'][:characters]}" for m in messages]
+    cut = [" …" if len(m["content"]) > characters else "" for m in messages]
+    return "\n".join(turn + end for turn, end in zip(turns, cut, strict=True))
 
 
 class UnusableRowError(ValueError):

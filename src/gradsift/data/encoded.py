@@ -78,6 +78,11 @@ class EncodedSet:
             stored = stored.add_column(0, "row", pa.array(np.arange(len(self))))
         return stored.select(list(columns))
 
+    def column(self, name: str) -> pa.Array:
+        """Return a whole column, names written out."""
+        column = self.table([name])[name].combine_chunks()
+        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
     def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Return some columns of some rows, in the order asked for, reading only their groups."""
         wanted = np.asarray(rows, dtype=np.int64)

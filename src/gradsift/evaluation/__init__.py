@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradsift.choosing import choose, read_scores
 from gradsift.config import Config, merge
 from gradsift.data import EncodedSet
 from gradsift.errors import ConfigError
@@ -22,8 +23,9 @@ from gradsift.evaluation.results import Evaluation
 from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig
 from gradsift.job import Job
 from gradsift.methods import METHODS
-from gradsift.pipeline import check_budgets, choose, encode, encode_sets, measure, read_scores
+from gradsift.pipeline import check_budgets, encode, encode_sets, measure
 from gradsift.progress import track
+from gradsift.report import leave_report
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
 from gradsift.store import open_run, read_config, write_atomically
@@ -85,7 +87,9 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
             for target in tests
             for method in settings.methods
         }
-        return conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
+        found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
+        leave_report(replace(job, inputs=replace(job.inputs, config=config)))
+        return found
 
 
 def _plans(config: Config, settings: EvaluationConfig) -> dict[str, Plan]:

@@ -19,11 +19,10 @@ from gradsift.errors import ConfigError, RunError
 from gradsift.exhibits import write_exhibits
 from gradsift.geometry.figures import exhibits
 from gradsift.geometry.settings import GeometryConfig
-from gradsift.job import Job
-from gradsift.pipeline import open_job
-from gradsift.report import write_report
+from gradsift.job import Job, open_job
+from gradsift.report import leave_report
 from gradsift.stages import Plan
-from gradsift.store import Run, Stage, open_run, read_config, write_atomically
+from gradsift.store import Stage, open_run, read_config, write_atomically
 
 if TYPE_CHECKING:
     import peft
@@ -34,32 +33,23 @@ _FOLDER = "geometry"
 BEFORE = "before warm-up"
 
 
-def geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
+def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
     """Measure spectrum, subspace and coupling of every target of a run; return `geometry.json`.
 
     `settings` are as in `GeometryConfig`. Figures and numbers go into `geometry/` and the report.
     Run it again to go on after a crash.
 
     Example:
-        >>> found = gradsift.geometry("runs/gsm8k")              # doctest: +SKIP
+        >>> found = gradsift.measure_geometry("runs/gsm8k")              # doctest: +SKIP
         >>> found["gsm8k"]["coupling"]["off_diagonal"]           # doctest: +SKIP
         {'value': 0.98, 'standard_error': 0.01}
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    return run_geometry(run, GeometryConfig.build(settings))
-
-
-def run_geometry(run: str | Path, settings: GeometryConfig) -> Mapping[str, Any]:
-    """Measure everything that is not measured yet; see `geometry`.
-
-    Raises:
-        GradsiftError: If something has to be mended first; the message says what and how.
-    """
     from gradsift.model import Models
 
-    config = read_config(Path(run))
+    wanted, config = GeometryConfig.build(settings), read_config(Path(run))
     if config.model.quantization != "none":
         raise ConfigError(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
@@ -76,11 +66,11 @@ def run_geometry(run: str | Path, settings: GeometryConfig) -> Mapping[str, Any]
         found = {}
         for name in job.targets:
             places = _places(job, warmup)
-            found[name] = _measure_target(job, name, places, warmup, settings)
+            found[name] = _measure_target(job, name, places, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(_FOLDER) / "geometry.json", content)
         write_exhibits(job.path(_FOLDER), {name: exhibits(own) for name, own in found.items()})
-        write_report(job)
+        leave_report(job)
         return found
 
 

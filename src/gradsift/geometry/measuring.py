@@ -110,7 +110,7 @@ def _angles(inside: Float[np.ndarray, "direction vector"], rank: int) -> dict[st
 
 
 def _couple(hessian: Hessian, name: str, settings: GeometryConfig) -> dict[str, Any]:
-    """Return where the Hessian's mass lies, and a part of the layer with the most between A and B."""
+    """Return where the Hessian's mass lies, and part of the layer with most between A and B."""
     with track(f"{name}: coupling", len(hessian.slices), "matrices") as advance:
         coupling = measure_coupling(hessian, settings.probes, settings.seed, advance)
     names, masses = [*hessian.slices], coupling.masses

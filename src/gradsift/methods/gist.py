@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
 from gradsift.job import Inputs, Job, Method
 from gradsift.poolpass import distinct_examples, project_pool
-from gradsift.scores import Alignment, Cosines, View
+from gradsift.scores import Alignment, Cosines, Rows, RowStore, View
 from gradsift.shards import not_finite
 from gradsift.store import Stage, write_atomically
 from gradsift.subspace import Subspace, describe, fit_subspace
@@ -69,7 +71,8 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines of coordinates, aggregated as `gist.aggregation` says."""
-    return {name: _align(job, name) for name in job.targets}
+    aggregation = job.config.gist.aggregation
+    return {name: _align(job, name, _views(job, name), aggregation) for name in job.targets}
 
 
 def facts(job: Job) -> dict[str, np.ndarray]:
@@ -88,23 +91,63 @@ METHOD = Method(scores, stages, measure, settings, facts)
 
 def load_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
     """Return a stored subspace."""
-    tensors = load_file(job.path("targets") / name / f"{checkpoint.label}.safetensors")
-    return Subspace(tensors["combination"], tensors["coordinates"], tensors["singular_values"])
+    tensors = load_file(_subspace_file(job, name, checkpoint))
+    parts = (tensors[key] for key in ("combination", "coordinates", "singular_values"))
+    return Subspace(*parts, span=int(tensors["span"][0]))
 
 
-def _align(job: Job, name: str) -> Alignment:
-    views = []
-    for checkpoint in job.checkpoints(stages(job.inputs)[0]):
-        views.append(
-            View(
-                pool=job.stored("coordinates", f"coordinates/{name}", checkpoint.label),
-                target=load_subspace(job, name, checkpoint).coordinates.astype(np.float32),
-                weight=checkpoint.weight,
-                gradient_norms=job.stored("coordinates", "gradient_norm", checkpoint.label),
-            )
+def load_wider(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
+    """Return the subspace of twice the rank of a stored one, or of all that the target spans."""
+    own = load_subspace(job, name, checkpoint)
+    gram = load_file(_subspace_file(job, name, checkpoint))["gram"]
+    return fit_subspace(gram, min(2 * own.rank, own.span))
+
+
+def _subspace_file(job: Job, name: str, checkpoint: Checkpoint) -> Path:
+    return job.path("targets") / name / f"{checkpoint.label}.safetensors"
+
+
+def variants(job: Job, name: str) -> dict[str, Alignment]:
+    """Return the scores of a target as other settings would have them, from the same coordinates.
+
+    With the first half of the directions, and with each other aggregation.
+    """
+    halved = [replace(v, pool=_Half(v.pool), target=_Half(v.target)[:]) for v in _views(job, name)]
+    own, others = job.config.gist.aggregation, ("max", "task-mean", "mean-cosine")
+    wanted: dict[str, tuple[Sequence[View], str]] = {"half the rank": (halved, own)}
+    wanted |= {other: (_views(job, name), other) for other in others if other != own}
+    return {told: _align(job, name, views, how) for told, (views, how) in wanted.items()}
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The leading half of the directions, at least one."""
+
+    whole: RowStore
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        found = self.whole[rows]
+        return found[:, : max(1, found.shape[1] // 2)]
+
+
+def _views(job: Job, name: str) -> list[View]:
+    """Return coordinates of pool and target at every checkpoint."""
+    return [
+        View(
+            pool=job.stored("coordinates", f"coordinates/{name}", checkpoint.label),
+            target=load_subspace(job, name, checkpoint).coordinates.astype(np.float32),
+            weight=checkpoint.weight,
+            gradient_norms=job.stored("coordinates", "gradient_norm", checkpoint.label),
         )
-    config = job.config.gist
-    return Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
+        for checkpoint in job.checkpoints(stages(job.inputs)[0])
+    ]
+
+
+def _align(job: Job, name: str, views: Sequence[View], aggregation: str) -> Alignment:
+    return Alignment(Cosines(views, job.config.gist.norm_power), job.tasks(name), aggregation)
 
 
 def _measure_subspaces(job: Job, name: str, checkpoints: list[Checkpoint]) -> None:
@@ -128,15 +171,17 @@ def _measure_subspaces(job: Job, name: str, checkpoints: list[Checkpoint]) -> No
                 "give more target examples or set gist.norm_power=1",
                 name,
             )
-        _save_subspace(subspace, directory / f"{checkpoint.label}.safetensors")
+        _save_subspace(subspace, gram, _subspace_file(job, name, checkpoint))
         spectra[checkpoint.label] = describe(subspace)
         told = (name, checkpoint.label, subspace.rank, len(target))
         logger.info("%s at %s: rank %d of %d examples", *told)
     write_atomically(directory / "spectrum.json", json.dumps(spectra, indent=1).encode())
 
 
-def _save_subspace(subspace: Subspace, path: Path) -> None:
+def _save_subspace(subspace: Subspace, gram: Float[np.ndarray, "query query"], path: Path) -> None:
     tensors = {
+        "gram": gram,  # any other rank can be fitted from it
+        "span": np.array([subspace.span]),
         "combination": np.ascontiguousarray(subspace.combination),
         "coordinates": np.ascontiguousarray(subspace.coordinates),
         "singular_values": np.ascontiguousarray(subspace.singular_values),

@@ -1,0 +1,132 @@
+"""From scores to picks in the run folder: what a policy chooses for a target, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from gradsift.config import PolicyConfig
+from gradsift.data import EncodedSet
+from gradsift.job import Job
+from gradsift.policies import Candidates, Picks, pick
+from gradsift.repeats import Texts
+from gradsift.scores import Scores
+from gradsift.stages import scores_file
+from gradsift.store import write_atomically
+from gradsift.types import Selection
+
+logger = logging.getLogger(__name__)
+
+
+def choose(
+    job: Job, name: str, turns: Float[np.ndarray, "example turn"], policy: PolicyConfig
+) -> Picks:
+    """Return what a policy picks for a target from the scores of those whose turn it can be."""
+    columns = job.config.data.columns
+    sources, num_tokens = job.pool.column("source"), job.pool.column("num_tokens")
+    texts = _texts(job.pool, columns)
+    candidates = Candidates(texts, sources.to_pylist(), num_tokens.to_numpy())
+    return pick(turns, candidates, _texts(job.targets[name], columns), policy)
+
+
+def write_selection(job: Job, name: str, scores: Scores) -> None:
+    """Write the picks of one target: their own bytes, and why each was picked or passed over."""
+    policy, target = job.config.policy, job.targets[name]
+    turns = scores.turns(policy)
+    picks = choose(job, name, turns, policy)
+    if picks.shortfall:
+        logger.warning("%s: %s", name, picks.shortfall)
+    reasons = Counter(refusal.reason for refusal in picks.refused)
+    told = ", ".join(f"{count} refused: {reason}" for reason, count in reasons.most_common())
+    logger.info("%s: %d picks, %s", name, len(picks.rows), told or "none refused")
+    rows, own = np.array(picks.rows, np.int64), np.array(picks.turns, np.int64)
+    why = _described(job.pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
+    why = why.append_column("score", pa.array(turns[rows, own]))
+    why = why.append_column("projected_share", _shares(job, name, rows))
+    winners = scores.winners(policy, rows, own)
+    for column, of_target in {"best": "id", "task": "task"}.items():
+        values = pa.nulls(len(rows), pa.string())
+        if winners is not None:
+            values = target.column(of_target).take(pa.array(winners))
+        why = why.append_column(column, values)
+    why = why.replace_schema_metadata({"shortfall": picks.shortfall or ""})
+    refused = _described(job.pool, np.array([r.row for r in picks.refused], np.int64))
+    for column in ("reason", "like"):
+        values = pa.array([getattr(r, column) for r in picks.refused], pa.string())
+        refused = refused.append_column(column, values)
+    lines = job.pool.take(rows, ["raw"])["raw"].to_pylist()
+    path = job.path("selected")
+    path.mkdir(exist_ok=True)
+    write_atomically(path / f"{name}.jsonl", b"".join(line + b"\n" for line in lines))
+    write_atomically(path / f"{name}.parquet", partial(pq.write_table, why))
+    write_atomically(path / f"{name}.refused.parquet", partial(pq.write_table, refused))
+
+
+def _shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
+    """Return ‖c‖/‖g‖ of some rows, nulls where the method knows no subspace."""
+    path = job.path(scores_file(job.config.method))
+    columns = ["gradient_norm", f"{name}/projected_norm"]
+    if columns[1] not in pq.read_schema(path).names:
+        return pa.nulls(len(rows), pa.float32())
+    norms, projected = (column.to_numpy()[rows] for column in pq.read_table(path, columns=columns))
+    return pa.array(np.divide(projected, norms, where=norms > 0, out=norms * 0))
+
+
+def read_scores(run: Path, method: str, target: str) -> Float[np.ndarray, " example"]:
+    """Return a method's stored scores of the whole pool for a target."""
+    name = f"{target}/score"
+    return pq.read_table(run / scores_file(method), columns=[name])[name].to_numpy()
+
+
+def read_selection(run: Path, name: str) -> Selection:
+    """Return the stored picks for one target."""
+    path = run / "selected" / f"{name}.jsonl"
+    picks = pq.read_table(path.with_name(f"{name}.parquet"))
+    refused = pq.read_table(path.with_name(f"{name}.refused.parquet"))
+    shortfall = (picks.schema.metadata or {}).get(b"shortfall", b"").decode()
+    return Selection(name, path, picks, refused, shortfall or None)
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What one source of the pool has among the picks and in the pool, as shares of the rows."""
+
+    source: str
+    num_picks: int
+    of_picks: float
+    of_pool: float
+
+    @property
+    def lift(self) -> float:
+        """How many times as frequent it is among the picks as in the pool."""
+        return self.of_picks / self.of_pool
+
+
+def source_shares(pool: Sequence[str], picks: Sequence[str]) -> list[SourceShare]:
+    """Return where picks come from, the largest source first, given every example's source."""
+    in_pool, in_picks = Counter(pool), Counter(picks)
+    return [
+        SourceShare(source, count, count / in_picks.total(), in_pool[source] / in_pool.total())
+        for source, count in in_picks.most_common()
+    ]
+
+
+def _described(pool: EncodedSet, rows: np.ndarray) -> pa.Table:
+    table = pool.take(rows, ["id", "source", "num_tokens"])
+    return table.add_column(0, "row", pa.array(rows))
+
+
+def _texts(encoded: EncodedSet, columns: Mapping[str, str]) -> Texts:
+    return Texts(
+        *(encoded.column(name).to_pylist() for name in ("id", "text_hash", "prompt_hash")),
+        conversations=lambda rows: encoded.conversations(rows, columns),
+    )

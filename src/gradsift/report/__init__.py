@@ -1,0 +1,62 @@
+"""The page that explains a selection: one HTML file that needs no network.
+
+What was asked and what came out, where the picks come from, how sure the choice is, why each, what
+the target looks like, and what `evaluate` and `geometry` found.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from gradsift.choosing import read_scores
+from gradsift.errors import RunError
+from gradsift.job import Job, open_job
+from gradsift.report.contents import overview, target_page
+from gradsift.report.page import render
+from gradsift.report.stability import can_double, measure_sample, sampling_stage
+from gradsift.stages import Plan
+from gradsift.store import open_run, read_config, write_atomically
+
+logger = logging.getLogger(__name__)
+
+FILE = "report.html"
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` anew from what a finished run holds, and return its path.
+
+    Example:
+        >>> gradsift.write_report("runs/gsm8k")                        # doctest: +SKIP
+        PosixPath('runs/gsm8k/report.html')
+
+    Raises:
+        RunError: If the folder holds no finished run.
+    """
+    config = read_config(Path(run))
+    plan = Plan.of(config)
+    with open_run(Path(run)) as folder:
+        folder.prepare(plan)
+        path = leave_report(open_job(plan.inputs, folder))
+        if path is None:
+            raise RunError(f"{run} has not finished; run `gradsift select` with it again")
+        return path
+
+
+def leave_report(job: Job) -> Path | None:
+    """Write `report.html`, measuring first what only it needs, and return its path.
+
+    Where the run has not picked yet, there is nothing to explain and nothing is written.
+    """
+    plan, path = Plan.of(job.config), job.folder.path
+    if any(stage.name not in job.folder.facts(plan) for stage in plan):
+        return None
+    if job.config.method == "gist" and any(can_double(job, name) for name in job.targets):
+        with job.folder.stage(sampling_stage(plan.scores)) as todo:
+            if todo:
+                scores = {name: read_scores(path, "gist", name) for name in job.targets}
+                measure_sample(job, scores)
+    pages = [target_page(job, name) for name in job.targets]
+    write_atomically(path / FILE, render(overview(job, plan), pages).encode())
+    logger.info("%s explains it", path / FILE)
+    return path / FILE

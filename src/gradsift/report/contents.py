@@ -1,0 +1,323 @@
+"""What the report says, gathered from the files of a run, as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from gradsift.choosing import SourceShare, read_scores, read_selection, source_shares
+from gradsift.data import EncodedSet, as_text
+from gradsift.exhibits import Exhibit, read_exhibits
+from gradsift.job import Job
+from gradsift.methods import METHODS, gist
+from gradsift.report.stability import (
+    Change,
+    Noise,
+    can_double,
+    changes,
+    doubled,
+    noise_at_cut,
+)
+from gradsift.scores import Alignment
+from gradsift.stages import Plan, data_sets, scores_file
+from gradsift.types import Selection
+
+_CHARACTERS = 500  # of each turn shown
+_PICKS, _BEST_LEFT, _REFUSED, _LOWEST = 300, 100, 50, 50  # rows of the table
+_ROWS_IN_ALL = 3000  # of the tables of all targets
+_DIRECTIONS, _EACH_SIDE = 5, 3
+_BINS = 60
+_AT_ONCE = 1 << 18  # pool examples
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What was asked, what came out and what it took."""
+
+    run: str
+    method: str
+    model: str
+    pool: Sequence[str]
+    num_pool: int
+    num_tokens: int
+    budget: str
+    targets: Sequence[tuple[str, str, int, int, int]]
+    """Name, files, examples, picks, tokens of the picks."""
+    stages: Sequence[tuple[str, float, int]]
+    """Name, seconds, bytes."""
+    versions: Mapping[str, str]
+    rejected: Sequence[tuple[str, str, int, str]]
+    """Set, reason, how many, and where the first is."""
+    command: str
+    config: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One example in the table of the report; `best` names the target example that won it."""
+
+    status: str
+    place: int
+    score: float
+    share: float | None
+    source: str
+    num_tokens: int
+    id: str
+    text: str
+    best: str | None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A leading direction: its share of the variance, and who loads on it most, on both sides."""
+
+    number: int
+    variance: float
+    positive: Sequence[tuple[float, str, str]]
+    negative: Sequence[tuple[float, str, str]]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of the rows in each bin, of the pool and of the picks."""
+
+    edges: Float[np.ndarray, " edge"]
+    pool: Float[np.ndarray, " bin"]
+    picks: Float[np.ndarray, " bin"]
+
+
+@dataclass(frozen=True)
+class TargetPage:
+    """Everything that is said of one target."""
+
+    name: str
+    selection: Selection
+    sources: Sequence[SourceShare]
+    lengths: Histogram
+    scores: Histogram
+    cut: float | None
+    noise: Noise | None
+    changes: Sequence[Change]
+    refusals: Mapping[str, int]
+    lines: Sequence[Line]
+    winners: Mapping[str, str]
+    spectra: Mapping[str, Any]
+    directions: Sequence[Direction]
+    exhibits: Sequence[Exhibit]
+
+
+def overview(job: Job, plan: Plan) -> Overview:
+    """Return what was asked, what came out and what it took."""
+    config, path = job.config, job.folder.path
+    facts = job.folder.facts(plan)
+    targets = []
+    for name, target in job.targets.items():
+        picks = read_selection(path, name).picks
+        files = ", ".join(config.data.targets[name])
+        tokens = sum(picks["num_tokens"].to_pylist())
+        targets.append((name, files, len(target), len(picks), tokens))
+    return Overview(
+        run=str(path),
+        method=config.method,
+        model=config.model.name,
+        pool=config.data.pool,
+        num_pool=len(job.pool),
+        num_tokens=int(job.pool.column("num_tokens").to_numpy().sum()),
+        budget=config.policy.budget,
+        targets=targets,
+        stages=[
+            (stage.name, facts[stage.name]["seconds"], sum(_sizes(path, stage.outputs)))
+            for stage in plan
+            if stage.name in facts
+        ],
+        versions=next(reversed(facts.values()))["versions"],
+        rejected=_rejected(path, config),
+        command=f"gradsift select --config {path / 'config.yaml'} --output-dir {path}-again",
+        config=config.to_yaml(),
+    )
+
+
+def target_page(job: Job, name: str) -> TargetPage:
+    """Return everything that is said of one target."""
+    path, method = job.folder.path, job.config.method
+    selection = read_selection(path, name)
+    rows, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
+    scores, num_tokens = read_scores(path, method, name), job.pool.column("num_tokens").to_numpy()
+    aligned = METHODS[method].scores(job)[name]
+    is_gist, finite = method == "gist", np.isfinite(scores)
+    found: list[Change] = []
+    if is_gist:
+        found += changes(job, name, rows, refused)
+        found += [doubled(job, name, rows, refused)] if can_double(job, name) else []
+    noise = None
+    if isinstance(aligned, Alignment):
+        noise = noise_at_cut(aligned, scores, len(rows))
+    lines = _lines(job, name, selection, scores)
+    edges = np.geomspace(max(1, num_tokens.min()), num_tokens.max() + 1, _BINS // 2)
+    return TargetPage(
+        name=name,
+        selection=selection,
+        sources=source_shares(
+            job.pool.column("source").to_pylist(), selection.picks["source"].to_pylist()
+        ),
+        lengths=_histogram(num_tokens, rows, edges),
+        scores=_histogram(scores, rows, np.histogram_bin_edges(scores[finite], _BINS)),
+        cut=float(scores[rows].min()) if len(rows) else None,
+        noise=noise,
+        changes=found,
+        refusals=Counter(selection.refused["reason"].to_pylist()),
+        lines=lines,
+        winners=_winners(job, name, {line.best for line in lines if line.best is not None}),
+        spectra=_spectra(path, name) if is_gist else {},
+        directions=_directions(job, name) if is_gist else (),
+        exhibits=[
+            *read_exhibits(path / "evaluation", name),
+            *read_exhibits(path / "geometry", name),
+        ],
+    )
+
+
+def _sizes(path: Path, outputs: Sequence[str]) -> Iterator[int]:
+    for output in outputs:
+        for file in [path / output, *(path / output).rglob("*")]:
+            if file.is_file():
+                yield file.stat().st_size
+
+
+def _rejected(path: Path, config: Any) -> list[tuple[str, str, int, str]]:
+    """Return the reasons for which rows could not be used, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], str] = {}
+    for name in data_sets(config):
+        with (path / "data" / f"{name}.rejected.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                key = (row["set"], row["reason"])
+                counts[key] += 1
+                first.setdefault(key, f"{row['file']}:{row['line']}")
+    return [(*key, count, first[key]) for key, count in counts.most_common()]
+
+
+def _histogram(
+    values: Float[np.ndarray, " example"] | Int[np.ndarray, " example"],
+    rows: Int[np.ndarray, " row"],
+    edges: Float[np.ndarray, " edge"],
+) -> Histogram:
+    shares = []
+    for own in (values, values[rows]):
+        counts = np.histogram(own[np.isfinite(own)], edges)[0]
+        shares.append(counts / max(1, counts.sum()))
+    return Histogram(np.asarray(edges, np.float64), *shares)
+
+
+def _lines(
+    job: Job, name: str, selection: Selection, scores: Float[np.ndarray, " example"]
+) -> list[Line]:
+    """Return picks, the best that were left, refused ones and the lowest, in that order."""
+    share = min(1.0, _ROWS_IN_ALL / len(job.targets) / (_PICKS + _BEST_LEFT + _REFUSED + _LOWEST))
+    order = np.argsort(-scores, kind="stable")
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(1, len(order) + 1)
+    picked, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
+    left = order[~np.isin(order, np.concatenate([picked, refused]))]
+    reasons = dict(zip(refused.tolist(), selection.refused["reason"].to_pylist(), strict=True))
+    best, lowest = left[: int(_BEST_LEFT * share)], left[int(_BEST_LEFT * share) :]
+    chosen: dict[int, str] = {}
+    for status, rows in (
+        ("picked", _evenly(picked, int(_PICKS * share))),
+        ("best not picked", best),
+        ("", refused[: int(_REFUSED * share)]),
+        ("lowest", lowest[max(0, len(lowest) - int(_LOWEST * share)) :]),
+    ):
+        chosen |= {row: status or f"refused: {reasons[row]}" for row in rows.tolist()}
+    texts = job.pool.conversations([*chosen], job.config.data.columns)
+    facts = _facts(job, name, [*chosen])
+    return [
+        Line(
+            status=status,
+            place=int(places[row]),
+            score=float(scores[row]),
+            text=as_text(messages, _CHARACTERS),
+            **fact,
+        )
+        for (row, status), messages, fact in zip(chosen.items(), texts, facts, strict=True)
+    ]
+
+
+def _facts(job: Job, name: str, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Return what the scores say of some rows besides the score."""
+    path = job.path(scores_file(job.config.method))
+    wanted = ["id", "source", "num_tokens", "gradient_norm", f"{name}/projected_norm"]
+    known = [c for c in [*wanted, f"{name}/best"] if c in pq.read_schema(path).names]
+    facts = []
+    for row in pq.read_table(path, columns=known).take(rows).to_pylist():
+        projected, norm = row.get(f"{name}/projected_norm"), row.get("gradient_norm")
+        fact = {key: row[key] for key in ("id", "source", "num_tokens")}
+        share = None if projected is None else projected / norm if norm else 0.0
+        facts.append(fact | {"share": share, "best": row.get(f"{name}/best")})
+    return facts
+
+
+def _evenly(rows: Int[np.ndarray, " row"], count: int) -> Int[np.ndarray, " row"]:
+    """Return so many of the rows, spread evenly, the first among them."""
+    return rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(count, len(rows))).astype(int))]
+
+
+def _winners(job: Job, name: str, ids: set[str]) -> dict[str, str]:
+    """Return the texts of some target examples by id; of equal ids, the first."""
+    target = job.targets[name]
+    every = target.column("id").to_pylist()
+    rows = [every.index(id_) for id_ in sorted(ids)]
+    texts = target.conversations(rows, job.config.data.columns)
+    return {every[r]: as_text(m, _CHARACTERS) for r, m in zip(rows, texts, strict=True)}
+
+
+def _spectra(path: Path, name: str) -> dict[str, Any]:
+    return json.loads((path / "targets" / name / "spectrum.json").read_text(encoding="utf-8"))
+
+
+def _directions(job: Job, name: str) -> list[Direction]:
+    """Return who loads most on the first directions at the last checkpoint.
+
+    A loading is the cosine of an example's whole gradient with the direction.
+    """
+    label = job.checkpoints(gist.stages(job.inputs)[0])[-1].label
+    coordinates = job.stored("coordinates", f"coordinates/{name}", label)
+    norms = job.stored("coordinates", "gradient_norm", label)
+    pieces = [slice(start, start + _AT_ONCE) for start in range(0, len(job.pool), _AT_ONCE)]
+    loadings = np.concatenate(
+        [
+            coordinates[p][:, :_DIRECTIONS]
+            / np.maximum(norms[p], np.finfo(np.float32).tiny)[:, None]
+            for p in pieces
+        ]
+    )
+    sigma = np.array(_spectra(job.folder.path, name)[label]["singular_values"])
+    result = []
+    for number, column in enumerate(loadings.T):
+        order = np.argsort(column, kind="stable")
+        sides = (order[::-1][:_EACH_SIDE], order[:_EACH_SIDE])
+        variance = float(sigma[number] ** 2 / (sigma**2).sum())
+        result.append(Direction(number + 1, variance, *(_shown(job, column, s) for s in sides)))
+    return result
+
+
+def _shown(
+    job: Job, loadings: Float[np.ndarray, " example"], rows: Int[np.ndarray, " row"]
+) -> list[tuple[float, str, str]]:
+    """Return loading, id and text of some pool examples."""
+    encoded: EncodedSet = job.pool
+    ids = encoded.take(rows, ["id"])["id"].to_pylist()
+    texts = encoded.conversations(rows, job.config.data.columns)
+    return [
+        (float(loadings[row]), id_, as_text(messages, _CHARACTERS))
+        for row, id_, messages in zip(rows, ids, texts, strict=True)
+    ]

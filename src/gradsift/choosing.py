@@ -33,9 +33,8 @@ def choose(
     """Return what a policy picks for a target from the scores of those whose turn it can be."""
     columns = job.config.data.columns
     sources, num_tokens = job.pool.column("source"), job.pool.column("num_tokens")
-    texts = _texts(job.pool, columns)
-    candidates = Candidates(texts, sources.to_pylist(), num_tokens.to_numpy())
-    return pick(turns, candidates, _texts(job.targets[name], columns), policy)
+    candidates = Candidates(texts_of(job.pool, columns), sources.to_pylist(), num_tokens.to_numpy())
+    return pick(turns, candidates, texts_of(job.targets[name], columns), policy)
 
 
 def write_selection(job: Job, name: str, scores: Scores) -> None:
@@ -125,7 +124,8 @@ def _described(pool: EncodedSet, rows: np.ndarray) -> pa.Table:
     return table.add_column(0, "row", pa.array(rows))
 
 
-def _texts(encoded: EncodedSet, columns: Mapping[str, str]) -> Texts:
+def texts_of(encoded: EncodedSet, columns: Mapping[str, str]) -> Texts:
+    """Return what tells repeated examples of a set."""
     return Texts(
         *(encoded.column(name).to_pylist() for name in ("id", "text_hash", "prompt_hash")),
         conversations=lambda rows: encoded.conversations(rows, columns),

@@ -55,7 +55,7 @@ def project_rows(
     examples = job.pool.examples(rows)
     work = partial(measure, examples)
     found, _ = within_memory(work, start_tokens(job.config.engine, device), lengths_of(examples))
-    return {name: values.cpu().numpy() for name, values in found.items()}
+    return {name: np.ascontiguousarray(values.cpu()) for name, values in found.items()}
 
 
 def _prepare(

@@ -25,7 +25,7 @@ from gradsift.job import Job
 from gradsift.methods import METHODS
 from gradsift.pipeline import check_budgets, encode, encode_sets, measure
 from gradsift.progress import track
-from gradsift.report import leave_report
+from gradsift.report import has_finished, leave_report
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
 from gradsift.store import open_run, read_config, write_atomically
@@ -88,7 +88,9 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
             for method in settings.methods
         }
         found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
-        leave_report(replace(job, inputs=replace(job.inputs, config=config)))
+        own = Plan.of(config)
+        if has_finished(folder, own):
+            leave_report(replace(job, inputs=own.inputs))
         return found
 
 

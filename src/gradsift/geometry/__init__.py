@@ -20,7 +20,7 @@ from gradsift.exhibits import write_exhibits
 from gradsift.geometry.figures import exhibits
 from gradsift.geometry.settings import GeometryConfig
 from gradsift.job import Job, open_job
-from gradsift.report import leave_report
+from gradsift.report import has_finished, leave_report
 from gradsift.stages import Plan
 from gradsift.store import Stage, open_run, read_config, write_atomically
 
@@ -55,7 +55,8 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
             "geometry differentiates twice, which quantized layers do not; use a run whose "
             "model.quantization is none"
         )
-    inputs = Plan.of(config).inputs
+    plan = Plan.of(config)
+    inputs = plan.inputs
     warmup = inputs.warmup(config, "warmup")
     with open_run(Path(run)) as folder:
         folder.prepare([*inputs.data.values(), warmup])
@@ -70,7 +71,8 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(_FOLDER) / "geometry.json", content)
         write_exhibits(job.path(_FOLDER), {name: exhibits(own) for name, own in found.items()})
-        leave_report(job)
+        if has_finished(folder, plan):
+            leave_report(open_job(inputs, folder))
         return found
 
 

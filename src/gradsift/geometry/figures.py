@@ -51,7 +51,7 @@ def _spectra(places: Mapping[str, Any]) -> Exhibit:
         "examples ask for the same."
     )
     table = [["at", "examples", "directions for 95 %", "for 99 %", "kept"], *rows]
-    return Exhibit("Spectrum of the target's gradients", text, plotly_json(figure), table)
+    return Exhibit("Spectrum of the gradients", text, plotly_json(figure), table)
 
 
 def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:

@@ -16,7 +16,7 @@ from gradsift.report.contents import overview, target_page
 from gradsift.report.page import render
 from gradsift.report.stability import can_double, measure_sample, sampling_stage
 from gradsift.stages import Plan
-from gradsift.store import open_run, read_config, write_atomically
+from gradsift.store import Run, open_run, read_config, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +37,19 @@ def write_report(run: str | Path) -> Path:
     plan = Plan.of(config)
     with open_run(Path(run)) as folder:
         folder.prepare(plan)
-        path = leave_report(open_job(plan.inputs, folder))
-        if path is None:
+        if not has_finished(folder, plan):
             raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-        return path
+        return leave_report(open_job(plan.inputs, folder))
 
 
-def leave_report(job: Job) -> Path | None:
-    """Write `report.html`, measuring first what only it needs, and return its path.
+def has_finished(folder: Run, plan: Plan) -> bool:
+    """Return whether there is a selection to explain."""
+    return all(stage.name in folder.facts(plan) for stage in plan)
 
-    Where the run has not picked yet, there is nothing to explain and nothing is written.
-    """
+
+def leave_report(job: Job) -> Path:
+    """Write `report.html`, measuring first what only it needs, and return its path."""
     plan, path = Plan.of(job.config), job.folder.path
-    if any(stage.name not in job.folder.facts(plan) for stage in plan):
-        return None
     if job.config.method == "gist" and any(can_double(job, name) for name in job.targets):
         with job.folder.stage(sampling_stage(plan.scores)) as todo:
             if todo:

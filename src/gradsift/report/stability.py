@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
-from gradsift.choosing import choose
+from gradsift.choosing import choose, texts_of
+from gradsift.config import PolicyConfig
 from gradsift.job import Job
 from gradsift.methods import gist
 from gradsift.poolpass import project_rows
+from gradsift.repeats import Repeats
 from gradsift.scores import Alignment, Cosines, View
 from gradsift.store import Stage, write_atomically
 from gradsift.types import Checkpoint
@@ -79,10 +81,9 @@ def changes(
 ) -> list[Change]:
     """Return what GIST would have picked of the whole pool with other settings.
 
-    What was refused as a repeat is left out; repeats are not looked for anew.
+    What was refused is left out, and so are exact repeats; near ones are not looked for anew.
     """
-    found = []
-    policy = job.config.policy.model_copy(update={"duplicates": "keep", "decontaminate": "none"})
+    found, policy = [], _without_near(job.config.policy)
     for settings, aligned in gist.variants(job, name).items():
         turns = aligned.turns(policy)
         turns[refused] = -np.inf
@@ -146,7 +147,10 @@ def doubled(
     config = job.config.gist
     aligned = Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
     rows, weights = tensors["rows"], tensors["weights"]
-    open_to = ~np.isin(rows, refused)
+    policy, columns = _without_near(job.config.policy), job.config.data.columns
+    texts = (texts_of(encoded, columns) for encoded in (job.pool, job.targets[name]))
+    repeats = Repeats(*texts, policy, upcoming=list)
+    open_to = ~np.isin(rows, refused) & [repeats.refuses(int(row)) is None for row in rows]
     order = np.argsort(-aligned.scores()[0][open_to], kind="stable")
     among = np.cumsum(weights[open_to][order]) <= len(picks)
     now = np.zeros(len(rows), dtype=bool)
@@ -158,6 +162,12 @@ def doubled(
     )
     told = f"twice the rank ({', '.join(map(str, ranks))})"
     return Change(told, float(jaccard), len(rows))
+
+
+def _without_near(policy: PolicyConfig) -> PolicyConfig:
+    """Return the policy that knows exact repeats alone: near ones take as long as picking."""
+    keys = ("duplicates", "decontaminate")
+    return policy.model_copy(update={k: "exact" for k in keys if getattr(policy, k) == "near"})
 
 
 def _chances(scores: Float[np.ndarray, " example"]) -> Float[np.ndarray, " example"]:

@@ -115,7 +115,9 @@ def variants(job: Job, name: str) -> dict[str, Alignment]:
     halved = [replace(v, pool=_Half(v.pool), target=_Half(v.target)[:]) for v in _views(job, name)]
     own, others = job.config.gist.aggregation, ("max", "task-mean", "mean-cosine")
     wanted: dict[str, tuple[Sequence[View], str]] = {"half the rank": (halved, own)}
-    wanted |= {other: (_views(job, name), other) for other in others if other != own}
+    for other in others:
+        if other != own:
+            wanted[f"aggregation {other}"] = (_views(job, name), other)
     return {told: _align(job, name, views, how) for told, (views, how) in wanted.items()}
 
 

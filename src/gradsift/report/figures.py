@@ -53,7 +53,8 @@ def histogram(found: Histogram, title: str, log: bool = False) -> go.Figure:
         yaxis={"tickformat": ".0%", "title": "share of the rows"},
     )  # fmt: skip
     if log:
-        ticks = [10.0**n for n in range(6) if 10.0**n <= found.edges[-1]]
+        ticks = [m * 10.0**n for n in range(6) for m in (1, 2, 5)]
+        ticks = [t for t in ticks if found.edges[0] <= t <= found.edges[-1]]
         figure.update_xaxes(tickvals=np.log10(ticks), ticktext=[f"{t:,.0f}" for t in ticks])
     return figure
 

@@ -17,8 +17,8 @@ function draw(place) {
   for (const name of new Set([...axes, "xaxis", "yaxis"])) {
     layout[name] = { gridcolor: "#8884", zerolinecolor: "#8886", automargin: true, ...layout[name] };
   }
-  layout.margin = { l: 60, r: 20, t: 40, b: 50, ...layout.margin };
-  layout.legend = { orientation: "h", y: 1.12, ...layout.legend };
+  layout.margin = { l: 60, r: 20, t: 70, b: 50, ...layout.margin };
+  layout.legend = { orientation: "h", y: 1.2, ...layout.legend };
   Plotly.newPlot(place, data, layout, { responsive: true, displaylogo: false }).then(() =>
     Plotly.relayout(place, colours()));
 }

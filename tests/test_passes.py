@@ -56,7 +56,7 @@ print(row, peak_memory() - before)
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         row, more = map(int, output.split())
         grown[held] = more / row
-    assert grown[512] > 480  # held all at once they are seen
+    assert grown[512] > 400  # held all at once they are seen, less what was free before
     assert grown[64] < 64 + 32  # a block, and what one batch needs
 
 

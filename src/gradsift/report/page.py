@@ -105,7 +105,7 @@ def _told_bytes(number: int) -> str:
 def _told_seconds(seconds: float) -> str:
     """Return a duration in words.
 
-    >>> _told_seconds(3725)
+    >>> _told_seconds(3725.0)
     '1 h 2 min'
     """
     if seconds < 60:

@@ -16,7 +16,7 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift.choosing import read_scores
+from gradsift.choosing import candidates, read_scores
 from gradsift.config import Config, read_yaml
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
@@ -85,7 +85,7 @@ def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
 
 
 def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
-    page = target_page(job, "t")
+    page = target_page(job, "t", candidates(job))
     scores = pq.read_table(folder / "scores/gist.parquet").to_pandas()
     picks = pq.read_table(folder / "selected/t.parquet").to_pandas()
     assert page.cut == pytest.approx(picks.score.min())
@@ -119,7 +119,7 @@ def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
 def test_directions_are_those_of_the_coordinates(folder: Path, job: Job) -> None:
     from gradsift.methods.gist import load_subspace, stages
 
-    page = target_page(job, "u")
+    page = target_page(job, "u", candidates(job))
     [checkpoint] = job.checkpoints(stages(job.inputs)[0])
     coordinates = job.stored("coordinates", "coordinates/u", checkpoint.label)[:]
     norms = job.stored("coordinates", "gradient_norm", checkpoint.label)[:]
@@ -138,7 +138,7 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
 ) -> None:
     spectrum = json.loads((folder / "targets/u/spectrum.json").read_text())["epoch-1"]
     assert 2 * spectrum["rank"] < spectrum["span"], spectrum
-    [change] = [c for c in target_page(job, "u").changes if c.sampled]
+    [change] = [c for c in target_page(job, "u", candidates(job)).changes if c.sampled]
     assert change.settings == f"twice the rank ({2 * spectrum['rank']})"
     gist = job.config.gist.model_copy(update={"rank": 2 * spectrum["rank"]})
     targets = {"u": job.config.data.targets["u"]}
@@ -150,12 +150,12 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     own = pq.read_table(folder / "selected/u.parquet")["row"].to_pylist()
     shared = len({*own} & {*other})
     refused = pq.read_table(folder / "selected/u.refused.parquet")["row"].to_numpy()
-    assert doubled(job, "u", np.array(own), refused) == change
+    assert doubled(job, "u", np.array(own), refused, candidates(job)) == change
     scores = {name: read_scores(folder, "gist", name) for name in "tu"}
     with monkeypatch.context() as everything:
         everything.setattr(stability, "_DENSITY", 10**6)  # all of the pool is in the sample
         measure_sample(job, scores)
-        whole = doubled(job, "u", np.array(own), refused)
+        whole = doubled(job, "u", np.array(own), refused, candidates(job))
     measure_sample(job, scores)
     assert whole.sampled == 92
     assert whole.jaccard == pytest.approx(shared / (40 - shared))

@@ -27,14 +27,28 @@ from gradsift.types import Selection
 logger = logging.getLogger(__name__)
 
 
+def candidates(job: Job) -> Candidates:
+    """Return the pool as a policy sees it."""
+    return Candidates(
+        texts_of(job.pool, job.config.data.columns),
+        job.pool.column("source").to_pylist(),
+        job.pool.column("num_tokens").to_numpy(),
+    )
+
+
 def choose(
-    job: Job, name: str, turns: Float[np.ndarray, "example turn"], policy: PolicyConfig
+    job: Job,
+    name: str,
+    turns: Float[np.ndarray, "example turn"],
+    policy: PolicyConfig,
+    pool: Candidates | None = None,
 ) -> Picks:
-    """Return what a policy picks for a target from the scores of those whose turn it can be."""
-    columns = job.config.data.columns
-    sources, num_tokens = job.pool.column("source"), job.pool.column("num_tokens")
-    candidates = Candidates(texts_of(job.pool, columns), sources.to_pylist(), num_tokens.to_numpy())
-    return pick(turns, candidates, texts_of(job.targets[name], columns), policy)
+    """Return what a policy picks for a target from the scores of those whose turn it can be.
+
+    `pool` is what `candidates` gives, for callers that choose more than once.
+    """
+    target = texts_of(job.targets[name], job.config.data.columns)
+    return pick(turns, pool or candidates(job), target, policy)
 
 
 def write_selection(job: Job, name: str, scores: Scores) -> None:

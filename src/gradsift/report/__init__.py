@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from gradsift.choosing import read_scores
+from gradsift.choosing import candidates, read_scores
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
 from gradsift.report.contents import overview, target_page
@@ -55,7 +55,8 @@ def leave_report(job: Job) -> Path:
             if todo:
                 scores = {name: read_scores(path, "gist", name) for name in job.targets}
                 measure_sample(job, scores)
-    pages = [target_page(job, name) for name in job.targets]
+    pool = candidates(job)
+    pages = [target_page(job, name, pool) for name in job.targets]
     write_atomically(path / FILE, render(overview(job, plan), pages).encode())
     logger.info("%s explains it", path / FILE)
     return path / FILE

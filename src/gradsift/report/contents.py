@@ -18,6 +18,7 @@ from gradsift.data import EncodedSet, as_text
 from gradsift.exhibits import Exhibit, read_exhibits
 from gradsift.job import Job
 from gradsift.methods import METHODS, gist
+from gradsift.policies import Candidates
 from gradsift.report.stability import (
     Change,
     Noise,
@@ -145,18 +146,18 @@ def overview(job: Job, plan: Plan) -> Overview:
     )
 
 
-def target_page(job: Job, name: str) -> TargetPage:
+def target_page(job: Job, name: str, pool: Candidates) -> TargetPage:
     """Return everything that is said of one target."""
     path, method = job.folder.path, job.config.method
     selection = read_selection(path, name)
     rows, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
-    scores, num_tokens = read_scores(path, method, name), job.pool.column("num_tokens").to_numpy()
+    scores, num_tokens = read_scores(path, method, name), pool.num_tokens
     aligned = METHODS[method].scores(job)[name]
     is_gist, finite = method == "gist", np.isfinite(scores)
     found: list[Change] = []
     if is_gist:
-        found += changes(job, name, rows, refused)
-        found += [doubled(job, name, rows, refused)] if can_double(job, name) else []
+        found += changes(job, name, rows, refused, pool)
+        found += [doubled(job, name, rows, refused, pool)] if can_double(job, name) else []
     noise = None
     if isinstance(aligned, Alignment):
         noise = noise_at_cut(aligned, scores, len(rows))
@@ -165,9 +166,7 @@ def target_page(job: Job, name: str) -> TargetPage:
     return TargetPage(
         name=name,
         selection=selection,
-        sources=source_shares(
-            job.pool.column("source").to_pylist(), selection.picks["source"].to_pylist()
-        ),
+        sources=source_shares(pool.sources, selection.picks["source"].to_pylist()),
         lengths=_histogram(num_tokens, rows, edges),
         scores=_histogram(scores, rows, np.histogram_bin_edges(scores[finite], _BINS)),
         cut=float(scores[rows].min()) if len(rows) else None,

@@ -14,6 +14,7 @@ from gradsift.choosing import choose, texts_of
 from gradsift.config import PolicyConfig
 from gradsift.job import Job
 from gradsift.methods import gist
+from gradsift.policies import Candidates
 from gradsift.poolpass import project_rows
 from gradsift.repeats import Repeats
 from gradsift.scores import Alignment, Cosines, View
@@ -77,7 +78,11 @@ def noise_at_cut(
 
 
 def changes(
-    job: Job, name: str, picks: Int[np.ndarray, " pick"], refused: Int[np.ndarray, " row"]
+    job: Job,
+    name: str,
+    picks: Int[np.ndarray, " pick"],
+    refused: Int[np.ndarray, " row"],
+    pool: Candidates,
 ) -> list[Change]:
     """Return what GIST would have picked of the whole pool with other settings.
 
@@ -87,7 +92,7 @@ def changes(
     for settings, aligned in gist.variants(job, name).items():
         turns = aligned.turns(policy)
         turns[refused] = -np.inf
-        others = choose(job, name, turns, policy).rows
+        others = choose(job, name, turns, policy, pool).rows
         shared = len(np.intersect1d(picks, others))
         found.append(Change(settings, shared / (len(picks) + len(others) - shared)))
     return found
@@ -131,7 +136,11 @@ def can_double(job: Job, name: str) -> bool:
 
 
 def doubled(
-    job: Job, name: str, picks: Int[np.ndarray, " pick"], refused: Int[np.ndarray, " row"]
+    job: Job,
+    name: str,
+    picks: Int[np.ndarray, " pick"],
+    refused: Int[np.ndarray, " row"],
+    pool: Candidates,
 ) -> Change:
     """Return what twice the rank would have picked, estimated on the sample."""
     tensors = load_file(job.path(FILE))
@@ -147,9 +156,8 @@ def doubled(
     config = job.config.gist
     aligned = Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
     rows, weights = tensors["rows"], tensors["weights"]
-    policy, columns = _without_near(job.config.policy), job.config.data.columns
-    texts = (texts_of(encoded, columns) for encoded in (job.pool, job.targets[name]))
-    repeats = Repeats(*texts, policy, upcoming=list)
+    target = texts_of(job.targets[name], job.config.data.columns)
+    repeats = Repeats(pool.texts, target, _without_near(job.config.policy), upcoming=list)
     open_to = ~np.isin(rows, refused) & [repeats.refuses(int(row)) is None for row in rows]
     order = np.argsort(-aligned.scores()[0][open_to], kind="stable")
     among = np.cumsum(weights[open_to][order]) <= len(picks)

@@ -23,6 +23,7 @@ from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig, Lds
 from gradsift.evaluation.statistics import Interval
 from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
+from gradsift.stages import Plan
 
 Rows = list[dict[str, Any]]
 TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
@@ -93,9 +94,12 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert page == found.markdown()
     assert f"- {found.verdicts[0]}" in page
     assert "Overlap for t: Jaccard of the picks / Spearman of the scores" in page
-    shown = read_exhibits(folder / "evaluation", "t")
+    of = Plan.of(gradsift.Config.build(_config(folder))).selections["t"].fingerprint
+    shown = read_exhibits(folder / "evaluation", "t", of)
     assert [e.title for e in shown] == ["Does it help? (10%)", "Overlap of the methods"]
     assert shown[0].text.startswith(found.verdicts[0])
+    [stale, *_] = read_exhibits(folder / "evaluation", "t", "of another selection")
+    assert stale.text.startswith("Measured before this folder's picks")
     assert shown[0].figure is not None
     assert shown[0].figure["data"][0]["x"] == methods
     assert [row[0] for row in shown[0].table] == ["method", *methods]

@@ -29,7 +29,7 @@ def test_what_geometry_leaves(base: Path, files: dict[str, Path], tmp_path: Path
     folder = tmp_path / "run"
     config = configure(
         base, files["pool"], {"t": files["t"]},
-        warmup={"epochs": 2, "checkpoints": 2}, lora={"rank": 1, "alpha": 2},
+        warmup={"epochs": 2, "checkpoints": 2}, lora={"rank": 1, "alpha": 2}, gist={"rank": 6},
     )  # fmt: skip
     run(config, folder)
     found = gradsift.measure_geometry(folder, **SMALL)
@@ -58,7 +58,8 @@ def test_what_geometry_leaves(base: Path, files: dict[str, Path], tmp_path: Path
     assert len(coupling["masses"]) == len(coupling["blocks"]) == 16
     matrix = np.array(coupling["entries"]["matrix"])
     np.testing.assert_allclose(matrix, matrix.T)
-    titles = [exhibit.title for exhibit in read_exhibits(folder / "geometry", "t")]
+    assert "Measured before this folder's" not in (folder / "report.html").read_text("utf-8")
+    titles = [exhibit.title for exhibit in read_exhibits(folder / "geometry", "t", "")]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(titles) == 6
     assert all(title in page for title in titles)

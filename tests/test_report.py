@@ -20,9 +20,10 @@ from gradsift.choosing import candidates, read_scores
 from gradsift.config import Config, read_yaml
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
+from gradsift.methods import METHODS
 from gradsift.pipeline import run
 from gradsift.report import stability
-from gradsift.report.contents import overview, target_page
+from gradsift.report.contents import TargetPage, overview, target_page
 from gradsift.report.stability import doubled, measure_sample, noise_at_cut
 from gradsift.scores import Alignment, Cosines, View
 from gradsift.stages import Plan
@@ -67,6 +68,10 @@ def job(folder: Path) -> Job:
     return open_job(Plan.of(Config.build(read_yaml(folder / "config.yaml"))).inputs, Run(folder))
 
 
+def page_of(job: Job, name: str) -> TargetPage:
+    return target_page(job, name, candidates(job), METHODS["gist"].scores(job)[name])
+
+
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
     found = overview(job, Plan.of(job.config))
     assert (found.method, found.budget, found.num_pool) == ("gist", "20", 92)
@@ -85,7 +90,7 @@ def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
 
 
 def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
-    page = target_page(job, "t", candidates(job))
+    page = page_of(job, "t")
     scores = pq.read_table(folder / "scores/gist.parquet").to_pandas()
     picks = pq.read_table(folder / "selected/t.parquet").to_pandas()
     assert page.cut == pytest.approx(picks.score.min())
@@ -119,7 +124,7 @@ def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
 def test_directions_are_those_of_the_coordinates(folder: Path, job: Job) -> None:
     from gradsift.methods.gist import load_subspace, stages
 
-    page = target_page(job, "u", candidates(job))
+    page = page_of(job, "u")
     [checkpoint] = job.checkpoints(stages(job.inputs)[0])
     coordinates = job.stored("coordinates", "coordinates/u", checkpoint.label)[:]
     norms = job.stored("coordinates", "gradient_norm", checkpoint.label)[:]
@@ -138,8 +143,8 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
 ) -> None:
     spectrum = json.loads((folder / "targets/u/spectrum.json").read_text())["epoch-1"]
     assert 2 * spectrum["rank"] < spectrum["span"], spectrum
-    [change] = [c for c in target_page(job, "u", candidates(job)).changes if c.sampled]
-    assert change.settings == f"twice the rank ({2 * spectrum['rank']})"
+    [change] = [c for c in page_of(job, "u").changes if c.sampled]
+    assert change.settings == f"up to twice the rank ({2 * spectrum['rank']})"
     gist = job.config.gist.model_copy(update={"rank": 2 * spectrum["rank"]})
     targets = {"u": job.config.data.targets["u"]}
     data = job.config.data.model_copy(update={"targets": targets})
@@ -177,17 +182,17 @@ def test_noise_is_that_of_leaving_half_of_the_target_out() -> None:
     pool, target = rng.standard_normal((500, 8)), rng.standard_normal((30, 8))
     aligned = Alignment(Cosines([View(pool, target)]), ["a"] * 30, "mean-cosine")
     scores = aligned.scores()[0]
-    noise = noise_at_cut(aligned, scores, 50)
+    cut = float(np.sort(scores)[-50])
+    noise = noise_at_cut(aligned, scores, cut)
     assert noise is not None
     unit = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in (pool, target))
     cosines = np.matmul(next(unit), next(unit).T)
     # the mean of half of n, drawn without replacement, strays by s / √n from the whole mean
     expected = np.sqrt(np.mean(cosines.var(axis=1, ddof=1)) / 30)
     assert noise.width == pytest.approx(expected, rel=0.25)
-    cut = np.sort(scores)[-50]
     assert noise.num_within == (np.abs(scores - cut) <= noise.width).sum()
     few = Alignment(Cosines([View(pool, target[:3])]), ["a"] * 3, "max")
-    assert noise_at_cut(few, few.scores()[0], 50) is None
+    assert noise_at_cut(few, few.scores()[0], 0.5) is None
 
 
 def test_the_page_is_small_and_loads_nothing(folder: Path) -> None:

@@ -400,21 +400,23 @@ def _show_geometry(run: Path, found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    heads = ("target", "directions for 95 %", "kept", "eigenvectors inside", "off the diagonal")
+    heads = ("target", "directions for 95 %", "eigenvectors inside", "off the diagonal")
     table = Table(*heads, title="geometry of the target loss")
     for name, target in found.items():
         last = [*target["places"].values()][-1]
         spectrum, captured = last["spectrum"], last["hessian"]["captured"]
         off = target["coupling"]["off_diagonal"]
         told = f"{off['value']:.1%} ± {off['standard_error']:.1%}"
-        inside = f"{sum(captured) / len(captured):.1%} of {len(captured)}"
-        table.add_row(name, str(spectrum["r95"]), str(spectrum["rank"]), inside, told)
+        directions = f"{last['hessian']['rank']} directions hold"
+        inside = f"{directions} {sum(captured) / len(captured):.1%} of {len(captured)}"
+        table.add_row(name, str(spectrum["r95"]), inside, told)
     console.print(table)
     for path in (run / "geometry" / "geometry.json", _report_of(run)):
         console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _report_of(run: Path) -> Path:
+    """Return where the report is, or will be once `select` has finished."""
     return run / "report.html"
 
 

@@ -91,7 +91,9 @@ class Hessian:
                 # the softmax of our own that a pool pass uses has no second derivative
                 nll = cross_entropy(logits, batch.labels, reduction="none")
                 loss = (nll * batch.weights * own[batch.rows]).sum()
-                yield torch.autograd.grad(loss, self._parameters, create_graph=True)
+                yield torch.autograd.grad(
+                    loss, self._parameters, create_graph=True, materialize_grads=True
+                )
 
 
 @contextmanager
@@ -252,7 +254,9 @@ def entries(
         flat = np.linspace(0, own.stop - own.start - 1, per_block).astype(int)
         chosen += [own.start + int(i) for i in flat]
         labels += [f"{name[-1]}[{i // width},{i % width}]" for i in flat]
-    units = torch.zeros(len(chosen), hessian.size)
-    units[np.arange(len(chosen)), chosen] = 1
-    found = hessian(units, rows=names)[:, chosen].double().cpu().numpy()
-    return _symmetric(found), labels
+    rows = []
+    for column in chosen:  # one at a time: a vector is as large as all of the adapter
+        unit = torch.zeros(1, hessian.size)
+        unit[0, column] = 1
+        rows.append(hessian(unit, rows=names)[0, chosen].double().cpu().numpy())
+    return _symmetric(np.stack(rows)), labels

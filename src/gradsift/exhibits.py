@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from gradsift.store import write_atomically
 
 FILE = "exhibits.json"
 """In the folder of whatever has something to show."""
+_STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,29 @@ class Exhibit:
     table: Sequence[Sequence[str]] = ()
 
 
-def write_exhibits(folder: Path, exhibits: Mapping[str, Sequence[Exhibit]]) -> None:
-    """Leave the exhibits of each target in a folder."""
-    content = {name: [asdict(exhibit) for exhibit in own] for name, own in exhibits.items()}
+def write_exhibits(
+    folder: Path, exhibits: Mapping[str, Sequence[Exhibit]], of: Mapping[str, str]
+) -> None:
+    """Leave the exhibits of each target in a folder; `of` tells what each target's are about."""
+    content = {
+        name: {"of": of[name], "exhibits": [asdict(exhibit) for exhibit in own]}
+        for name, own in exhibits.items()
+    }
     write_atomically(folder / FILE, json.dumps(content).encode())
 
 
-def read_exhibits(folder: Path, target: str) -> list[Exhibit]:
-    """Return what a folder has to show of a target: nothing if there is no such thing."""
+def read_exhibits(folder: Path, target: str, of: str) -> list[Exhibit]:
+    """Return what a folder has to show of a target: nothing if there is no such thing.
+
+    What is about something else than `of` says so in its text.
+    """
     if not (folder / FILE).exists():
         return []
-    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return [Exhibit(**exhibit) for exhibit in content.get(target, [])]
+    content = json.loads((folder / FILE).read_text(encoding="utf-8")).get(target)
+    if content is None:
+        return []
+    found = [Exhibit(**exhibit) for exhibit in content["exhibits"]]
+    return found if content["of"] == of else [replace(e, text=_STALE + e.text) for e in found]
 
 
 def plotly_json(figure: Any) -> dict[str, Any]:

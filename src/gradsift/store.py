@@ -114,6 +114,11 @@ class Run:
         )
         logger.info("%s: %.1f s", stage.name, seconds)
 
+    def holds(self, stage: Stage) -> bool:
+        """Return whether a stage is complete, with these very inputs."""
+        manifest = self._manifest(stage.name)
+        return manifest is not None and manifest["complete"] and not _told(manifest, stage)
+
     def facts(self, stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
         """Return the manifests of the complete stages: `seconds`, `peak_memory_bytes` and so on."""
         manifests = {stage.name: self._manifest(stage.name) for stage in stages}

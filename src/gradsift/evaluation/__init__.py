@@ -21,6 +21,8 @@ from gradsift.evaluation.conclusions import Entry, conclude
 from gradsift.evaluation.lds import subset_cells
 from gradsift.evaluation.results import Evaluation
 from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig
+from gradsift.evaluation.showing import exhibits
+from gradsift.exhibits import write_exhibits
 from gradsift.job import Job
 from gradsift.methods import METHODS
 from gradsift.pipeline import check_budgets, encode, encode_sets, measure
@@ -89,6 +91,8 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
         }
         found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
         own = Plan.of(config)
+        selections = {name: stage.fingerprint for name, stage in own.selections.items()}
+        write_exhibits(found.path, exhibits(found), selections)
         if has_finished(folder, own):
             leave_report(replace(job, inputs=own.inputs))
         return found

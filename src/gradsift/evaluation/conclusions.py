@@ -16,9 +16,7 @@ from gradsift.evaluation.cells import Bench, Cell
 from gradsift.evaluation.lds import linear_datamodeling_scores
 from gradsift.evaluation.overlap import Overlap, overlaps
 from gradsift.evaluation.results import Evaluation, Row, verdicts
-from gradsift.evaluation.showing import exhibits
 from gradsift.evaluation.statistics import paired_difference
-from gradsift.exhibits import write_exhibits
 from gradsift.store import write_atomically
 
 ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
@@ -38,7 +36,7 @@ class Entry:
 def conclude(
     path: Path, bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], scores: ScoresOf
 ) -> Evaluation:
-    """Return what the trained cells say; leave it as Parquet, Markdown and exhibits in `path`."""
+    """Return what the trained cells say; leave it as Parquet and Markdown in `path`."""
     rows = _rows(grid, bench)
     lds = []
     if subsets:
@@ -57,7 +55,6 @@ def conclude(
     for name, table in tables.items():
         write_atomically(path / f"{name}.parquet", partial(pq.write_table, table))
     write_atomically(path / "report.md", found.markdown().encode())
-    write_exhibits(path, exhibits(found))
     return found
 
 

@@ -70,14 +70,19 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
             found[name] = _measure_target(job, name, places, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(_FOLDER) / "geometry.json", content)
-        write_exhibits(job.path(_FOLDER), {name: exhibits(own) for name, own in found.items()})
+        of = {
+            name: f"{warmup.fingerprint} {inputs.target(name).fingerprint}" for name in job.targets
+        }
+        shown = {name: exhibits(own) for name, own in found.items()}
+        write_exhibits(job.path(_FOLDER), shown, of)
         if has_finished(folder, plan):
             leave_report(open_job(inputs, folder))
         return found
 
 
 def _in_float32(model: ModelConfig) -> ModelConfig:
-    return model.model_copy(update={"dtype": "float32"})
+    """Return the model as it can be differentiated twice: fused attention cannot."""
+    return model.model_copy(update={"dtype": "float32", "attention": "eager"})
 
 
 Place = Callable[[], AbstractContextManager["peft.PeftModel"]]

@@ -72,7 +72,7 @@ def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
     text = (
         f"The directions in which the target's loss curves most (leading eigenvectors of its "
         f"Hessian over {last['num_examples']} of its examples), and how much of each lies in the "
-        f"{last['rank']} directions of GIST: {_percent(np.mean(last['captured']))} in the mean, "
+        f"{last['rank']} directions that GIST keeps of these examples: {_percent(np.mean(last['captured']))} in the mean, "
         f"where chance would give {by_chance:.2%}. {negative} of the {len(last['eigenvalues'])} "
         "eigenvalues are negative: there the loss curves downwards, as it never does at a minimum, "
         "and gradients alone do not show it."
@@ -123,13 +123,14 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
     figure.update_yaxes(title="share between A and B", tickformat=".0%")
     figure.update_xaxes(automargin=True, tickfont_size=9)
     figure.update_layout(height=460)
+    drawn = f"; the first {_LAYERS} of {len(layers)} are drawn" if len(layers) > _LAYERS else ""
     told = {name: _plus_minus(coupling[name]) for name in ("off_diagonal", "cross")}
     text = (
         f"No diagonal matrix holds {told['off_diagonal']} of the Hessian's squared Frobenius norm: "
         "the best diagonal D leaves ‖H − D‖² of that size, so that much of the curvature a "
         "diagonal preconditioner such as Adam's cannot hold, whatever its entries. "
         f"{told['cross']} of the norm lies between A and B of the same layer (in the figure: of "
-        "each layer's own part), "
+        f"each layer's own part{drawn}), "
         f"{_plus_minus(coupling['between_layers'])} between different layers. Random probes, over "
         f"{coupling['num_examples']} target examples; ± is the standard error."
     )
@@ -148,7 +149,11 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
 
 
 def _masses(coupling: Mapping[str, Any]) -> Exhibit:
-    figure = _heat(np.log10(np.maximum(coupling["masses"], 1e-30)), coupling["blocks"], "Viridis")
+    figure = _heat(
+        np.log10(np.maximum(coupling["masses"], 1e-30)).astype(np.float32),
+        coupling["blocks"],
+        "Viridis",
+    )
     text = (
         "Squared Frobenius norm of the Hessian between every two LoRA matrices (powers of ten): "
         "everything beside the diagonal of this picture is coupling that a method which looks at "

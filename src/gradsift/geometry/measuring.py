@@ -64,7 +64,10 @@ def measure_place(
 
 def _fit(job: Job, model: nn.Module, examples: Sequence[Any], inverse: np.ndarray) -> Subspace:
     gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
-    return fit_subspace(gram, job.config.gist.rank)
+    rank = job.config.gist.rank
+    if isinstance(rank, int):  # the examples drawn may span fewer directions than all of them
+        rank = min(rank, fit_subspace(gram, "full").rank)
+    return fit_subspace(gram, rank)
 
 
 def _compare(

@@ -114,7 +114,9 @@ def variants(job: Job, name: str) -> dict[str, Alignment]:
     """
     halved = [replace(v, pool=_Half(v.pool), target=_Half(v.target)[:]) for v in _views(job, name)]
     own, others = job.config.gist.aggregation, ("max", "task-mean", "mean-cosine")
-    wanted: dict[str, tuple[Sequence[View], str]] = {"half the rank": (halved, own)}
+    wanted: dict[str, tuple[Sequence[View], str]] = {}
+    if job.config.gist.directions == "leading" and max(v.target.shape[1] for v in halved) > 1:
+        wanted["half the rank"] = (halved, own)
     for other in others:
         if other != own:
             wanted[f"aggregation {other}"] = (_views(job, name), other)

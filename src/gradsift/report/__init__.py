@@ -12,6 +12,7 @@ from pathlib import Path
 from gradsift.choosing import candidates, read_scores
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
+from gradsift.methods import METHODS
 from gradsift.report.contents import overview, target_page
 from gradsift.report.page import render
 from gradsift.report.stability import can_double, measure_sample, sampling_stage
@@ -43,8 +44,8 @@ def write_report(run: str | Path) -> Path:
 
 
 def has_finished(folder: Run, plan: Plan) -> bool:
-    """Return whether there is a selection to explain."""
-    return all(stage.name in folder.facts(plan) for stage in plan)
+    """Return whether the folder holds all stages as they are planned."""
+    return all(folder.holds(stage) for stage in plan)
 
 
 def leave_report(job: Job) -> Path:
@@ -56,7 +57,8 @@ def leave_report(job: Job) -> Path:
                 scores = {name: read_scores(path, "gist", name) for name in job.targets}
                 measure_sample(job, scores)
     pool = candidates(job)
-    pages = [target_page(job, name, pool) for name in job.targets]
+    scored = METHODS[job.config.method].scores(job)
+    pages = [target_page(job, name, pool, scored[name]) for name in job.targets]
     write_atomically(path / FILE, render(overview(job, plan), pages).encode())
     logger.info("%s explains it", path / FILE)
     return path / FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from gradsift.choosing import SourceShare, read_scores, read_selection, source_s
 from gradsift.data import EncodedSet, as_text
 from gradsift.exhibits import Exhibit, read_exhibits
 from gradsift.job import Job
-from gradsift.methods import METHODS, gist
+from gradsift.methods import gist
 from gradsift.policies import Candidates
 from gradsift.report.stability import (
     Change,
@@ -27,13 +28,13 @@ from gradsift.report.stability import (
     doubled,
     noise_at_cut,
 )
-from gradsift.scores import Alignment
+from gradsift.scores import Alignment, Scores
 from gradsift.stages import Plan, data_sets, scores_file
 from gradsift.types import Selection
 
-_CHARACTERS = 500  # of each turn shown
+_CHARACTERS, _TEXT = 500, 800  # of each turn shown, and of all turns together
 _PICKS, _BEST_LEFT, _REFUSED, _LOWEST = 300, 100, 50, 50  # rows of the table
-_ROWS_IN_ALL = 3000  # of the tables of all targets
+_ROWS_IN_ALL = 2000  # of the tables of all targets
 _DIRECTIONS, _EACH_SIDE = 5, 3
 _BINS = 60
 _AT_ONCE = 1 << 18  # pool examples
@@ -108,6 +109,7 @@ class TargetPage:
     noise: Noise | None
     changes: Sequence[Change]
     refusals: Mapping[str, int]
+    repeats_looked_for: bool
     lines: Sequence[Line]
     winners: Mapping[str, str]
     spectra: Mapping[str, Any]
@@ -141,26 +143,37 @@ def overview(job: Job, plan: Plan) -> Overview:
         ],
         versions=next(reversed(facts.values()))["versions"],
         rejected=_rejected(path, config),
-        command=f"gradsift select --config {path / 'config.yaml'} --output-dir {path}-again",
+        command=shlex.join(
+            [
+                "gradsift",
+                "select",
+                "--config",
+                f"{path / 'config.yaml'}",
+                "--output-dir",
+                f"{path}-again",
+            ]
+        ),
         config=config.to_yaml(),
     )
 
 
-def target_page(job: Job, name: str, pool: Candidates) -> TargetPage:
+def target_page(job: Job, name: str, pool: Candidates, aligned: Scores) -> TargetPage:
     """Return everything that is said of one target."""
     path, method = job.folder.path, job.config.method
     selection = read_selection(path, name)
     rows, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
     scores, num_tokens = read_scores(path, method, name), pool.num_tokens
-    aligned = METHODS[method].scores(job)[name]
     is_gist, finite = method == "gist", np.isfinite(scores)
     found: list[Change] = []
     if is_gist:
-        found += changes(job, name, rows, refused, pool)
-        found += [doubled(job, name, rows, refused, pool)] if can_double(job, name) else []
-    noise = None
-    if isinstance(aligned, Alignment):
-        noise = noise_at_cut(aligned, scores, len(rows))
+        reasons = selection.refused["reason"].to_pylist()
+        repeated = refused[[reason.startswith("repeats") for reason in reasons]]
+        found += changes(job, name, rows, repeated, pool)
+        found += [doubled(job, name, rows, repeated, pool)] if can_double(job, name) else []
+    policy, noise = job.config.policy, None
+    cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
+    if isinstance(aligned, Alignment) and cut is not None:
+        noise = noise_at_cut(aligned, scores, cut)
     lines = _lines(job, name, selection, scores)
     edges = np.geomspace(max(1, num_tokens.min()), num_tokens.max() + 1, _BINS // 2)
     return TargetPage(
@@ -168,8 +181,11 @@ def target_page(job: Job, name: str, pool: Candidates) -> TargetPage:
         selection=selection,
         sources=source_shares(pool.sources, selection.picks["source"].to_pylist()),
         lengths=_histogram(num_tokens, rows, edges),
-        scores=_histogram(scores, rows, np.histogram_bin_edges(scores[finite], _BINS)),
-        cut=float(scores[rows].min()) if len(rows) else None,
+        scores=_histogram(
+            scores, rows, np.histogram_bin_edges(scores[finite].astype(float), _BINS)
+        ),
+        cut=cut,
+        repeats_looked_for=(policy.duplicates, policy.decontaminate) != ("keep", "none"),
         noise=noise,
         changes=found,
         refusals=Counter(selection.refused["reason"].to_pylist()),
@@ -177,11 +193,18 @@ def target_page(job: Job, name: str, pool: Candidates) -> TargetPage:
         winners=_winners(job, name, {line.best for line in lines if line.best is not None}),
         spectra=_spectra(path, name) if is_gist else {},
         directions=_directions(job, name) if is_gist else (),
-        exhibits=[
-            *read_exhibits(path / "evaluation", name),
-            *read_exhibits(path / "geometry", name),
-        ],
+        exhibits=_exhibits(job, name),
     )
+
+
+def _exhibits(job: Job, name: str) -> list[Exhibit]:
+    """Return what `evaluate` and `geometry` have to show, marked where it is of other stages."""
+    plan, path = Plan.of(job.config), job.folder.path
+    warmup = job.inputs.warmup(job.config, "warmup").fingerprint
+    return [
+        *read_exhibits(path / "evaluation", name, plan.selections[name].fingerprint),
+        *read_exhibits(path / "geometry", name, f"{warmup} {job.inputs.target(name).fingerprint}"),
+    ]
 
 
 def _sizes(path: Path, outputs: Sequence[str]) -> Iterator[int]:
@@ -244,7 +267,7 @@ def _lines(
             status=status,
             place=int(places[row]),
             score=float(scores[row]),
-            text=as_text(messages, _CHARACTERS),
+            text=as_text(messages, _CHARACTERS)[:_TEXT],
             **fact,
         )
         for (row, status), messages, fact in zip(chosen.items(), texts, facts, strict=True)
@@ -276,7 +299,7 @@ def _winners(job: Job, name: str, ids: set[str]) -> dict[str, str]:
     every = target.column("id").to_pylist()
     rows = [every.index(id_) for id_ in sorted(ids)]
     texts = target.conversations(rows, job.config.data.columns)
-    return {every[r]: as_text(m, _CHARACTERS) for r, m in zip(rows, texts, strict=True)}
+    return {every[r]: as_text(m, _CHARACTERS)[:_TEXT] for r, m in zip(rows, texts, strict=True)}
 
 
 def _spectra(path: Path, name: str) -> dict[str, Any]:
@@ -299,13 +322,18 @@ def _directions(job: Job, name: str) -> list[Direction]:
             for p in pieces
         ]
     )
-    sigma = np.array(_spectra(job.folder.path, name)[label]["singular_values"])
+    spectrum = _spectra(job.folder.path, name)[label]
+    sigma = np.array(spectrum["singular_values"])
+    tail = job.config.gist.directions == "tail"
+    first = spectrum["span"] - spectrum["rank"] if tail else 0
     result = []
     for number, column in enumerate(loadings.T):
         order = np.argsort(column, kind="stable")
         sides = (order[::-1][:_EACH_SIDE], order[:_EACH_SIDE])
-        variance = float(sigma[number] ** 2 / (sigma**2).sum())
-        result.append(Direction(number + 1, variance, *(_shown(job, column, s) for s in sides)))
+        variance = float(sigma[first + number] ** 2 / (sigma**2).sum())
+        result.append(
+            Direction(first + number + 1, variance, *(_shown(job, column, s) for s in sides))
+        )
     return result
 
 
@@ -317,6 +345,6 @@ def _shown(
     ids = encoded.take(rows, ["id"])["id"].to_pylist()
     texts = encoded.conversations(rows, job.config.data.columns)
     return [
-        (float(loadings[row]), id_, as_text(messages, _CHARACTERS))
+        (float(loadings[row]), id_, as_text(messages, _CHARACTERS)[:_TEXT])
         for row, id_, messages in zip(rows, ids, texts, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ _SOURCES = 20
 def sources(shares: Sequence[SourceShare]) -> dict[str, Any]:
     """Bars: each source's share of the picks beside its share of the pool."""
     shown = shares[:_SOURCES][::-1]
-    names = [share.source for share in shown]
+    names = [escape(share.source, quote=False) for share in shown]  # Plotly reads tags in names
     figure = go.Figure(
         [
             go.Bar(y=names, x=[s.of_pool for s in shown], name="pool", orientation="h"),

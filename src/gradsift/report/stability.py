@@ -19,7 +19,7 @@ from gradsift.poolpass import project_rows
 from gradsift.repeats import Repeats
 from gradsift.scores import Alignment, Cosines, View
 from gradsift.store import Stage, write_atomically
-from gradsift.types import Checkpoint
+from gradsift.types import Budget, Checkpoint
 
 SAMPLE_SEED = 0
 _HALVES = 16
@@ -53,17 +53,17 @@ class Change:
 
 
 def noise_at_cut(
-    aligned: Alignment, scores: Float[np.ndarray, " example"], num_picks: int
+    aligned: Alignment, scores: Float[np.ndarray, " example"], cut: float
 ) -> Noise | None:
-    """Return the noise of the scores around the last pick; none for fewer than 4 target examples.
+    """Return the noise of the scores around the cut; none for fewer than 4 target examples.
 
     Over target examples alone: the subspace is kept.
     """
     alive = np.flatnonzero(aligned.alive)
-    if len(alive) < 4 or not num_picks:
+    if len(alive) < 4:
         return None
-    order = np.argsort(-scores, kind="stable")
-    first, last = num_picks // 2, min(2 * num_picks, len(order))
+    order, above = np.argsort(-scores, kind="stable"), int((scores >= cut).sum())
+    first, last = above // 2, min(2 * above, len(order))
     rows = order[np.unique(np.linspace(first, last - 1, _NEAR_CUT).astype(int))]
     rng = np.random.default_rng(SAMPLE_SEED)
     moved = []
@@ -73,7 +73,6 @@ def noise_at_cut(
         change = aligned.among(kept).best(rows)[0] - scores[rows]
         moved.append(change - change.mean())
     width = float(np.std(moved))
-    cut = scores[order[num_picks - 1]]
     return Noise(width, int((np.abs(scores - cut) <= width).sum()))
 
 
@@ -81,17 +80,18 @@ def changes(
     job: Job,
     name: str,
     picks: Int[np.ndarray, " pick"],
-    refused: Int[np.ndarray, " row"],
+    repeated: Int[np.ndarray, " row"],
     pool: Candidates,
 ) -> list[Change]:
     """Return what GIST would have picked of the whole pool with other settings.
 
-    What was refused is left out, and so are exact repeats; near ones are not looked for anew.
+    `repeated`: what was refused as a repeat is left out, and so are exact repeats that come up now;
+    near ones are not looked for anew.
     """
     found, policy = [], _without_near(job.config.policy)
     for settings, aligned in gist.variants(job, name).items():
         turns = aligned.turns(policy)
-        turns[refused] = -np.inf
+        turns[repeated] = -np.inf
         others = choose(job, name, turns, policy, pool).rows
         shared = len(np.intersect1d(picks, others))
         found.append(Change(settings, shared / (len(picks) + len(others) - shared)))
@@ -114,24 +114,28 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     rows = np.flatnonzero(drawn)
     tensors = {"rows": rows, "weights": 1 / chances[rows]}
     for checkpoint in _checkpoints(job):
-        wider = {name: gist.load_wider(job, name, checkpoint) for name in job.targets}
-        combinations = {name: subspace.combination for name, subspace in wider.items()}
-        measured = project_rows(job, checkpoint, rows, combinations)
+        # the leading half is stored: the basis of the rest is no larger than that of the pool pass
+        further = {name: _further(job, name, checkpoint) for name in job.targets}
+        measured = project_rows(job, checkpoint, rows, further)
         tensors |= {f"{checkpoint.label}/{key}": values for key, values in measured.items()}
-        tensors |= {
-            f"{checkpoint.label}/target/{name}": np.ascontiguousarray(subspace.coordinates)
-            for name, subspace in wider.items()
-        }
     path = job.path(FILE)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, partial(save_file, tensors))
 
 
 def can_double(job: Job, name: str) -> bool:
-    """Return whether the target spans more directions than are kept."""
-    return job.config.gist.directions == "leading" and any(
-        gist.load_wider(job, name, checkpoint).rank > gist.load_subspace(job, name, checkpoint).rank
-        for checkpoint in _checkpoints(job)
+    """Return whether more directions could have been kept, and picks be compared on a sample.
+
+    On a sample there is only the plain top by count: no turns, no caps, no count of tokens.
+    """
+    policy, gist_config = job.config.policy, job.config.gist
+    plain = policy.strategy == "top" and not policy.source_cap
+    counted = Budget.parse(policy.budget).unit != "tok"
+    return (
+        plain
+        and counted
+        and gist_config.directions == "leading"
+        and any(_further(job, name, checkpoint).shape[1] for checkpoint in _checkpoints(job))
     )
 
 
@@ -139,37 +143,51 @@ def doubled(
     job: Job,
     name: str,
     picks: Int[np.ndarray, " pick"],
-    refused: Int[np.ndarray, " row"],
+    repeated: Int[np.ndarray, " row"],
     pool: Candidates,
 ) -> Change:
-    """Return what twice the rank would have picked, estimated on the sample."""
+    """Return what twice the rank would have picked, estimated on the sample.
+
+    As many are picked as the sample says were picked before, so that the same ranking gives 1.
+    """
     tensors = load_file(job.path(FILE))
-    views = [
-        View(
-            pool=tensors[f"{checkpoint.label}/coordinates/{name}"],
-            target=tensors[f"{checkpoint.label}/target/{name}"].astype(np.float32),
-            weight=checkpoint.weight,
-            gradient_norms=tensors[f"{checkpoint.label}/gradient_norm"],
+    rows, weights, views, ranks = tensors["rows"], tensors["weights"], [], set()
+    for checkpoint in _checkpoints(job):
+        stored = job.stored("coordinates", f"coordinates/{name}", checkpoint.label)[rows]
+        further = tensors[f"{checkpoint.label}/coordinates/{name}"]
+        wider = gist.load_wider(job, name, checkpoint)
+        ranks.add(wider.rank)
+        views.append(
+            View(
+                pool=np.concatenate([stored, further], axis=1),
+                target=wider.coordinates.astype(np.float32),
+                weight=checkpoint.weight,
+                gradient_norms=tensors[f"{checkpoint.label}/gradient_norm"],
+            )
         )
-        for checkpoint in _checkpoints(job)
-    ]
     config = job.config.gist
     aligned = Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
-    rows, weights = tensors["rows"], tensors["weights"]
     target = texts_of(job.targets[name], job.config.data.columns)
     repeats = Repeats(pool.texts, target, _without_near(job.config.policy), upcoming=list)
-    open_to = ~np.isin(rows, refused) & [repeats.refuses(int(row)) is None for row in rows]
-    order = np.argsort(-aligned.scores()[0][open_to], kind="stable")
-    among = np.cumsum(weights[open_to][order]) <= len(picks)
-    now = np.zeros(len(rows), dtype=bool)
-    now[np.flatnonzero(open_to)[order]] = among
-    before = np.isin(rows, picks)
+    before, now = np.isin(rows, picks), np.zeros(len(rows), dtype=bool)
+    left = weights[before].sum() * (1 + 1e-9)
+    for place in np.argsort(-aligned.scores()[0], kind="stable"):
+        row = int(rows[place])
+        if row in repeated or repeats.refuses(row):
+            continue
+        if weights[place] > left:
+            break
+        now[place], left = True, left - weights[place]
+        repeats.remember(row)
     jaccard = weights[now & before].sum() / weights[now | before].sum()
-    ranks = sorted(
-        {gist.load_wider(job, name, checkpoint).rank for checkpoint in _checkpoints(job)}
-    )
-    told = f"twice the rank ({', '.join(map(str, ranks))})"
+    told = f"up to twice the rank ({', '.join(map(str, sorted(ranks)))})"
     return Change(told, float(jaccard), len(rows))
+
+
+def _further(job: Job, name: str, checkpoint: Checkpoint) -> Float[np.ndarray, "query direction"]:
+    """Return the combinations that make the directions between the rank and twice the rank."""
+    kept = gist.load_subspace(job, name, checkpoint).rank
+    return np.ascontiguousarray(gist.load_wider(job, name, checkpoint).combination[:, kept:])
 
 
 def _without_near(policy: PolicyConfig) -> PolicyConfig:

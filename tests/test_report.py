@@ -20,7 +20,7 @@ from gradsift.choosing import candidates, read_scores
 from gradsift.config import Config, read_yaml
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
-from gradsift.methods import METHODS
+from gradsift.methods import METHODS, gist
 from gradsift.pipeline import run
 from gradsift.report import stability
 from gradsift.report.contents import TargetPage, overview, target_page
@@ -145,12 +145,12 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     assert 2 * spectrum["rank"] < spectrum["span"], spectrum
     [change] = [c for c in page_of(job, "u").changes if c.sampled]
     assert change.settings == f"up to twice the rank ({2 * spectrum['rank']})"
-    gist = job.config.gist.model_copy(update={"rank": 2 * spectrum["rank"]})
+    wider = job.config.gist.model_copy(update={"rank": 2 * spectrum["rank"]})
     targets = {"u": job.config.data.targets["u"]}
     data = job.config.data.model_copy(update={"targets": targets})
     adapter = str(folder / "warmup/epoch-1")
     warmup = job.config.warmup.model_copy(update={"adapter": adapter})
-    config = job.config.model_copy(update={"gist": gist, "data": data, "warmup": warmup})
+    config = job.config.model_copy(update={"gist": wider, "data": data, "warmup": warmup})
     other = run(config, tmp_path / "wider").selections["u"].picks["row"].to_pylist()
     own = pq.read_table(folder / "selected/u.parquet")["row"].to_pylist()
     shared = len({*own} & {*other})
@@ -163,6 +163,15 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
         whole = doubled(job, "u", np.array(own), refused, candidates(job))
     measure_sample(job, scores)
     assert whole.sampled == 92
+    with monkeypatch.context() as nothing:  # no further directions: the ranking stays as it is
+        nothing.setattr(gist, "load_wider", gist.load_subspace)
+        nothing.setattr(stability, "_DENSITY", 10)
+        measure_sample(job, scores)
+        same = doubled(job, "u", np.array(own), refused, candidates(job))
+    measure_sample(job, scores)
+    assert same.sampled is not None
+    assert same.sampled < 80
+    assert same.jaccard == 1
     assert whole.jaccard == pytest.approx(shared / (40 - shared))
 
 

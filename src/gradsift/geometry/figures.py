@@ -72,7 +72,8 @@ def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
     text = (
         f"The directions in which the target's loss curves most (leading eigenvectors of its "
         f"Hessian over {last['num_examples']} of its examples), and how much of each lies in the "
-        f"{last['rank']} directions that GIST keeps of these examples: {_percent(np.mean(last['captured']))} in the mean, "
+        f"{last['rank']} directions that GIST keeps of these examples: "
+        f"{_percent(np.mean(last['captured']))} in the mean, "
         f"where chance would give {by_chance:.2%}. {negative} of the {len(last['eigenvalues'])} "
         "eigenvalues are negative: there the loss curves downwards, as it never does at a minimum, "
         "and gradients alone do not show it."
@@ -128,7 +129,8 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
     text = (
         f"No diagonal matrix holds {told['off_diagonal']} of the Hessian's squared Frobenius norm: "
         "the best diagonal D leaves ‖H − D‖² of that size, so that much of the curvature a "
-        "diagonal preconditioner such as Adam's cannot hold, whatever its entries. "
+        "diagonal preconditioner such as Adam's cannot hold, whatever its entries (in axes turned "
+        "at random nearly any matrix of this size would be as far from a diagonal). "
         f"{told['cross']} of the norm lies between A and B of the same layer (in the figure: of "
         f"each layer's own part{drawn}), "
         f"{_plus_minus(coupling['between_layers'])} between different layers. Random probes, over "

@@ -174,6 +174,7 @@ def target_page(job: Job, name: str, pool: Candidates, aligned: Scores) -> Targe
     cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
     if isinstance(aligned, Alignment) and cut is not None:
         noise = noise_at_cut(aligned, scores, cut)
+    bins = np.histogram_bin_edges(scores[finite].astype(np.float64), _BINS)
     lines = _lines(job, name, selection, scores)
     edges = np.geomspace(max(1, num_tokens.min()), num_tokens.max() + 1, _BINS // 2)
     return TargetPage(
@@ -181,9 +182,7 @@ def target_page(job: Job, name: str, pool: Candidates, aligned: Scores) -> Targe
         selection=selection,
         sources=source_shares(pool.sources, selection.picks["source"].to_pylist()),
         lengths=_histogram(num_tokens, rows, edges),
-        scores=_histogram(
-            scores, rows, np.histogram_bin_edges(scores[finite].astype(float), _BINS)
-        ),
+        scores=_histogram(scores, rows, bins),
         cut=cut,
         repeats_looked_for=(policy.duplicates, policy.decontaminate) != ("keep", "none"),
         noise=noise,

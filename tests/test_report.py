@@ -16,13 +16,13 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift.choosing import candidates, read_scores
+from gradsift.choosing import SourceShare, candidates, read_scores
 from gradsift.config import Config, read_yaml
 from gradsift.errors import RunError
 from gradsift.job import Job, open_job
 from gradsift.methods import METHODS, gist
 from gradsift.pipeline import run
-from gradsift.report import stability
+from gradsift.report import figures, stability
 from gradsift.report.contents import TargetPage, overview, target_page
 from gradsift.report.stability import doubled, measure_sample, noise_at_cut
 from gradsift.scores import Alignment, Cosines, View
@@ -32,6 +32,7 @@ from gradsift.store import Run
 Rows = list[dict[str, Any]]
 
 HOSTILE = "<script>hacked=1</script></script><img src=x onerror='hacked=1'>"
+SOURCE = HOSTILE + "<a href='https://outside.example'>here</a>"  # Plotly would make it a link
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -52,7 +53,7 @@ def folder(
         return where / name
 
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": HOSTILE}]
-    evil = {"messages": turns, "id": HOSTILE, "source": HOSTILE}
+    evil = {"messages": turns, "id": HOSTILE, "source": SOURCE}
     pool = write("pool.jsonl", [*pool_rows, evil, evil, "{", {"messages": []}])
     targets = {"t": write("t.jsonl", [*target_rows, evil]), "u": write("u.jsonl", pool_rows[:24])}
     config = configure(
@@ -213,6 +214,12 @@ def test_the_page_is_small_and_loads_nothing(folder: Path) -> None:
     assert "<script>hacked" not in page
 
 
+def test_source_names_are_no_markup_in_figures() -> None:
+    drawn = figures.sources([SourceShare(SOURCE, 1, 1.0, 0.5)])
+    assert all("<" not in name for bars in drawn["data"] for name in bars["y"])
+    assert "&lt;a href='https://outside.example'&gt;" in drawn["data"][0]["y"][0]
+
+
 def test_of_many_picks_a_part_is_shown_and_it_says_so(
     base: Path, adapter: Path, write: Write, tmp_path: Path
 ) -> None:
@@ -331,8 +338,8 @@ def test_in_a_browser_tabs_switch_and_the_table_filters_and_sorts(page: Any) -> 
     assert {*column(1)} == {"picked"}
     assert "of 20 entries" in page.locator("#target-t .dt-info").inner_text()
     page.select_option("#target-t .filters select[data-column='0']", "")
-    page.select_option("#target-t .filters select[data-column='4']", HOSTILE)
-    assert column(5) == [HOSTILE] * 2
+    page.select_option("#target-t .filters select[data-column='4']", SOURCE)
+    assert column(5) == [SOURCE] * 2
     assert page.complaints == []
 
 

@@ -64,7 +64,7 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
     rows, own = np.array(picks.rows, np.int64), np.array(picks.turns, np.int64)
     why = _described(job.pool, rows).add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
     why = why.append_column("score", pa.array(turns[rows, own]))
-    why = why.append_column("projected_share", _shares(job, name, rows))
+    why = why.append_column("projected_share", projected_shares(job, name, rows))
     winners = scores.winners(policy, rows, own)
     for column, of_target in {"best": "id", "task": "task"}.items():
         values = pa.nulls(len(rows), pa.string())
@@ -84,7 +84,7 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
     write_atomically(path / f"{name}.refused.parquet", partial(pq.write_table, refused))
 
 
-def _shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
+def projected_shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
     """Return ‖c‖/‖g‖ of some rows, nulls where the method knows no subspace."""
     path = job.path(scores_file(job.config.method))
     columns = ["gradient_norm", f"{name}/projected_norm"]

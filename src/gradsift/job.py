@@ -61,6 +61,11 @@ class Inputs:
                 inputs["pool"] = self.data["pool"].fingerprint
         return Stage(name, inputs, (name,))
 
+    def gradients(self, name: str) -> str:
+        """Return what tells a target's gradients from others: those of the adapter and examples."""
+        warmup = self.warmup(self.config, "warmup")
+        return f"{warmup.fingerprint} {self.target(name).fingerprint}"
+
     def pool_pass(self, name: str, **depends: Any) -> Stage:
         """Return the stage of that name that measures the pool, shard by shard."""
         inputs = {

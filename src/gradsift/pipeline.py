@@ -113,7 +113,7 @@ def run(
                     write_selection(job, name, scored()[name])
         _export(job)
         folder.write_config(config)  # only now is it that of what the folder holds
-        leave_report(job)
+        leave_report(job, plan)
         facts = folder.facts(plan)
         return RunResult(
             path=folder.path,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from gradsift.data import Encoded, EncodedSet
 from gradsift.job import Job, distinct
-from gradsift.shards import Measure, measure_pool
+from gradsift.shards import Measure, measure_examples, measure_pool
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -48,14 +48,8 @@ def project_rows(
     combinations: Mapping[str, Float[np.ndarray, "_ _"]],
 ) -> dict[str, np.ndarray]:
     """Return what `project_pool` would leave of some rows of the pool, by name."""
-    from gradsift.batches import lengths_of
-    from gradsift.memory import start_tokens, within_memory
-
-    measure, device = _prepare(job, checkpoint, combinations)
-    examples = job.pool.examples(rows)
-    work = partial(measure, examples)
-    found, _ = within_memory(work, start_tokens(job.config.engine, device), lengths_of(examples))
-    return {name: np.ascontiguousarray(values.cpu()) for name, values in found.items()}
+    prepared = _prepare(job, checkpoint, combinations)
+    return measure_examples(job.pool.examples(rows), job.config.engine, prepared)
 
 
 def _prepare(
@@ -98,7 +92,16 @@ def _parts(
     parts = []
     for name, combination in combinations.items():
         examples, inverse = distinct_examples(job.targets[name])
-        merged = np.zeros((len(examples), combination.shape[1]))
-        np.add.at(merged, inverse, combination)
-        parts.append((examples, merged))
+        parts.append((examples, merge_rows(combination, inverse, len(examples))))
     return parts
+
+
+def merge_rows(
+    combination: Float[np.ndarray, "query direction"],
+    inverse: Int[np.ndarray, " query"],
+    num_distinct: int,
+) -> Float[np.ndarray, "distinct direction"]:
+    """Return a combination of examples as one of the different ones among them."""
+    merged = np.zeros((num_distinct, combination.shape[1]))
+    np.add.at(merged, inverse, combination)
+    return merged

@@ -108,17 +108,23 @@ def measure_target(
     Raises:
         NumericsError: Naming the first example of which something is not finite.
     """
+    tensors = measure_examples(target.examples(range(len(target))), engine, prepared)
+    check_finite(tensors, f"of the target {target.path.stem.removeprefix('target.')!r}", target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, partial(save_file, tensors))
+
+
+def measure_examples(
+    examples: Sequence[Encoded], engine: EngineConfig, prepared: tuple[Measure, torch.device]
+) -> dict[str, np.ndarray]:
+    """Return what the measure finds of some examples, row by row, in batches that fit."""
     from gradsift.batches import lengths_of
     from gradsift.memory import start_tokens, within_memory
 
     measure, device = prepared
-    examples = target.examples(range(len(target)))
     work = partial(measure, examples)
     found, _ = within_memory(work, start_tokens(engine, device), lengths_of(examples))
-    tensors = {name: values.cpu().numpy() for name, values in found.items()}
-    check_finite(tensors, f"of the target {target.path.stem.removeprefix('target.')!r}", target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(save_file, tensors))
+    return {name: np.ascontiguousarray(values.cpu()) for name, values in found.items()}
 
 
 def measure_shards(

@@ -94,7 +94,7 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
         selections = {name: stage.fingerprint for name, stage in own.selections.items()}
         write_exhibits(found.path, exhibits(found), selections)
         if has_finished(folder, own):
-            leave_report(replace(job, inputs=own.inputs))
+            leave_report(replace(job, inputs=own.inputs), own)
         return found
 
 

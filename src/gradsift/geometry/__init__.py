@@ -7,7 +7,6 @@ most, and how much of that curvature a diagonal preconditioner such as Adam's ca
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -27,10 +26,8 @@ from gradsift.store import Stage, open_run, read_config, write_atomically
 if TYPE_CHECKING:
     import peft
 
-logger = logging.getLogger(__name__)
-
 _FOLDER = "geometry"
-BEFORE = "before warm-up"
+_BEFORE = "before warm-up"
 
 
 def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
@@ -70,13 +67,11 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
             found[name] = _measure_target(job, name, places, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(_FOLDER) / "geometry.json", content)
-        of = {
-            name: f"{warmup.fingerprint} {inputs.target(name).fingerprint}" for name in job.targets
-        }
+        of = {name: inputs.gradients(name) for name in job.targets}
         shown = {name: exhibits(own) for name, own in found.items()}
         write_exhibits(job.path(_FOLDER), shown, of)
         if has_finished(folder, plan):
-            leave_report(open_job(inputs, folder))
+            leave_report(open_job(inputs, folder), plan)
         return found
 
 
@@ -94,7 +89,7 @@ def _places(job: Job, warmup: Stage) -> dict[str, Place]:
     config = job.config
     places: dict[str, Place] = {}
     if config.warmup.adapter is None and config.warmup.mode == "train":
-        places[BEFORE] = partial(_fresh, job, config)
+        places[_BEFORE] = partial(_fresh, job, config)
     for checkpoint in job.checkpoints(warmup):
         places[checkpoint.label] = partial(_at, job, checkpoint.path)
     return places

@@ -10,6 +10,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from gradsift.exhibits import Exhibit, plotly_json
+from gradsift.report.figures import colour, spectrum
 
 _LAYERS = 40  # bars
 
@@ -28,20 +29,7 @@ def exhibits(found: Mapping[str, Any]) -> list[Exhibit]:
 
 
 def _spectra(places: Mapping[str, Any]) -> Exhibit:
-    figure = make_subplots(cols=2, subplot_titles=("singular values", "cumulative variance"))
-    for number, (label, place) in enumerate(places.items()):
-        found, colour = place["spectrum"], _colour(number)
-        sigma = [s if s > 0 else None for s in found["singular_values"]]
-        share = found["cumulative_variance"]
-        line = {"line_color": colour, "mode": "lines+markers", "name": label}
-        x = [*range(1, len(sigma) + 1)]
-        figure.add_scatter(x=x, y=sigma, **line, row=1, col=1)
-        figure.add_scatter(x=x, y=share, **line, showlegend=False, row=1, col=2)
-    figure.add_hline(0.95, line_dash="dash", row=1, col=2)  # type: ignore[arg-type]
-    figure.update_yaxes(type="log", exponentformat="power", row=1, col=1)
-    figure.update_yaxes(tickformat=".0%", row=1, col=2)
-    figure.update_xaxes(title="direction")
-    figure.update_layout(height=360)
+    figure = spectrum({label: place["spectrum"] for label, place in places.items()})
     rows = [
         [label, *(str(place["spectrum"][key]) for key in ("num_examples", "r95", "r99", "rank"))]
         for label, place in places.items()
@@ -51,7 +39,7 @@ def _spectra(places: Mapping[str, Any]) -> Exhibit:
         "examples ask for the same."
     )
     table = [["at", "examples", "directions for 95 %", "for 99 %", "kept"], *rows]
-    return Exhibit("Spectrum of the gradients", text, plotly_json(figure), table)
+    return Exhibit("Spectrum of the gradients", text, figure, table)
 
 
 def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
@@ -59,7 +47,7 @@ def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
         cols=2, subplot_titles=("eigenvalues", "part of the eigenvector inside the subspace")
     )
     for number, (label, place) in enumerate(places.items()):
-        found, bars = place["hessian"], {"marker_color": _colour(number), "name": label}
+        found, bars = place["hessian"], {"marker_color": colour(number), "name": label}
         x = [*range(1, len(found["eigenvalues"]) + 1)]
         figure.add_bar(x=x, y=found["eigenvalues"], **bars, row=1, col=1)
         figure.add_bar(x=x, y=found["captured"], **bars, showlegend=False, row=1, col=2)
@@ -85,7 +73,7 @@ def _angles(places: Mapping[str, Any]) -> Exhibit:
     figure = go.Figure()
     rows = []
     for number, (label, place) in enumerate(places.items()):
-        angles, line = place["hessian"]["angles"], {"line_color": _colour(number)}
+        angles, line = place["hessian"]["angles"], {"line_color": colour(number)}
         ranks = [angle["rank"] for angle in angles]
         for key, told, dash in (("largest_sine", "largest", "solid"), ("rms_sine", "rms", "dot")):
             y = [angle[key] for angle in angles]
@@ -184,11 +172,6 @@ def _heat(matrix: np.ndarray, labels: Sequence[str], colours: str) -> go.Figure:
     figure.update_xaxes(tickfont_size=8)
     figure.update_layout(height=620)
     return figure
-
-
-def _colour(number: int) -> str:
-    palette = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
-    return palette[number % len(palette)]
 
 
 def _percent(share: float) -> str:

@@ -23,7 +23,7 @@ from gradsift.curvature import (
 from gradsift.geometry.settings import GeometryConfig
 from gradsift.job import Job
 from gradsift.memory import fitting_basis, fitting_gram, start_tokens
-from gradsift.poolpass import distinct_examples
+from gradsift.poolpass import distinct_examples, merge_rows
 from gradsift.progress import track
 from gradsift.subspace import Subspace, describe, fit_subspace
 
@@ -48,8 +48,7 @@ def measure_place(
     everything = _fit(job, model, *distinct_examples(target))
     examples, inverse = distinct_examples(target, rows)
     subspace = _fit(job, model, examples, inverse)
-    merged = np.zeros((len(examples), subspace.rank))
-    np.add.at(merged, inverse, subspace.combination)
+    merged = merge_rows(subspace.combination, inverse, len(examples))
     basis = fitting_basis(model, [(examples, merged)], engine)
     weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
     max_tokens = min(_TOKENS, start_tokens(engine, next(model.parameters()).device))

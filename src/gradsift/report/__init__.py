@@ -40,7 +40,7 @@ def write_report(run: str | Path) -> Path:
         folder.prepare(plan)
         if not has_finished(folder, plan):
             raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-        return leave_report(open_job(plan.inputs, folder))
+        return leave_report(open_job(plan.inputs, folder), plan)
 
 
 def has_finished(folder: Run, plan: Plan) -> bool:
@@ -48,9 +48,9 @@ def has_finished(folder: Run, plan: Plan) -> bool:
     return all(folder.holds(stage) for stage in plan)
 
 
-def leave_report(job: Job) -> Path:
+def leave_report(job: Job, plan: Plan) -> Path:
     """Write `report.html`, measuring first what only it needs, and return its path."""
-    plan, path = Plan.of(job.config), job.folder.path
+    path = job.folder.path
     if job.config.method == "gist" and any(can_double(job, name) for name in job.targets):
         with job.folder.stage(sampling_stage(plan.scores)) as todo:
             if todo:
@@ -58,7 +58,7 @@ def leave_report(job: Job) -> Path:
                 measure_sample(job, scores)
     pool = candidates(job)
     scored = METHODS[job.config.method].scores(job)
-    pages = [target_page(job, name, pool, scored[name]) for name in job.targets]
+    pages = [target_page(job, plan, name, pool, scored[name]) for name in job.targets]
     write_atomically(path / FILE, render(overview(job, plan), pages).encode())
     logger.info("%s explains it", path / FILE)
     return path / FILE

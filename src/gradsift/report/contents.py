@@ -14,7 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from gradsift.choosing import SourceShare, read_scores, read_selection, source_shares
+from gradsift.choosing import (
+    SourceShare,
+    projected_shares,
+    read_scores,
+    read_selection,
+    source_shares,
+)
 from gradsift.data import EncodedSet, as_text
 from gradsift.exhibits import Exhibit, read_exhibits
 from gradsift.job import Job
@@ -157,7 +163,7 @@ def overview(job: Job, plan: Plan) -> Overview:
     )
 
 
-def target_page(job: Job, name: str, pool: Candidates, aligned: Scores) -> TargetPage:
+def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scores) -> TargetPage:
     """Return everything that is said of one target."""
     path, method = job.folder.path, job.config.method
     selection = read_selection(path, name)
@@ -192,18 +198,11 @@ def target_page(job: Job, name: str, pool: Candidates, aligned: Scores) -> Targe
         winners=_winners(job, name, {line.best for line in lines if line.best is not None}),
         spectra=_spectra(path, name) if is_gist else {},
         directions=_directions(job, name) if is_gist else (),
-        exhibits=_exhibits(job, name),
+        exhibits=[
+            *read_exhibits(path / "evaluation", name, plan.selections[name].fingerprint),
+            *read_exhibits(path / "geometry", name, job.inputs.gradients(name)),
+        ],
     )
-
-
-def _exhibits(job: Job, name: str) -> list[Exhibit]:
-    """Return what `evaluate` and `geometry` have to show, marked where it is of other stages."""
-    plan, path = Plan.of(job.config), job.folder.path
-    warmup = job.inputs.warmup(job.config, "warmup").fingerprint
-    return [
-        *read_exhibits(path / "evaluation", name, plan.selections[name].fingerprint),
-        *read_exhibits(path / "geometry", name, f"{warmup} {job.inputs.target(name).fingerprint}"),
-    ]
 
 
 def _sizes(path: Path, outputs: Sequence[str]) -> Iterator[int]:
@@ -259,32 +258,31 @@ def _lines(
         ("lowest", lowest[max(0, len(lowest) - int(_LOWEST * share)) :]),
     ):
         chosen |= {row: status or f"refused: {reasons[row]}" for row in rows.tolist()}
-    texts = job.pool.conversations([*chosen], job.config.data.columns)
+    texts = _texts(job, job.pool, [*chosen])
     facts = _facts(job, name, [*chosen])
     return [
         Line(
             status=status,
             place=int(places[row]),
             score=float(scores[row]),
-            text=as_text(messages, _CHARACTERS)[:_TEXT],
+            text=text,
             **fact,
         )
-        for (row, status), messages, fact in zip(chosen.items(), texts, facts, strict=True)
+        for (row, status), text, fact in zip(chosen.items(), texts, facts, strict=True)
     ]
 
 
 def _facts(job: Job, name: str, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Return what the scores say of some rows besides the score."""
     path = job.path(scores_file(job.config.method))
-    wanted = ["id", "source", "num_tokens", "gradient_norm", f"{name}/projected_norm"]
-    known = [c for c in [*wanted, f"{name}/best"] if c in pq.read_schema(path).names]
-    facts = []
-    for row in pq.read_table(path, columns=known).take(rows).to_pylist():
-        projected, norm = row.get(f"{name}/projected_norm"), row.get("gradient_norm")
-        fact = {key: row[key] for key in ("id", "source", "num_tokens")}
-        share = None if projected is None else projected / norm if norm else 0.0
-        facts.append(fact | {"share": share, "best": row.get(f"{name}/best")})
-    return facts
+    best, facts = f"{name}/best", ["id", "source", "num_tokens"]
+    known = [*facts, best] if best in pq.read_schema(path).names else facts
+    table = pq.read_table(path, columns=known).take(rows).to_pylist()
+    shares = projected_shares(job, name, np.array(rows, np.int64)).to_pylist()
+    return [
+        {key: row[key] for key in facts} | {"share": share, "best": row.get(best)}
+        for row, share in zip(table, shares, strict=True)
+    ]
 
 
 def _evenly(rows: Int[np.ndarray, " row"], count: int) -> Int[np.ndarray, " shown"]:
@@ -297,8 +295,15 @@ def _winners(job: Job, name: str, ids: set[str]) -> dict[str, str]:
     target = job.targets[name]
     every = target.column("id").to_pylist()
     rows = [every.index(id_) for id_ in sorted(ids)]
-    texts = target.conversations(rows, job.config.data.columns)
-    return {every[r]: as_text(m, _CHARACTERS)[:_TEXT] for r, m in zip(rows, texts, strict=True)}
+    return dict(zip((every[row] for row in rows), _texts(job, target, rows), strict=True))
+
+
+def _texts(
+    job: Job, encoded: EncodedSet, rows: Sequence[int] | Int[np.ndarray, " row"]
+) -> list[str]:
+    """Return the conversations of some rows, as long as the page shows them."""
+    found = encoded.conversations(rows, job.config.data.columns)
+    return [as_text(messages, _CHARACTERS)[:_TEXT] for messages in found]
 
 
 def _spectra(path: Path, name: str) -> dict[str, Any]:
@@ -340,10 +345,5 @@ def _shown(
     job: Job, loadings: Float[np.ndarray, " example"], rows: Int[np.ndarray, " row"]
 ) -> list[tuple[float, str, str]]:
     """Return loading, id and text of some pool examples."""
-    encoded: EncodedSet = job.pool
-    ids = encoded.take(rows, ["id"])["id"].to_pylist()
-    texts = encoded.conversations(rows, job.config.data.columns)
-    return [
-        (float(loadings[row]), id_, as_text(messages, _CHARACTERS)[:_TEXT])
-        for row, id_, messages in zip(rows, ids, texts, strict=True)
-    ]
+    ids = job.pool.take(rows, ["id"])["id"].to_pylist()
+    return [*zip(loadings[rows].tolist(), ids, _texts(job, job.pool, rows), strict=True)]

@@ -78,14 +78,14 @@ def scores(found: Histogram, cut: float | None, noise: float | None) -> dict[str
 def spectrum(spectra: Mapping[str, Any]) -> dict[str, Any]:
     """Singular values on a logarithmic axis, and cumulative variance with the 95 % line."""
     figure = make_subplots(cols=2, subplot_titles=("singular values", "cumulative variance"))
-    for label, found in spectra.items():
-        kept = [s for s in found["singular_values"] if s > 0]
-        numbers = [*range(1, len(kept) + 1)]
-        figure.add_scatter(x=numbers, y=kept, name=label, mode="lines+markers", row=1, col=1)
+    for number, (label, found) in enumerate(spectra.items()):
+        sigma = [s if s > 0 else None for s in found["singular_values"]]
+        line = {"line_color": colour(number), "mode": "lines+markers", "name": label}
+        x = [*range(1, len(sigma) + 1)]
+        figure.add_scatter(x=x, y=sigma, **line, row=1, col=1)
         figure.add_scatter(
-            x=numbers, y=found["cumulative_variance"], name=label, showlegend=False,
-            mode="lines+markers", row=1, col=2,
-        )  # fmt: skip
+            x=x, y=found["cumulative_variance"], **line, showlegend=False, row=1, col=2
+        )
     last = [*spectra.values()][-1]
     figure.add_hline(0.95, line_dash="dash", annotation_text="95 %", row=1, col=2)  # type: ignore[arg-type]
     figure.add_vline(last["r95"], line_dash="dot", row=1, col=2)  # type: ignore[arg-type]
@@ -94,3 +94,9 @@ def spectrum(spectra: Mapping[str, Any]) -> dict[str, Any]:
     figure.update_xaxes(title="direction")
     figure.update_layout(height=360)
     return plotly_json(figure)
+
+
+def colour(number: int) -> str:
+    """Return the colour of the n-th adapter, the same in every figure."""
+    palette = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+    return palette[number % len(palette)]

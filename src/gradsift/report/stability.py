@@ -21,7 +21,7 @@ from gradsift.scores import Alignment, Cosines, View
 from gradsift.store import Stage, write_atomically
 from gradsift.types import Budget, Checkpoint
 
-SAMPLE_SEED = 0
+_SEED = 0
 _HALVES = 16
 _NEAR_CUT = 400  # rows whose noise is looked at
 _DENSITY = 40  # the best so many are all in the sample, of twice as many every second, and so on
@@ -65,7 +65,7 @@ def noise_at_cut(
     order, above = np.argsort(-scores, kind="stable"), int((scores >= cut).sum())
     first, last = above // 2, min(2 * above, len(order))
     rows = order[np.unique(np.linspace(first, last - 1, _NEAR_CUT).astype(int))]
-    rng = np.random.default_rng(SAMPLE_SEED)
+    rng = np.random.default_rng(_SEED)
     moved = []
     for _ in range(_HALVES):
         kept = np.zeros(len(aligned.alive), dtype=bool)
@@ -110,7 +110,7 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     picked or nearly is dense, the rest is thin, and weights make up for it.
     """
     chances = np.max([_chances(values) for values in scores.values()], axis=0)
-    drawn = np.random.default_rng(SAMPLE_SEED).random(len(chances)) < chances
+    drawn = np.random.default_rng(_SEED).random(len(chances)) < chances
     rows = np.flatnonzero(drawn)
     tensors = {"rows": rows, "weights": 1 / chances[rows]}
     for checkpoint in _checkpoints(job):

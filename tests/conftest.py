@@ -22,7 +22,7 @@ QUICK = {
     "model": {"dtype": "float32", "device": "cpu"},
     "lora": {"rank": 4, "alpha": 8},
     "warmup": {"learning_rate": 1e-2, "batch_size": 8, "fraction": 0.2},
-    "engine": {"shard_size": 32, "batch_tokens": 400},
+    "engine": {"window": 8, "shard_size": 32, "batch_tokens": 400},
     "policy": {"budget": "10%", "decontaminate": "none"},
 }
 

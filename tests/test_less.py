@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_plain_way(base: Path, config: Config, tmp_path:
 
 def test_how_the_pool_is_cut_changes_no_score(config: Config, tmp_path: Path) -> None:
     one = run(config, tmp_path / "a").scores()["t/score"].to_numpy()
-    engine = config.engine.model_copy(update={"shard_size": 7, "batch_tokens": 90})
+    engine = config.engine.model_copy(update={"window": 7, "shard_size": 7, "batch_tokens": 90})
     other = run(config.model_copy(update={"engine": engine}), tmp_path / "b").scores()
     np.testing.assert_allclose(one, other["t/score"].to_numpy(), atol=2e-4)
 

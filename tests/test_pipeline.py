@@ -120,8 +120,8 @@ def test_scores_are_those_of_the_plain_loop(
 @pytest.mark.parametrize(
     "change",
     [
-        {"engine": {"shard_size": 7}},
-        {"engine": {"shard_size": 1000}},
+        {"engine": {"window": 7, "shard_size": 7}},
+        {"engine": {"window": 1000, "shard_size": 1000}},
         {"engine": {"batch_tokens": 1}},
         {"engine": {"batch_tokens": 10_000}},
     ],
@@ -212,7 +212,7 @@ def test_killed_and_started_again_the_bytes_are_the_same(
 ) -> None:
     config = configure(
         base, files["pool"], {"t": files["t"]},
-        warmup={"adapter": str(adapter)}, engine={"shard_size": 2},
+        warmup={"adapter": str(adapter)}, engine={"window": 2, "shard_size": 2},
     )  # fmt: skip
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     folder = tmp_path / "killed"
@@ -391,13 +391,58 @@ def test_outputs_removed_by_hand_are_made_again(
     path.unlink()
     run(config, tmp_path / "run")
     assert path.read_bytes() == content
-    next((tmp_path / "run" / "coordinates").rglob("*.safetensors")).unlink()
+    shard = next((tmp_path / "run" / "coordinates").rglob("*.safetensors"))
+    stored = shard.read_bytes()
+    shard.unlink()
     path.unlink()
-    with pytest.raises(RunError, match=r"shards are missing in .*manifests/coordinates.json"):
-        run(config, tmp_path / "run")
-    (tmp_path / "run" / "manifests" / "coordinates.json").unlink()
     run(config, tmp_path / "run")
-    assert path.read_bytes() == content
+    assert (path.read_bytes(), shard.read_bytes()) == (content, stored)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "header", "swapped", "emptied"])
+def test_a_damaged_shard_is_found_by_its_hash_and_measured_again(
+    base: Path, adapter: Path, files: dict[str, Path], tmp_path: Path, damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = configure(base, files["pool"], {"t": files["t"]}, warmup={"adapter": str(adapter)})
+    plain = run(config, tmp_path / "run").scores()
+    paths = sorted((tmp_path / "run" / "coordinates" / "adapter").glob("*.safetensors"))
+    before = {path: path.read_bytes() for path in paths}
+    content = bytearray(before[paths[1]])
+    if damage == "flipped":
+        content[-5] ^= 4
+    elif damage == "header":
+        content[content.index(b"batch_tokens") + 15] ^= 1
+    elif damage == "swapped":
+        content = bytearray(before[paths[2]])
+    else:
+        content = content[: len(content) // 2 if damage == "truncated" else 0]
+    paths[1].write_bytes(content)
+    times = {path: path.stat().st_mtime_ns for path in paths}
+    (tmp_path / "run" / "manifests" / "scores" / "gist.json").unlink()
+    with caplog.at_level("WARNING", "gradsift"):
+        again = run(config, tmp_path / "run").scores()
+    assert f"{paths[1]} is damaged and is measured again: " in caplog.text
+    assert {path: path.read_bytes() for path in paths} == before
+    assert [path for path in paths if path.stat().st_mtime_ns != times[path]] == [paths[1]]
+    assert again.equals(plain)
+
+
+def test_the_number_of_shards_changes_no_bit(
+    base: Path, adapter: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    found = [
+        run(
+            configure(
+                base, files["pool"], {"t": files["t"]}, warmup={"adapter": str(adapter)},
+                engine={"window": 2, "shard_size": size},
+            ),
+            tmp_path / str(size),
+        ).scores()
+        for size in (2, 4, 90)
+    ]  # fmt: skip
+    assert found[0].equals(found[1])
+    assert found[0].equals(found[2])
 
 
 def test_template_and_order_of_files_count(

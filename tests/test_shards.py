@@ -15,7 +15,8 @@ VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     for shard in plan_shards(23, 10, tmp_path):
-        save_shard(shard, {"x": VALUES[shard.rows], "norm": VALUES[shard.rows, 0]})
+        own = VALUES[shard.start : shard.stop]
+        save_shard(shard, {"x": own, "norm": own[:, 0]})
     return tmp_path
 
 

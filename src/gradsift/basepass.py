@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from gradsift.data import Encoded
 from gradsift.job import Inputs, Job
-from gradsift.shards import Measure, Stored, measure_pool, measure_target
+from gradsift.measuring import Measure, measure_pool, measure_target
+from gradsift.shards import Stored
 from gradsift.store import Stage
 
 if TYPE_CHECKING:
@@ -40,17 +41,16 @@ def run_over_pool(job: Job) -> None:
     Raises:
         NumericsError: Naming the first example of which one is not finite.
     """
-    with job.folder.stage(pool_stage(job.inputs)) as todo:
+    with job.pool_stage(pool_stage(job.inputs)) as todo:
         if todo:
-            measure_pool(job.pool, job.path(_POOL), job.config.engine, partial(_prepare, job))
+            measure_pool(job, job.path(_POOL), partial(_prepare, job))
 
 
 def run_over_target(job: Job, name: str) -> None:
     """Leave `loss` and `hidden` of every target example."""
     with job.folder.stage(target_stage(job.inputs, name)) as todo:
         if todo:
-            path, engine = job.path(_target_file(name)), job.config.engine
-            measure_target(job.targets[name], path, engine, _prepare(job))
+            measure_target(job, name, job.path(_target_file(name)), partial(_prepare, job))
 
 
 def stored_pool(job: Job, name: str) -> Stored:

@@ -31,6 +31,7 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "true",
+    "MKL_CBWR": "AUTO,STRICT",  # the same bits whatever the number of threads
 }
 
 app = typer.Typer(
@@ -41,6 +42,13 @@ app = typer.Typer(
 )
 
 
+class Executor(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Warmup(StrEnum):
     """What precedes the measuring."""
 
@@ -48,7 +56,9 @@ class Warmup(StrEnum):
     none = "none"
 
 
-OutputDir = Annotated[Path, typer.Option(help="the run folder; the same one resumes")]
+OutputDir = Annotated[
+    str, typer.Option(help="the run folder, also s3://bucket/run; the same one resumes")
+]
 Model = Annotated[str | None, typer.Option(help="a local folder or a Hub id")]
 Pool = Annotated[list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")]
 Target = Annotated[
@@ -64,6 +74,14 @@ Memory = Annotated[
     str | None,
     typer.Option(help="for target gradients and bases on the device: 20GiB (default: half of it)"),
 ]
+Engine = Annotated[Executor | None, typer.Option(help="'ray' spreads the work over machines")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="of a Ray cluster, or auto (default: begin one here)")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="of the pool pass on Ray (default: one per GPU or machine)")
+]
+RunFolder = Annotated[str, typer.Argument(help="the run folder")]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags go before it")]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any other setting")
@@ -83,6 +101,9 @@ def select(
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
     strict: Strict = False,
@@ -91,12 +112,18 @@ def select(
     """Score a pool against target examples and pick the best within a budget."""
     flags = _flags(model, pool, target, budget, adapter, warmup, memory)
     flags |= {"method": method}
+    flags["engine"] |= {"executor": engine and engine.value}
+    flags["engine"] |= {"ray_address": ray_address, "workers": workers}
     resolved = _resolve(config, flags, settings)
+    if resolved.engine.executor != "ray" and (ray_address or workers):
+        from gradsift.errors import ConfigError
+
+        raise ConfigError("--ray-address and --workers are for Ray: give --engine ray as well")
     with _logged(output_dir):
         from gradsift.pipeline import run
 
         result = run(resolved, output_dir, strict=strict, overwrite=overwrite)
-    _show(result)
+    _show(result, output_dir)
 
 
 @app.command()
@@ -125,7 +152,7 @@ def plan(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="the run folder")],
+    run: RunFolder,
     test: Annotated[
         list[str],
         typer.Option(metavar="NAME=FILE", help="held-out examples of a target; repeatable"),
@@ -164,12 +191,12 @@ def evaluate(
 
         merged = merge(given, _given(flags), *assigned, replaced=("tests",))
         found = run_evaluation(run, EvaluationConfig.build(merged))
-    _show_evaluation(found)
+    _show_evaluation(found, run)
 
 
 @app.command()
 def explain(
-    run: Annotated[Path, typer.Argument(help="the run folder")],
+    run: RunFolder,
     example: Annotated[str, typer.Argument(metavar="ID", help="id of a pool example")],
 ) -> None:
     """Say how one pool example fared: scores, ranks, what it is like, why it was picked or not."""
@@ -183,18 +210,18 @@ def explain(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="the run folder")]) -> None:
+def report(run: RunFolder) -> None:
     """Write report.html anew: the page that explains a selection; it needs no network."""
     with _logged(run):
         from gradsift.report import write_report
 
         path = write_report(run)
-    typer.echo(f"→ {path}")
+    typer.echo(f"→ {_place(run, path.name)}")
 
 
 @app.command()
 def geometry(
-    run: Annotated[Path, typer.Argument(help="the run folder")],
+    run: RunFolder,
     examples: Annotated[
         int | None, typer.Option(help="of each target, for the Hessian (default: 32)")
     ] = None,
@@ -241,9 +268,12 @@ def _main(
 def main() -> None:
     """Run the command line, with one line for a fault that the user can mend."""
     from gradsift.errors import GradsiftError
+    from gradsift.executors.together import company
 
     try:
-        app()
+        with company() as leads:
+            if leads:
+                app()
     except GradsiftError as error:
         typer.secho(f"gradsift: {error}", err=True, fg="red")
         sys.exit(2)
@@ -295,7 +325,7 @@ def _targets(given: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _logged(folder: Path | None) -> Iterator[None]:
+def _logged(location: str | None) -> Iterator[None]:
     """Send our log to the terminal and to the run folder, and quieten the libraries below."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -305,7 +335,10 @@ def _logged(folder: Path | None) -> Iterator[None]:
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
-    if folder is not None:  # opened with the first line, when the folder is known to be ours
+    if location is not None:  # opened with the first line, when the folder is known to be ours
+        from gradsift.store import local_folder
+
+        folder = local_folder(location, fetch=False)
         handlers.append(logging.FileHandler(folder / "log.txt", delay=True, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
@@ -321,7 +354,12 @@ def _logged(folder: Path | None) -> Iterator[None]:
             handler.close()
 
 
-def _show(result: RunResult) -> None:
+def _place(location: str, name: str) -> str:
+    """Return where a file of a run folder lies, as its user named the folder."""
+    return f"{location.rstrip('/')}/{name}"
+
+
+def _show(result: RunResult, location: str) -> None:
     """Print what was picked for each target, and from where."""
     from rich.console import Console
     from rich.markup import escape
@@ -349,18 +387,19 @@ def _show(result: RunResult) -> None:
         console.print(table)
         if selection.shortfall:
             console.print(f"short: {selection.shortfall}", style="yellow", markup=False)
-        console.print(f"→ {selection.path}", markup=False, highlight=False, soft_wrap=True)
+        path = _place(location, f"selected/{selection.path.name}")
+        console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
     if result.num_rejected:
-        path = result.path / "rejected.jsonl"
+        path = _place(location, "rejected.jsonl")
         console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)
     took = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
-    path = _report_of(result.path)
+    path = _place(location, "report.html")
     console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"seconds of each stage when it was done: {took}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)
 
 
-def _show_evaluation(found: Evaluation) -> None:
+def _show_evaluation(found: Evaluation, run: str) -> None:
     """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
     from rich.console import Console
     from rich.table import Table
@@ -386,15 +425,11 @@ def _show_evaluation(found: Evaluation) -> None:
         console.print(table)
     for line in found.verdicts:
         console.print(line, markup=False)
-    for path in (
-        found.path / "report.md",
-        found.path / "table.parquet",
-        _report_of(found.path.parent),
-    ):
-        console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
+    for name in ("evaluation/report.md", "evaluation/table.parquet", "report.html"):
+        console.print(f"→ {_place(run, name)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_geometry(run: Path, found: Mapping[str, Any]) -> None:
+def _show_geometry(run: str, found: Mapping[str, Any]) -> None:
     """Print the three numbers of each target that the figures are about."""
     from rich.console import Console
     from rich.table import Table
@@ -411,13 +446,8 @@ def _show_geometry(run: Path, found: Mapping[str, Any]) -> None:
         inside = f"{directions} {sum(captured) / len(captured):.1%} of {len(captured)}"
         table.add_row(name, str(spectrum["r95"]), inside, told)
     console.print(table)
-    for path in (run / "geometry" / "geometry.json", _report_of(run)):
-        console.print(f"→ {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _report_of(run: Path) -> Path:
-    """Return where the report is, or will be once `select` has finished."""
-    return run / "report.html"
+    for name in ("geometry/geometry.json", "report.html"):
+        console.print(f"→ {_place(run, name)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_forecast(forecast: Forecast) -> None:

@@ -259,15 +259,42 @@ class PolicyConfig(Section):
 
 
 class EngineConfig(Section):
-    """How the work is cut; no setting here changes a score beyond rounding."""
+    """How the work is cut and where it runs; no setting here changes a score beyond rounding.
 
+    Only `window` and `batch_tokens` change even the rounding: batches are formed within windows.
+    """
+
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = Field(
+        default=None, description="of a Ray cluster, or 'auto'; none: one is started here"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="of the pool pass on Ray: one per GPU, else one per machine"
+    )
+    train_workers: int = Field(
+        default=1, ge=1, description="processes that share each training on Ray"
+    )
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="padded tokens per forward pass"
     )
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
         default="auto", description="bytes for target gradients and bases on the device"
     )
-    shard_size: int = Field(default=1024, ge=1, description="examples per stored shard")
+    window: int = Field(
+        default=1024, ge=1, description="consecutive examples among which batches are formed"
+    )
+    shard_size: int = Field(
+        default=1024, ge=1, description="examples per stored shard: whole windows"
+    )
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> EngineConfig:
+        if self.shard_size % self.window:
+            raise ValueError(
+                f"expected engine.shard_size to be a multiple of engine.window, found "
+                f"{self.shard_size} and {self.window}; raise shard_size or lower window"
+            )
+        return self
 
 
 class Config(Section):

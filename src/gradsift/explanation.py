@@ -17,7 +17,7 @@ from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
 from gradsift.scores import Scores
 from gradsift.stages import Plan, scores_file
-from gradsift.store import Run, read_config
+from gradsift.store import Run, local_folder, read_config
 
 _SHOWN = 3  # target examples most like it
 _CHARACTERS = 400  # of each turn
@@ -85,16 +85,15 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         RunError: If the folder holds no finished run.
         DataError: If the pool has no example of this id.
     """
-    path = Path(run)
-    config = read_config(path)
+    config, path = read_config(run), local_folder(run, fetch=False)
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
-        raise RunError(f"{path} has not finished; run `gradsift select` with it again")
+        raise RunError(f"{run} has not finished; run `gradsift select` with it again")
     job = open_job(Plan.of(config).inputs, Run(path))
     table = pq.read_table(path / scores_file(config.method))
     rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
     if not len(rows):
         raise DataError(
-            f"the pool of {path} has no example {example_id!r}; ids stand in its "
+            f"the pool of {run} has no example {example_id!r}; ids stand in its "
             f"{scores_file(config.method)}, rows that could not be used in rejected.jsonl"
         )
     scored = METHODS[config.method].scores(job)

@@ -86,7 +86,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
     if config.method != "gist":
         raise ConfigError(f"plan forecasts the method gist alone, found method={config.method}")
     stages = Plan.of(config)
-    with open_run(Path(output_dir)) as folder, tempfile.TemporaryDirectory() as scratch:
+    with open_run(output_dir) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.prepare(stages.inputs.data.values())
         job = encode(stages, folder, strict)
         pool, targets = job.pool, job.targets

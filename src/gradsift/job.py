@@ -6,22 +6,27 @@ Every stage of a method is named, with all that its result depends on, before an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from gradsift.config import Config
 from gradsift.data import EncodedSet
 from gradsift.errors import ModelError, RunError
+from gradsift.executors import Executor, choose_executor
 from gradsift.scores import Scores
-from gradsift.shards import Stored
+from gradsift.shards import SUFFIX, Stored, missing_shards
 from gradsift.store import Run, Stage, identity, read_checkpoints
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from gradsift.model import Models
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Inputs:
         inputs = {
             "pool": self.data["pool"].fingerprint,
             **depends,
-            "shard_size": self.config.engine.shard_size,
+            **self.config.engine.model_dump(include={"window", "shard_size"}),
         }
         return Stage(name, inputs, (name,), keeps_parts=True)
 
@@ -85,6 +90,7 @@ class Job:
     pool: EncodedSet
     targets: Mapping[str, EncodedSet]
     models: Models
+    executor: Executor
 
     @property
     def config(self) -> Config:
@@ -101,8 +107,42 @@ class Job:
             if todo:
                 from gradsift.warmup import warm_up
 
-                warm_up(config, self.models, self.pool, self.path(stage.name))
+                directory = self.path(stage.name)
+                self.train(partial(warm_up, config, self.models, self.pool, directory), directory)
         return self.checkpoints(stage)
+
+    def call(self, work: Callable[[], T], *outputs: Path) -> T:
+        """Do some work where there is a device for it; `outputs` are the paths that it writes.
+
+        Raises:
+            GradsiftError: As the work does.
+        """
+        found = self.executor.call(partial(_do, self.folder, work, outputs))
+        self._fetch(outputs)
+        return found
+
+    def train(self, work: Callable[[], object], *outputs: Path) -> None:
+        """Do some work in all processes that train together; the first of them writes `outputs`.
+
+        Raises:
+            GradsiftError: As the work does.
+        """
+        self.executor.train(partial(_do, self.folder, work, outputs))
+        self._fetch(outputs)
+
+    def _fetch(self, outputs: Sequence[Path]) -> None:
+        for path in outputs:
+            self.folder.fetch(path)
+
+    def pool_stage(self, stage: Stage) -> AbstractContextManager[bool]:
+        """Yield whether a pass over the pool is still to do: shards are missing or damaged."""
+        size, directory = self.config.engine.shard_size, self.path(stage.name)
+        folders = {path.parent for path in directory.rglob(f"*{SUFFIX}")}
+        missing = [  # of all folders, so that all that is damaged is told at once
+            missing_shards(len(self.pool), size, folder, self.folder.remove)
+            for folder in (folders if self.folder.holds(stage) else ())
+        ]
+        return self.folder.stage(stage, whole=not any(missing))
 
     def checkpoints(self, stage: Stage) -> list[Checkpoint]:
         """Return the adapters that a warm-up left."""
@@ -144,7 +184,18 @@ def open_job(inputs: Inputs, folder: Run, models: Models | None = None) -> Job:
         name: EncodedSet(directory / f"target.{name}.parquet") for name in config.data.targets
     }
     pool = EncodedSet(directory / "pool.parquet")
-    return Job(inputs, folder, pool, targets, models or Models(config.model))
+    executor = choose_executor(config.engine)
+    return Job(inputs, folder, pool, targets, models or Models(config.model), executor)
+
+
+def _do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:
+    """Do some work, perhaps on another machine that has yet to see what it begins with."""
+    folder.fetch_inputs()
+    found = work()
+    for path in outputs:
+        if path.exists():  # of all processes that train, the first one writes
+            folder.publish(path)
+    return found
 
 
 def _no_stages(inputs: Inputs) -> Sequence[Stage]:

@@ -7,10 +7,11 @@ modules) is refused here, with the name of the layer.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 import torch
@@ -50,7 +51,8 @@ def resolve_device(config: ModelConfig) -> torch.device:
         ModelError: If there is no such device here.
     """
     if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # of the processes that train together
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     if config.device.partition(":")[0] not in ("cpu", "cuda"):
         raise ModelError(f"cannot use the device {config.device!r}: expected auto, cpu or cuda")
     try:
@@ -238,6 +240,9 @@ class Models:
         self._config = config
         self._model: PreTrainedModel | peft.PeftModel | None = None
         self._path: Path | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Models, (self._config,)  # on another machine it is loaded there
 
     def base(self) -> PreTrainedModel:
         """Return the model without an adapter.

@@ -47,7 +47,8 @@ def select(  # noqa: PLR0913
 ) -> RunResult:
     """Pick from `pool`, for each named target, what helps it most within the budget.
 
-    `settings` holds everything else by section, as in a configuration file. Run it again with the
+    `output_dir` is a folder, or a URL that fsspec knows (`s3://bucket/run`). `settings` holds
+    everything else by section, as in a configuration file. Run it again with the
     same folder to go on after a crash, or with another budget, policy or method: what is stored is
     used again.
 
@@ -100,7 +101,7 @@ def run(
     """
     plan = Plan.of(config)
     METHODS[config.method].check(config)
-    with open_run(Path(output_dir)) as folder:
+    with open_run(output_dir) as folder:
         folder.prepare(plan, overwrite)
         if not (folder.path / "config.yaml").exists():
             folder.write_config(config)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from gradsift.data import Encoded, EncodedSet
 from gradsift.job import Job, distinct
-from gradsift.shards import Measure, measure_examples, measure_pool
+from gradsift.measuring import Measure, measure_examples, measure_pool
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def project_pool(
         NumericsError: Naming the first example whose loss or gradient is not finite.
     """
     prepare = partial(_prepare, job, checkpoint, combinations)
-    measure_pool(job.pool, directory / checkpoint.label, job.config.engine, prepare)
+    measure_pool(job, directory / checkpoint.label, prepare)
 
 
 def project_rows(
@@ -48,8 +48,7 @@ def project_rows(
     combinations: Mapping[str, Float[np.ndarray, "_ _"]],
 ) -> dict[str, np.ndarray]:
     """Return what `project_pool` would leave of some rows of the pool, by name."""
-    prepared = _prepare(job, checkpoint, combinations)
-    return measure_examples(job.pool.examples(rows), job.config.engine, prepared)
+    return measure_examples(job, job.pool, rows, partial(_prepare, job, checkpoint, combinations))
 
 
 def _prepare(

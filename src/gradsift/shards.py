@@ -1,39 +1,27 @@
-"""The pass over the pool: fixed ranges of it, each measured and stored by itself.
-
-While the device works on a shard, one thread reads the next and another writes the one before.
-"""
+"""Shards: fixed ranges of the pool, each with a file of its own that tells when it is damaged."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradsift.config import EngineConfig
-from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import NumericsError
-from gradsift.progress import track
 from gradsift.store import write_atomically
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_BATCH_TOKENS = "batch_tokens"
-
-Measure = Callable[[Sequence[Encoded], int], "Mapping[str, Tensor]"]
-"""What to store of some examples, row by row and by name, given the most tokens per batch."""
+SUFFIX = ".safetensors"
+_ENTRY, _HASH = "gradsift", "sha256"
 Rows = slice | Int[np.ndarray, " row"]
 
 
@@ -45,153 +33,73 @@ class Shard:
     stop: int
     path: Path
 
-    @property
-    def rows(self) -> np.ndarray:
-        """The rows of the pool that it covers."""
-        return np.arange(self.start, self.stop)
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 def plan_shards(num_examples: int, size: int, directory: Path) -> list[Shard]:
     """Return the ranges that the pool is cut into, the same for every run and worker."""
     return [
-        Shard(start, min(start + size, num_examples), directory / f"{start:010d}.safetensors")
+        Shard(start, min(start + size, num_examples), directory / f"{start:010d}{SUFFIX}")
         for start in range(0, num_examples, size)
     ]
 
 
-def batch_tokens_of(shard: Shard) -> int:
-    """Return the tokens per batch with which a stored shard was measured."""
-    with safe_open(shard.path, "np") as file:
-        return int(file.metadata()[_BATCH_TOKENS])
-
-
-def measure_pool(
-    pool: EncodedSet,
-    directory: Path,
-    engine: EngineConfig,
-    prepare: Callable[[], tuple[Measure, torch.device]],
-) -> None:
-    """Measure the whole pool, shard by shard, into a folder; what is there is not done again.
-
-    `prepare` is asked for the measure, and where it works, only if something is missing.
-
-    Raises:
-        NumericsError: Naming the first example of which something is not finite.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards(len(pool), engine.shard_size, directory)
-    stored = [shard for shard in shards if shard.path.exists()]
-    missing = [shard for shard in shards if shard not in stored]
-    if not missing:
-        return
-    from gradsift.memory import find_batch_tokens
-
-    measure, device = prepare()
-    if stored:
-        logger.info("%d of %d shards are there already", len(stored), len(shards))
-    if stored and engine.batch_tokens == "auto":
-        max_tokens = batch_tokens_of(stored[-1])
-    else:
-        lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
-        max_tokens = find_batch_tokens(measure, lengths, engine, device)
-    measure_shards(pool, missing, measure, max_tokens)
-
-
-def measure_target(
-    target: EncodedSet,
-    path: Path,
-    engine: EngineConfig,
-    prepared: tuple[Measure, torch.device],
-) -> None:
-    """Store what the measure finds of a target's examples, row by row, in one file.
-
-    Raises:
-        NumericsError: Naming the first example of which something is not finite.
-    """
-    tensors = measure_examples(target.examples(range(len(target))), engine, prepared)
-    check_finite(tensors, f"of the target {target.path.stem.removeprefix('target.')!r}", target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(save_file, tensors))
-
-
-def measure_examples(
-    examples: Sequence[Encoded], engine: EngineConfig, prepared: tuple[Measure, torch.device]
-) -> dict[str, np.ndarray]:
-    """Return what the measure finds of some examples, row by row, in batches that fit."""
-    from gradsift.batches import lengths_of
-    from gradsift.memory import start_tokens, within_memory
-
-    measure, device = prepared
-    work = partial(measure, examples)
-    found, _ = within_memory(work, start_tokens(engine, device), lengths_of(examples))
-    return {name: np.ascontiguousarray(values.cpu()) for name, values in found.items()}
-
-
-def measure_shards(
-    pool: EncodedSet, shards: Sequence[Shard], measure: Measure, max_tokens: int
-) -> None:
-    """Store, for each shard, what `measure` finds of its examples, row by row.
-
-    Raises:
-        NumericsError: Naming the first example of which something is not finite.
-    """
-    from gradsift.batches import ahead, lengths_of
-    from gradsift.memory import within_memory
-
-    total = sum(shard.stop - shard.start for shard in shards)
-    label = "/".join(shards[0].path.parent.parts[-2:])
-    with track(label, total) as advance, ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
-        try:
-            for shard, examples in ahead((shard, pool.examples(shard.rows)) for shard in shards):
-                work = partial(measure, examples)
-                found, max_tokens = within_memory(work, max_tokens, lengths_of(examples))
-                if writing:
-                    writing.result()
-                writing = writer.submit(_write, shard, found, pool, max_tokens)
-                advance(len(examples))
-        finally:
-            if writing:
-                writing.result()
-
-
-def _write(shard: Shard, found: Mapping[str, Tensor], pool: EncodedSet, max_tokens: int) -> None:
-    tensors = {name: values.cpu().numpy() for name, values in found.items()}
-    check_finite(tensors, "of the pool", pool, shard.start)
-    save_shard(shard, tensors, {_BATCH_TOKENS: str(max_tokens)})
-
-
-def check_finite(
-    tensors: Mapping[str, np.ndarray], whose: str, encoded: EncodedSet, start: int = 0
-) -> None:
-    """Make sure that all is finite that was found of some examples, the first being `start`.
-
-    Raises:
-        NumericsError: Naming the first example of which something is not.
-    """
-    for name, values in tensors.items():
-        broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
-        if len(broken):
-            told = f"{name.partition('/')[0].replace('_', ' ')} {whose}"
-            raise not_finite(told, encoded, start + broken)
-
-
 def save_shard(
-    shard: Shard, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+    shard: Shard, tensors: Mapping[str, np.ndarray], facts: Mapping[str, int] | None = None
 ) -> None:
-    """Write what was found of a shard's examples, a row for each, atomically."""
+    """Write what was found of a shard's examples, a row for each, atomically and with its hash."""
     whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    write_atomically(shard.path, lambda path: save_file(whole, path, dict(metadata or {})))
+    told = dict(facts or {})
+    # in one entry: safetensors writes several in no fixed order
+    metadata = {_ENTRY: json.dumps(told | {_HASH: _hash(whole, told)})}
+    write_atomically(shard.path, lambda path: save_file(whole, path, metadata))
 
 
-def not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsError:
-    """Return the error that names the first of the rows of which something is not finite."""
-    where = encoded.take(rows[:1], ["id", "file", "line"]).to_pylist()[0]
-    return NumericsError(
-        f"the {what} is not finite for {len(rows)} examples, the first being {where['id']!r} "
-        f"({where['file']}:{where['line']}); is the model or its adapter broken? Try "
-        "model.dtype=float32"
-    )
+def facts_of(shard: Shard) -> dict[str, int]:
+    """Return what was written beside the tensors of a shard."""
+    with safe_open(shard.path, "np") as file:
+        return json.loads(file.metadata()[_ENTRY])
+
+
+def find_damage(shard: Shard) -> str | None:
+    """Return what is wrong with a shard's file: nothing if it holds what was written."""
+    try:
+        with safe_open(shard.path, "np") as file:
+            facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    if facts.pop(_HASH, None) != _hash(tensors, facts):
+        return "its content does not have the hash that it was written with"
+    if any(len(values) != len(shard) for values in tensors.values()):
+        return f"it does not hold the rows {shard.start} to {shard.stop}"
+    return None
+
+
+def missing_shards(
+    num_examples: int, size: int, directory: Path, remove: Callable[[Path], object]
+) -> list[Shard]:
+    """Return the shards that are not in a folder; `remove` is told of damaged ones, which count."""
+    shards = plan_shards(num_examples, size, directory)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        found = threads.map(lambda s: find_damage(s) if s.path.exists() else "", shards)
+        missing = [(shard, damage) for shard, damage in zip(shards, found, strict=True)
+                   if damage is not None]  # fmt: skip
+    for shard, damage in missing:
+        if damage:
+            logger.warning("%s is damaged and is measured again: %s", shard.path, damage)
+            remove(shard.path)
+    return [shard for shard, _ in missing]
+
+
+def _hash(tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name]
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.data if values.size else b"")
+    return digest.hexdigest()
 
 
 class Stored:
@@ -204,7 +112,7 @@ class Stored:
             FileNotFoundError: With the folder, if they do not hold every example once.
         """
         self._name, self._num_examples = name, num_examples
-        self._paths = sorted(directory.glob("*.safetensors"))
+        self._paths = sorted(directory.glob(f"*{SUFFIX}"))
         starts = []
         end = 0
         for path in self._paths:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from gradsift.config import Config, read_yaml
 from gradsift.errors import ModelError, RunError
+from gradsift.mirror import Mirror, is_remote
 from gradsift.types import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,43 @@ class Stage:
 
 
 class Run:
-    """An open run folder; use `open_run`."""
+    """An open run folder; use `open_run`.
 
-    def __init__(self, path: Path) -> None:
+    Where it lies on another file system, `path` is its copy here: what is finished is published,
+    and what other machines have finished is fetched.
+    """
+
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = path
+        self._mirror = mirror
+        self._opened_by = os.getpid(), platform.node()
+
+    def publish(self, path: Path) -> None:
+        """Let other machines see what lies at this path."""
+        if self._mirror:
+            self._mirror.publish(self._name(path))
+
+    def fetch(self, path: Path) -> None:
+        """Bring what other machines left at this path."""
+        if self._mirror:
+            self._mirror.fetch(self._name(path))
+
+    def fetch_inputs(self) -> None:
+        """Bring what a worker begins with, in another process than that which opened the folder."""
+        if self._mirror and self._opened_by != (os.getpid(), platform.node()):
+            self._mirror.fetch(shards=False)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if self._mirror:
+            self._mirror.remove(self._name(path))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix().removeprefix(".")
 
     def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
         """Compare every stage with what the folder holds, before any work.
@@ -85,17 +119,18 @@ class Run:
                 )
 
     @contextmanager
-    def stage(self, stage: Stage) -> Iterator[bool]:
+    def stage(self, stage: Stage, whole: bool = True) -> Iterator[bool]:
         """Yield whether the stage is still to do; mark it complete when the block ends well.
 
-        What it left with other inputs is removed first.
+        It is where its manifest says so and its outputs are there and `whole`. What it left with
+        other inputs is removed first.
         """
         manifest = self._manifest(stage.name)
         if manifest and (told := _told(manifest, stage)):
             logger.info("%s is done again: %s", stage.name, told)
             self._remove(stage, manifest)
             manifest = None
-        whole = all((self.path / output).exists() for output in stage.outputs)
+        whole = whole and all((self.path / output).exists() for output in stage.outputs)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             yield False
@@ -104,6 +139,8 @@ class Run:
         started = time.perf_counter()
         yield True
         seconds = time.perf_counter() - started
+        for output in stage.outputs:
+            self.publish(self.path / output)
         self._write_manifest(
             stage,
             complete=True,
@@ -137,26 +174,42 @@ class Run:
         path = self.path / "manifests" / f"{stage.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(manifest, indent=2).encode())
+        self.publish(path)
 
     def _remove(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""
         path = self.path / "manifests" / f"{stage.name}.json"
         write_atomically(path, json.dumps({**manifest, "complete": False}).encode())
+        self.publish(path)
         for output in stage.outputs:
-            if (self.path / output).is_dir():
-                shutil.rmtree(self.path / output)
-            else:
-                (self.path / output).unlink(missing_ok=True)
-        path.unlink()
+            self.remove(self.path / output)
+        self.remove(path)
 
 
 @contextmanager
-def open_run(path: Path) -> Iterator[Run]:
+def open_run(location: str | Path) -> Iterator[Run]:
     """Open a run folder, making it if need be, and keep every other process out of it.
+
+    `location`: a path, or a URL that fsspec knows (`s3://bucket/run`).
 
     Raises:
         RunError: If another process has it, or it holds files that are not a run's.
     """
+    if not is_remote(location):
+        with _locked(Path(str(location).removeprefix("file://"))) as path:
+            yield Run(path)
+        return
+    mirror = Mirror(str(location))
+    with _locked(mirror.path) as path, mirror.lock():
+        mirror.fetch()
+        try:
+            yield Run(path, mirror)
+        finally:
+            mirror.publish()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; expected a folder for the run")
     names = {entry.name for entry in path.iterdir()} - {".lock"} if path.exists() else set()
@@ -175,20 +228,37 @@ def open_run(path: Path) -> Iterator[Run]:
         raise RunError(f"cannot write to the run folder {path}: {error}") from None
     try:
         (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}")
-        yield Run(path)
+        yield path
     finally:
         lock.release()
 
 
-def read_config(path: Path) -> Config:
+def local_folder(location: str | Path, fetch: bool = True) -> Path:
+    """Return the run folder as a path here: itself, or an up-to-date copy of a remote one.
+
+    Raises:
+        RunError: If it cannot be reached.
+    """
+    if not is_remote(location):
+        return Path(str(location).removeprefix("file://"))
+    mirror = Mirror(str(location))
+    if fetch:
+        mirror.path.mkdir(parents=True, exist_ok=True)
+        (mirror.path / ".owner").touch()
+        mirror.fetch()
+    return mirror.path
+
+
+def read_config(location: str | Path) -> Config:
     """Return the configuration of a finished or begun run.
 
     Raises:
         RunError: If the folder is not a run.
     """
-    if not (path / "config.yaml").exists():
-        raise RunError(f"{path} is not a gradsift run: it has no config.yaml")
-    return Config.build(read_yaml(path / "config.yaml"))
+    path = local_folder(location) / "config.yaml"
+    if not path.exists():
+        raise RunError(f"{location} is not a gradsift run: it has no config.yaml")
+    return Config.build(read_yaml(path))
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:

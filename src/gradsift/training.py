@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.batches import lay_out, lengths_of, plan_batches
 from gradsift.data import Encoded
-from gradsift.errors import NumericsError
+from gradsift.errors import ConfigError, NumericsError
 from gradsift.gradients import label_logits, token_losses
 from gradsift.progress import track
 
@@ -29,6 +30,17 @@ class TrainingSettings(Protocol):
     micro_batch_size: int
     warmup_ratio: float
     weight_decay: float
+
+
+def is_first() -> bool:
+    """Return whether this process is the first of those that train together, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def meet() -> None:
+    """Wait until all processes that train together are here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def steps_per_epoch(num_examples: int, settings: TrainingSettings) -> int:
@@ -51,8 +63,11 @@ def train(  # noqa: PLR0913
 
     For so many optimizer steps, the examples shuffled anew whenever all have been seen.
     `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
+    Of processes that train together each takes its share of every optimizer step's examples, and
+    calls `on_epoch` for itself.
 
     Raises:
+        ConfigError: If the examples of a step cannot be shared out.
         NumericsError: If the loss or its gradient stops being finite.
     """
     tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
@@ -81,7 +96,7 @@ def _arguments(
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
     arguments = TrainingArguments(
         output_dir=scratch,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=_share_of(settings.batch_size),
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -104,11 +119,23 @@ def _arguments(
     return arguments
 
 
+def _share_of(batch_size: int) -> int:
+    """Return how many examples of an optimizer step this process has."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % processes:
+        raise ConfigError(
+            f"a batch of {batch_size} examples cannot be shared by {processes} processes that "
+            "train together; make batch_size a multiple of their number"
+        )
+    return batch_size // processes
+
+
 class _Trainer(Trainer):
     """The HF Trainer, but for how an optimizer step's examples go through the model.
 
     Examples of like length share a forward pass, and logits are formed only where there is a label.
-    The loss is what it always is: the mean over all supervised tokens of the step.
+    The loss is what it always is: the mean over all supervised tokens of the step, in whichever
+    process they are.
     """
 
     micro_batch_size: int
@@ -120,7 +147,9 @@ class _Trainer(Trainer):
         model.train()
         examples: list[Encoded] = inputs["examples"]
         device = next(model.parameters()).device
-        num_labels = sum(int(example.supervised.sum()) for example in examples)
+        own = torch.tensor(sum(int(e.supervised.sum()) for e in examples), device=device)
+        processes = self.accelerator.num_processes  # gradients and losses are averaged over them
+        num_labels = self.accelerator.reduce(own, "sum") / processes  # type: ignore[operator]
         lengths = lengths_of(examples)
         no_limit = len(lengths) * int(lengths.max())
         groups = plan_batches(lengths, no_limit, self.micro_batch_size)

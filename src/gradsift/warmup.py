@@ -16,7 +16,7 @@ from gradsift.config import Config
 from gradsift.data import EncodedSet
 from gradsift.model import Models
 from gradsift.store import OPTIMIZER_STATE, write_atomically, write_checkpoints
-from gradsift.training import optimizer_state, steps_per_epoch, train
+from gradsift.training import is_first, optimizer_state, steps_per_epoch, train
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,16 @@ def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -
     """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
     Trained on a random part of the pool (one adapter for each of the last epochs, weighted by its
-    mean learning rate), or fresh, or copied from an existing one, as the configuration says.
+    mean learning rate), or fresh, or copied from an existing one, as the configuration says. Of
+    processes that train together, the first writes.
 
     Raises:
         ModelError: If the model or the adapter given cannot be used.
         NumericsError: If the training loss stops being finite.
     """
     warmup = config.warmup
+    if not is_first() and (warmup.adapter is not None or warmup.mode == "none"):
+        return
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
         models.at(given).save_pretrained(str(kept))
@@ -56,7 +59,7 @@ def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) 
     rates: dict[str, float] = {}
 
     def keep(epoch: int, mean_rate: float, optimizer: torch.optim.Optimizer) -> None:
-        if epoch <= warmup.epochs - warmup.checkpoints:
+        if epoch <= warmup.epochs - warmup.checkpoints or not is_first():
             return
         folder = directory / f"epoch-{epoch}"
         model.save_pretrained(str(folder))
@@ -68,5 +71,7 @@ def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) 
     logger.info("warm-up on %d examples, optimizer steps: %d", count, steps)
     examples = pool.examples(rows)
     log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
+    if not is_first():
+        return
     write_atomically(directory / "log.json", json.dumps(log, indent=1).encode())
     write_checkpoints(directory, rates)

@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from gradsift.data.conversations import (
     EXPECTED,
@@ -62,14 +64,22 @@ class EncodedSet:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        metadata = pq.read_metadata(path)
-        self.num_examples = metadata.num_rows
-        self._starts = np.cumsum(
-            [0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))]
-        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EncodedSet, (self.path,)
+
+    @cached_property
+    def _metadata(self) -> pq.FileMetaData:
+        return pq.read_metadata(self.path)
+
+    @cached_property
+    def _starts(self) -> Int[np.ndarray, " group"]:
+        """The first row of every group, and the end."""
+        groups = range(self._metadata.num_row_groups)
+        return np.cumsum([0, *(self._metadata.row_group(group).num_rows for group in groups)])
 
     def __len__(self) -> int:
-        return self.num_examples
+        return self._metadata.num_rows
 
     def table(self, columns: Sequence[str]) -> pa.Table:
         """Return whole columns, `row` among them if asked for."""
@@ -89,7 +99,7 @@ class EncodedSet:
         unique, inverse = np.unique(wanted, return_inverse=True)
         owners = np.searchsorted(self._starts, unique, side="right") - 1
         parts = []
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
             for group in np.unique(owners):
                 local = unique[owners == group] - self._starts[group]
                 parts.append(file.read_row_group(int(group), columns=list(columns)).take(local))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from gradsift.exhibits import write_exhibits
 from gradsift.job import Job
 from gradsift.methods import METHODS
 from gradsift.pipeline import check_budgets, encode, encode_sets, measure
-from gradsift.progress import track
 from gradsift.report import has_finished, leave_report
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
@@ -68,9 +68,9 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = read_config(Path(run))
+    config = read_config(run)
     plans = _plans(config, settings)
-    with open_run(Path(run)) as folder:
+    with open_run(run) as folder:
         for plan in plans.values():  # whatever cannot be done is told before anything is
             folder.prepare([*plan.inputs.data.values(), *plan.measured])
         job = encode(plans["random"], folder, strict=False)
@@ -83,7 +83,7 @@ def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
         grid = _grid(job, settings, plans, [(t, b) for t in tests for b in budgets])
         subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
         _tell_what_is_not_seen(settings.fine_tuning, grid, subsets)
-        _run_cells(bench, grid, subsets, list(tests))
+        _run_cells(job, bench, grid, subsets, list(tests))
         scores = {
             (target, method): read_scores(folder.path, method, target)
             for target in tests
@@ -216,18 +216,19 @@ def _tell_what_is_not_seen(
 
 
 def _run_cells(
-    bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], targets: Sequence[str]
+    job: Job,
+    bench: Bench,
+    grid: Sequence[Entry],
+    subsets: Sequence[Cell],
+    targets: Sequence[str],
 ) -> None:
     """Train what is missing; selections that are the same are trained once."""
     wanted: dict[Cell, set[str]] = {}
     for entry in grid:
         wanted.setdefault(entry.cell, set()).add(entry.target)
-    todo = [(cell, names, True) for cell, names in wanted.items()]
-    todo += [(cell, {*targets}, False) for cell in subsets]
-    missing = [item for item in todo if bench.lacks(item[0], [*item[1]], item[2])]
+    todo = [(cell, sorted(names), True) for cell, names in wanted.items()]
+    todo += [(cell, [*targets], False) for cell in subsets]
+    missing = [item for item in todo if bench.lacks(*item)]
     logger.info("%d of %d fine-tunings are there already", len(todo) - len(missing), len(todo))
     if missing:
-        with track("fine-tunings", len(missing), "fine-tunings") as advance:
-            for cell, names, with_tasks in missing:
-                bench.run(cell, [*names], with_tasks)
-                advance(1)
+        job.train(partial(bench.run_all, missing), job.path(f"{_FOLDER}/cells"))

@@ -27,6 +27,7 @@ from gradsift.errors import NumericsError
 from gradsift.evaluation.harness import Harness
 from gradsift.evaluation.settings import EvaluationConfig
 from gradsift.job import Job
+from gradsift.progress import track
 from gradsift.store import write_atomically
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Bench:
         """Take what all cells have in common."""
         self._job, self._settings, self._tests = job, settings.fine_tuning, tests
         self._tasks = Harness.of(settings.lm_eval, settings.lm_eval_include)
-        self._folder = job.path("evaluation/cells")
+        self._run, self._folder = job.folder, job.path("evaluation/cells")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {
             "model": job.inputs.model_facts,
@@ -109,16 +110,38 @@ class Bench:
         """Return whether the cell has to be trained to know how it does on these targets."""
         return any(self._lacking(self._stored(cell), targets, with_tasks))
 
-    def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
-        """Train the cell, measure what is not known of it, and keep that beside what is.
+    def run_all(self, wanted: Sequence[tuple[Cell, Sequence[str], bool]]) -> None:
+        """Run the cells that lack something; of processes that train together, in each of them.
 
         Raises:
             NumericsError: If a loss is not finite.
         """
+        from gradsift.training import meet
+
+        with track("fine-tunings", len(wanted), "fine-tunings") as advance:
+            for cell, targets, with_tasks in wanted:
+                # another machine may have begun anew: what it had done before is there
+                if self.lacks(cell, targets, with_tasks):
+                    self.run(cell, targets, with_tasks)
+                meet()
+                advance(1)
+
+    def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
+        """Train the cell, measure what is not known of it, and keep that beside what is.
+
+        Of processes that train together, the first measures and keeps.
+
+        Raises:
+            NumericsError: If a loss is not finite.
+        """
+        from gradsift.training import is_first
+
         started, stored, path = time.perf_counter(), self._stored(cell), self._path(cell)
         names, tasks = self._lacking(stored, targets, with_tasks)
         tensors = load_file(path) if stored else {}
         with self._trained(cell) as model:
+            if not is_first():
+                return
             for name in names:
                 losses, num_correct = self._measure(model, name)
                 tensors |= {f"{name}/loss": losses, f"{name}/num_correct": num_correct}
@@ -134,6 +157,7 @@ class Bench:
         }
         metadata = {"facts": json.dumps(facts)}
         write_atomically(path, lambda path: save_file(tensors, path, metadata))
+        self._run.publish(path)
         told = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
         told += [f"{task} done" for task in tasks]
         logger.info("%s: %s (%.1f s)", cell.label, ", ".join(told), facts["seconds"])

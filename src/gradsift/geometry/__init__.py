@@ -46,7 +46,7 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
     """
     from gradsift.model import Models
 
-    wanted, config = GeometryConfig.build(settings), read_config(Path(run))
+    wanted, config = GeometryConfig.build(settings), read_config(run)
     if config.model.quantization != "none":
         raise ConfigError(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
@@ -55,7 +55,7 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
     plan = Plan.of(config)
     inputs = plan.inputs
     warmup = inputs.warmup(config, "warmup")
-    with open_run(Path(run)) as folder:
+    with open_run(run) as folder:
         folder.prepare([*inputs.data.values(), warmup])
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")

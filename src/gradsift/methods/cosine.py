@@ -5,14 +5,16 @@ The directions of the pool pass are the target gradients themselves, at length 1
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from gradsift.config import Config
 from gradsift.errors import ConfigError
 from gradsift.job import Inputs, Job, Method
+from gradsift.measuring import not_finite
 from gradsift.poolpass import distinct_examples, project_pool
 from gradsift.scores import Alignment, Table
-from gradsift.shards import not_finite
 from gradsift.store import Stage
 from gradsift.types import Checkpoint
 
@@ -44,10 +46,13 @@ def measure(job: Job) -> None:
     """
     warmup, products = stages(job.inputs)
     checkpoints = job.warm_up(warmup, job.config)
-    with job.folder.stage(products) as todo:
+    with job.pool_stage(products) as todo:
         if todo:
             for checkpoint in checkpoints:
-                units = {name: _to_unit_length(job, name, checkpoint) for name in job.targets}
+                units = {
+                    name: job.call(partial(_to_unit_length, job, name, checkpoint))
+                    for name in job.targets
+                }
                 project_pool(job, checkpoint, job.path(_FOLDER), units)
 
 

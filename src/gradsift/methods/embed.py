@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from gradsift.config import Config
 from gradsift.errors import ConfigError, ModelError
 from gradsift.job import Inputs, Job, Method
+from gradsift.measuring import check_finite
 from gradsift.progress import track
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import check_finite, plan_shards, save_shard
+from gradsift.shards import missing_shards, save_shard
 from gradsift.store import Stage, identity, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,12 @@ def check(config: Config) -> None:
     """Find out whether the library is there.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it is not, or if the work was to be spread over machines.
     """
     if find_spec("sentence_transformers") is None:
         raise ConfigError("method=embed needs sentence-transformers: pip install 'gradsift[embed]'")
+    if config.engine.executor != "local":
+        raise ConfigError("method=embed runs in one process alone: leave --engine ray out for it")
 
 
 def measure(job: Job) -> None:
@@ -64,7 +67,7 @@ def measure(job: Job) -> None:
                 tensors = {"embedding": encode(job.texts(job.targets[name]))}
                 check_finite(tensors, f"of the target {name!r}", job.targets[name])
                 write_atomically(path, partial(save_file, tensors))
-    with job.folder.stage(pool) as todo:
+    with job.pool_stage(pool) as todo:
         if todo:
             _embed_pool(job, encode or _encoder(job.config))
 
@@ -85,14 +88,16 @@ METHOD = Method(scores, stages, measure, check=check)
 def _embed_pool(job: Job, encode: Encode) -> None:
     directory = job.path("embed/pool")
     directory.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards(len(job.pool), job.config.engine.shard_size, directory)
-    missing = [shard for shard in shards if not shard.path.exists()]
-    with track("embedding the pool", sum(len(shard.rows) for shard in missing)) as advance:
+    size = job.config.engine.shard_size
+    missing = missing_shards(len(job.pool), size, directory, job.folder.remove)
+    with track("embedding the pool", sum(map(len, missing))) as advance:
         for shard in missing:
-            tensors = {"embedding": encode(job.texts(job.pool, shard.rows))}
+            rows = np.arange(shard.start, shard.stop)
+            tensors = {"embedding": encode(job.texts(job.pool, rows))}
             check_finite(tensors, "of the pool", job.pool, shard.start)
             save_shard(shard, tensors)
-            advance(len(shard.rows))
+            job.folder.publish(shard.path)
+            advance(len(shard))
 
 
 def _encoder(config: Config) -> Encode:

@@ -21,9 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
 from gradsift.job import Inputs, Job, Method
+from gradsift.measuring import not_finite
 from gradsift.poolpass import distinct_examples, project_pool
 from gradsift.scores import Alignment, Cosines, Rows, RowStore, View
-from gradsift.shards import not_finite
 from gradsift.store import Stage, write_atomically
 from gradsift.subspace import Subspace, describe, fit_subspace
 from gradsift.types import Checkpoint
@@ -60,8 +60,8 @@ def measure(job: Job) -> None:
     for name, stage in zip(job.targets, subspaces, strict=True):
         with job.folder.stage(stage) as todo:
             if todo:
-                _measure_subspaces(job, name, checkpoints)
-    with job.folder.stage(coordinates) as todo:
+                job.call(partial(_measure_subspaces, job, name, checkpoints), job.path(stage.name))
+    with job.pool_stage(coordinates) as todo:
         if todo:
             for checkpoint in checkpoints:
                 found = {name: load_subspace(job, name, checkpoint) for name in job.targets}

@@ -24,8 +24,8 @@ from gradsift.config import Config
 from gradsift.data import Encoded
 from gradsift.errors import ConfigError, ModelError
 from gradsift.job import Inputs, Job, Method
+from gradsift.measuring import Measure, measure_pool, measure_target
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import Measure, measure_pool, measure_target
 from gradsift.store import OPTIMIZER_STATE, Stage
 from gradsift.types import Checkpoint
 
@@ -67,15 +67,14 @@ def measure(job: Job) -> None:
         with job.folder.stage(stage) as todo:
             if todo:
                 for checkpoint in checkpoints:
-                    prepared = _prepare(job, checkpoint, moments=False)
+                    prepare = partial(_prepare, job, checkpoint, moments=False)
                     path = job.path(stage.name) / f"{checkpoint.label}.safetensors"
-                    measure_target(job.targets[name], path, job.config.engine, prepared)
-    with job.folder.stage(pool) as todo:
+                    measure_target(job, name, path, prepare)
+    with job.pool_stage(pool) as todo:
         if todo:
             for checkpoint in checkpoints:
                 prepare = partial(_prepare, job, checkpoint)
-                directory = job.path("less/pool") / checkpoint.label
-                measure_pool(job.pool, directory, job.config.engine, prepare)
+                measure_pool(job, job.path("less/pool") / checkpoint.label, prepare)
 
 
 def scores(job: Job) -> dict[str, Alignment]:

@@ -34,9 +34,9 @@ def write_report(run: str | Path) -> Path:
     Raises:
         RunError: If the folder holds no finished run.
     """
-    config = read_config(Path(run))
+    config = read_config(run)
     plan = Plan.of(config)
-    with open_run(Path(run)) as folder:
+    with open_run(run) as folder:
         folder.prepare(plan)
         if not has_finished(folder, plan):
             raise RunError(f"{run} has not finished; run `gradsift select` with it again")

@@ -1,0 +1,222 @@
+"""A Ray cluster: the pool pass as a Ray Data actor pool, trainings under Ray Train.
+
+One model per actor, a GPU each where there are any. Ray restarts what dies and sends its work
+elsewhere; all that a task returns is that it is done, its result lies in the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from gradsift.config import EngineConfig
+from gradsift.errors import ConfigError, GradsiftError, RunError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_ENVIRONMENT = {
+    "MKL_CBWR": "AUTO,STRICT",  # the same bits whatever the number of threads
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_TRAINING_FAILURES = 3  # of machines, in one training
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The cluster at `address`; with none, the one that this process is in, or one begun here."""
+
+    address: str | None
+    workers: int | None
+    train_workers: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> RayCluster:
+        """Return the cluster of some settings.
+
+        Raises:
+            ConfigError: If Ray is not installed.
+        """
+        if find_spec("ray") is None:
+            raise ConfigError("--engine ray needs Ray: pip install 'gradsift[ray]'")
+        workers = None if config.workers == "auto" else config.workers
+        return cls(config.ray_address, workers, config.train_workers)
+
+    def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+        """Do the tasks in an actor pool, each actor with a worker of its own.
+
+        The pool grows and shrinks with the cluster. A task whose actor or machine dies is done
+        again by another.
+
+        Raises:
+            GradsiftError: The first that a worker raised.
+        """
+        import ray.data
+
+        share = self._connect()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1, max_size=self.workers, max_tasks_in_flight_per_actor=2
+        )
+        numbers = [{"task": number} for number in range(len(tasks))]
+        done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
+            _Actor,
+            fn_constructor_args=(ray.put((open_worker, list(tasks))),),
+            batch_size=1,
+            compute=pool,
+            runtime_env={"env_vars": _ENVIRONMENT},
+            **share,
+        )
+        seen: dict[str, int] = {}
+        for row in done.iter_rows():
+            _raise(row)
+            if row["worker"] not in seen:
+                logger.info("worker %d: %s", len(seen) + 1, row["worker"])
+                seen[row["worker"]] = len(seen) + 1
+            yield tasks[row["task"]]
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do it on one worker, again if its machine dies.
+
+        Raises:
+            GradsiftError: As the work does.
+        """
+        import ray
+
+        share = self._connect()
+        task = ray.remote(_caught).options(
+            max_retries=-1, runtime_env={"env_vars": _ENVIRONMENT}, **share
+        )
+        outcome = ray.get(task.remote(work))
+        _raise(outcome)
+        return outcome["value"]
+
+    def train(self, work: Callable[[], object]) -> None:
+        """Do it under Ray Train, in so many processes as share a training.
+
+        Raises:
+            GradsiftError: As the work does.
+            RunError: If machines died again and again.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.base_trainer import TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        share = self._connect()
+        gpus = share["num_gpus"]
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"work": work},
+            torch_config=TorchConfig(backend=None if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=self.train_workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": share["num_cpus"]},
+            ),
+            run_config=RunConfig(
+                failure_config=FailureConfig(max_failures=_TRAINING_FAILURES),
+                worker_runtime_env={"env_vars": _ENVIRONMENT},
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise RunError(f"the training failed on the cluster: {error}") from error
+        _raise(result.metrics or {})
+
+    def _connect(self) -> dict[str, Any]:
+        """Return what of the cluster one worker takes; connect to it first, or begin one.
+
+        Raises:
+            RunError: If there is no such cluster.
+        """
+        import ray
+
+        if not ray.is_initialized():
+            try:
+                ray.init(
+                    address=self.address or "local",
+                    include_dashboard=None if self.address else False,
+                    log_to_driver=True,
+                    logging_level=logging.WARNING,
+                )
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise RunError(
+                    f"no Ray cluster at {self.address!r}: {error}; start one with `ray start "
+                    "--head`, or leave --ray-address out to begin one on this machine"
+                ) from error
+            nodes, all_of = ray.nodes(), ray.cluster_resources()
+            logger.info(
+                "Ray: %d machines, %g CPUs, %g GPUs",
+                len(nodes), all_of.get("CPU", 0), all_of.get("GPU", 0),
+            )  # fmt: skip
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = sum(node.get("GPU", 0) for node in nodes)
+        cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        if not cpus:
+            raise RunError("the Ray cluster has no CPU to work with")
+        if gpus:
+            return {"num_gpus": 1, "num_cpus": 1}
+        workers = self.workers or len(cpus)
+        return {"num_gpus": 0, "num_cpus": max(1, min([*cpus, sum(cpus) // workers]))}
+
+
+class _Actor:
+    """One worker of the pool pass, kept in a process of its own."""
+
+    def __init__(self, reference: Any) -> None:
+        import ray
+
+        _log_to_terminal()
+        open_worker, self._tasks = ray.get(reference)
+        opened = _caught(open_worker)
+        self._failure, self._work = opened["failure"], opened["value"]
+        self._name = f"process {os.getpid()} on {platform.node()}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        [number] = batch["task"].tolist()
+        failure = self._failure
+        if failure is None:
+            failure = _caught(lambda: list(self._work([self._tasks[number]])))["failure"]
+        return {"task": [number], "failure": [failure], "worker": [self._name]}
+
+
+def _caught(work: Callable[[], T]) -> dict[str, Any]:
+    """Return what some work gives, or the fault that a user can mend: Ray would do it again."""
+    _log_to_terminal()
+    try:
+        return {"value": work(), "failure": None}
+    except GradsiftError as error:
+        return {"value": None, "failure": f"{type(error).__name__}: {error}"}
+
+
+def _raise(outcome: dict[str, Any]) -> None:
+    """Raise here what was raised there."""
+    import gradsift.errors
+
+    if outcome.get("failure"):
+        name, _, message = outcome["failure"].partition(": ")
+        raise getattr(gradsift.errors, name)(message)
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    import ray.train
+
+    ray.train.report({"failure": _caught(config["work"])["failure"]})
+
+
+def _log_to_terminal() -> None:
+    """Write this process's log to its stderr, which Ray brings to the terminal of the driver."""
+    ours = logging.getLogger("gradsift")
+    if not ours.handlers:
+        ours.setLevel(logging.INFO)
+        ours.addHandler(logging.StreamHandler(sys.stderr))

@@ -1,0 +1,180 @@
+"""The pass over the pool: shard by shard, wherever there are workers, and what a worker does.
+
+A worker measures its shard window by window: batches are formed among the examples of a window
+alone, so that neither the size of shards nor the number of workers changes a bit. While the device
+works on a window, one thread reads the next and another writes the shard before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from gradsift.config import EngineConfig
+from gradsift.data import Encoded, EncodedSet
+from gradsift.errors import NumericsError
+from gradsift.job import Job
+from gradsift.progress import track
+from gradsift.shards import Shard, facts_of, missing_shards, plan_shards, save_shard
+from gradsift.store import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = "batch_tokens"
+
+Measure = Callable[[Sequence[Encoded], int], "Mapping[str, Tensor]"]
+"""What to store of some examples, row by row and by name, given the most tokens per batch."""
+Prepare = Callable[[], "tuple[Measure, torch.device]"]
+"""Gives the measure and where it works; called in the process that is to measure."""
+
+
+def measure_pool(job: Job, directory: Path, prepare: Prepare) -> None:
+    """Measure the whole pool, shard by shard, into a folder; what is there is not done again.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not finite.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    size, num_examples = job.config.engine.shard_size, len(job.pool)
+    missing = missing_shards(num_examples, size, directory, job.folder.remove)
+    if not missing:
+        return
+    starts = {shard.start for shard in missing}
+    stored = [s for s in plan_shards(num_examples, size, directory) if s.start not in starts]
+    if stored:
+        num_shards = len(stored) + len(missing)
+        logger.info("%d of %d shards are there already", len(stored), num_shards)
+    known = facts_of(stored[-1])[_BATCH_TOKENS] if stored else None
+    label = directory.relative_to(job.folder.path).as_posix()
+    with track(label, sum(map(len, missing))) as advance:
+        for shard in job.executor.map(partial(_open_worker, job, prepare, known), missing):
+            advance(len(shard))
+    job.folder.fetch(directory)
+
+
+def measure_target(job: Job, name: str, path: Path, prepare: Prepare) -> None:
+    """Store what the measure finds of a target's examples, row by row, in one file.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not finite.
+    """
+    target = job.targets[name]
+    tensors = measure_examples(job, target, np.arange(len(target)), prepare)
+    check_finite(tensors, f"of the target {name!r}", target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, partial(save_file, tensors))
+
+
+def measure_examples(
+    job: Job, encoded: EncodedSet, rows: np.ndarray, prepare: Prepare
+) -> dict[str, np.ndarray]:
+    """Return what the measure finds of some examples, row by row, in batches that fit."""
+    return job.call(partial(_measure_examples, encoded, rows, prepare, job.config.engine))
+
+
+def _measure_examples(
+    encoded: EncodedSet, rows: np.ndarray, prepare: Prepare, engine: EngineConfig
+) -> dict[str, np.ndarray]:
+    from gradsift.batches import lengths_of
+    from gradsift.memory import start_tokens, within_memory
+
+    measure, device = prepare()
+    examples = encoded.examples(rows)
+    work = partial(measure, examples)
+    found, _ = within_memory(work, start_tokens(engine, device), lengths_of(examples))
+    return {name: np.ascontiguousarray(values.cpu()) for name, values in found.items()}
+
+
+def _open_worker(
+    job: Job, prepare: Prepare, known: int | None
+) -> Callable[[Iterable[Shard]], Iterator[Shard]]:
+    """Return what measures and stores shards, yielding each when it is safe.
+
+    `known`: the tokens per batch of the shards that are there already.
+    """
+    from gradsift.batches import ahead, lengths_of
+    from gradsift.memory import find_batch_tokens, within_memory
+
+    engine, pool = job.config.engine, job.pool
+    job.folder.fetch_inputs()
+    measure, device = prepare()
+    if known and engine.batch_tokens == "auto":
+        max_tokens = known
+    else:
+        lengths = pool.column("num_tokens").to_numpy()
+        max_tokens = find_batch_tokens(measure, lengths, engine, device)
+
+    def windows(shards: Iterable[Shard]) -> Iterator[tuple[Shard, bool, list[Encoded]]]:
+        for shard in shards:
+            for start in range(shard.start, shard.stop, engine.window):
+                stop = min(start + engine.window, shard.stop)
+                yield shard, stop == shard.stop, pool.examples(np.arange(start, stop))
+
+    def work(shards: Iterable[Shard]) -> Iterator[Shard]:
+        nonlocal max_tokens
+        writing: tuple[Shard, Future[None]] | None = None
+        parts: list[Mapping[str, Tensor]] = []
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for shard, is_last, examples in ahead(windows(shards)):
+                    doing = partial(measure, examples)
+                    found, max_tokens = within_memory(doing, max_tokens, lengths_of(examples))
+                    parts.append(found)
+                    if is_last:
+                        if writing:
+                            writing[1].result()
+                            yield writing[0]
+                        writing = shard, writer.submit(_write, job, shard, parts, max_tokens)
+                        parts = []
+            finally:
+                if writing:
+                    writing[1].result()
+            if writing:
+                yield writing[0]
+
+    return work
+
+
+def _write(job: Job, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
+    import torch
+
+    tensors = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+    check_finite(tensors, "of the pool", job.pool, shard.start)
+    save_shard(shard, tensors, {_BATCH_TOKENS: max_tokens})
+    job.folder.publish(shard.path)
+
+
+def check_finite(
+    tensors: Mapping[str, np.ndarray], whose: str, encoded: EncodedSet, start: int = 0
+) -> None:
+    """Make sure that all is finite that was found of some examples, the first being `start`.
+
+    Raises:
+        NumericsError: Naming the first example of which something is not.
+    """
+    for name, values in tensors.items():
+        broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        if len(broken):
+            told = f"{name.partition('/')[0].replace('_', ' ')} {whose}"
+            raise not_finite(told, encoded, start + broken)
+
+
+def not_finite(what: str, encoded: EncodedSet, rows: np.ndarray) -> NumericsError:
+    """Return the error that names the first of the rows of which something is not finite."""
+    where = encoded.take(rows[:1], ["id", "file", "line"]).to_pylist()[0]
+    return NumericsError(
+        f"the {what} is not finite for {len(rows)} examples, the first being {where['id']!r} "
+        f"({where['file']}:{where['line']}); is the model or its adapter broken? Try "
+        "model.dtype=float32"
+    )

@@ -10,9 +10,11 @@ import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
@@ -62,15 +64,15 @@ class RayCluster:
         import ray.data
 
         share = self._connect()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and log are our own
         ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
         pool = ray.data.ActorPoolStrategy(
             min_size=1, max_size=self.workers, max_tasks_in_flight_per_actor=2
         )
         numbers = [{"task": number} for number in range(len(tasks))]
         done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
             _Actor,
-            fn_constructor_args=(ray.put((open_worker, list(tasks))),),
+            fn_constructor_args=(ray.put((str(Path.cwd()), open_worker, list(tasks))),),
             batch_size=1,
             compute=pool,
             runtime_env={"env_vars": _ENVIRONMENT},
@@ -96,7 +98,7 @@ class RayCluster:
         task = ray.remote(_caught).options(
             max_retries=-1, runtime_env={"env_vars": _ENVIRONMENT}, **share
         )
-        outcome = ray.get(task.remote(work))
+        outcome = ray.get(task.remote(str(Path.cwd()), work))
         _raise(outcome)
         return outcome["value"]
 
@@ -115,7 +117,7 @@ class RayCluster:
         gpus = share["num_gpus"]
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"work": work},
+            train_loop_config={"folder": str(Path.cwd()), "work": work},
             torch_config=TorchConfig(backend=None if gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=self.train_workers,
@@ -176,9 +178,8 @@ class _Actor:
     def __init__(self, reference: Any) -> None:
         import ray
 
-        _log_to_terminal()
-        open_worker, self._tasks = ray.get(reference)
-        opened = _caught(open_worker)
+        self._folder, open_worker, self._tasks = ray.get(reference)
+        opened = _caught(self._folder, open_worker)
         self._failure, self._work = opened["failure"], opened["value"]
         self._name = f"process {os.getpid()} on {platform.node()}"
 
@@ -186,13 +187,18 @@ class _Actor:
         [number] = batch["task"].tolist()
         failure = self._failure
         if failure is None:
-            failure = _caught(lambda: list(self._work([self._tasks[number]])))["failure"]
+            failure = _caught(self._folder, lambda: [*self._work([self._tasks[number]])])["failure"]
         return {"task": [number], "failure": [failure], "worker": [self._name]}
 
 
-def _caught(work: Callable[[], T]) -> dict[str, Any]:
-    """Return what some work gives, or the fault that a user can mend: Ray would do it again."""
+def _caught(folder: str, work: Callable[[], T]) -> dict[str, Any]:
+    """Return what some work gives, or the fault that a user can mend: Ray would do it again.
+
+    `folder` is what relative paths begin from.
+    """
     _log_to_terminal()
+    if Path(folder).is_dir():
+        os.chdir(folder)
     try:
         return {"value": work(), "failure": None}
     except GradsiftError as error:
@@ -211,7 +217,7 @@ def _raise(outcome: dict[str, Any]) -> None:
 def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
-    ray.train.report({"failure": _caught(config["work"])["failure"]})
+    ray.train.report({"failure": _caught(config["folder"], config["work"])["failure"]})
 
 
 def _log_to_terminal() -> None:
@@ -220,3 +226,5 @@ def _log_to_terminal() -> None:
     if not ours.handlers:
         ours.setLevel(logging.INFO)
         ours.addHandler(logging.StreamHandler(sys.stderr))
+        ours.propagate = False
+        warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)

@@ -107,8 +107,10 @@ class Job:
             if todo:
                 from gradsift.warmup import warm_up
 
-                directory = self.path(stage.name)
-                self.train(partial(warm_up, config, self.models, self.pool, directory), directory)
+                directory, warmup = self.path(stage.name), config.warmup
+                trains = warmup.mode == "train" and warmup.adapter is None
+                do = self.train if trains else self.call
+                do(partial(warm_up, config, self.models, self.pool, directory), directory)
         return self.checkpoints(stage)
 
     def call(self, work: Callable[[], T], *outputs: Path) -> T:

@@ -111,6 +111,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every block has its part in every loss
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",

@@ -33,8 +33,6 @@ def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -
         NumericsError: If the training loss stops being finite.
     """
     warmup = config.warmup
-    if not is_first() and (warmup.adapter is not None or warmup.mode == "none"):
-        return
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
         models.at(given).save_pretrained(str(kept))

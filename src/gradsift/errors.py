@@ -23,3 +23,7 @@ class NumericsError(GradsiftError):
 
 class RunError(GradsiftError):
     """A run folder is in use, is not one of ours, or was made with other settings."""
+
+
+class BusyError(RunError):
+    """A run folder is in use by another process."""

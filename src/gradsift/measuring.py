@@ -46,6 +46,8 @@ def measure_pool(job: Job, directory: Path, prepare: Prepare) -> None:
         NumericsError: Naming the first example of which something is not finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    for partial_file in directory.glob("*.partial"):  # of a worker that was killed while writing
+        partial_file.unlink(missing_ok=True)
     size, num_examples = job.config.engine.shard_size, len(job.pool)
     missing = missing_shards(num_examples, size, directory, job.folder.remove)
     if not missing:

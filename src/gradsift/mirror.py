@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import re
+import sys
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from typing import Any
 
 import fsspec
 
-from gradsift.errors import RunError
+from gradsift.errors import BusyError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,19 @@ class Mirror:
             partial.replace(path)
             self._set_mark(found, info)
 
+    def update(self) -> None:
+        """Bring everything, and remove from the copy what is not over there: that alone counts.
+
+        Raises:
+            RunError: If the folder cannot be reached.
+        """
+        kept = {found for found, _ in self._listed("")}
+        for file in [path for path in self.path.rglob("*") if path.is_file()]:
+            found = file.relative_to(self.path)
+            if found.parts[0] not in _LOCAL and found.as_posix() not in kept:
+                file.unlink()
+        self.fetch()
+
     def publish(self, name: str = "") -> None:
         """Bring a file of the copy, or all under a folder, over there, as far as they differ.
 
@@ -140,7 +154,7 @@ class Mirror:
             return do(*args, **options)
         except (FileExistsError, FileNotFoundError):
             raise
-        except OSError as error:
+        except _faults() as error:
             raise RunError(f"cannot use the run folder {self.url}: {error}") from error
 
     def _mark(self, name: str) -> tuple[str, str] | None:
@@ -162,7 +176,7 @@ class Mirror:
         The caller keeps other processes of this machine away from the copy.
 
         Raises:
-            RunError: If another machine has it.
+            BusyError: If another machine has it.
         """
         me = {"host": platform.node(), "copy": str(self.path), "process": os.getpid()}
         me["token"] = uuid.uuid4().hex
@@ -175,7 +189,7 @@ class Mirror:
             silent = time.time() - owner["at"]
             ours = (owner["host"], owner["copy"]) == (me["host"], me["copy"])
             if not ours and silent < LEASE:
-                raise RunError(
+                raise BusyError(
                     f"{self.url} is in use by process {owner['process']} on {owner['host']} (last "
                     f"sign of life {max(silent, 0):.0f} s ago); wait for it to end (or, if it "
                     f"died, {LEASE:.0f} s) or use another --output-dir"
@@ -218,6 +232,12 @@ class Mirror:
                 os._exit(1)
             content = json.dumps(me | {"at": time.time()}).encode()
             self._try(self._files.pipe_file, where, content)
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """Return what a file system raises when it cannot be reached; that of S3 has its own kind."""
+    boto = sys.modules.get("botocore.exceptions")
+    return (OSError, boto.BotoCoreError) if boto else (OSError,)
 
 
 def _version(info: dict[str, Any]) -> str:

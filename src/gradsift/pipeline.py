@@ -27,7 +27,7 @@ from gradsift.policies import check_policy
 from gradsift.report import leave_report
 from gradsift.scores import Scores
 from gradsift.stages import Plan, data_sets, scores_file
-from gradsift.store import Run, Stage, open_run, write_atomically
+from gradsift.store import Run, Stage, open_run, room_for, write_atomically
 from gradsift.types import RunResult
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,8 @@ def encode_sets(
             if todo:
                 encoder = encoder or _encoder(config)
                 columns = config.data.columns
-                encode_set(name, resolve(specs), encoder, columns, directory, strict)
+                with room_for(directory / f"{name}.parquet"):
+                    encode_set(name, resolve(specs), encoder, columns, directory, strict)
 
 
 def _encoder(config: Config) -> Encoder:

@@ -7,6 +7,7 @@ again; one that differs is named, with the difference.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from gradsift.config import Config, read_yaml
-from gradsift.errors import ModelError, RunError
+from gradsift.errors import BusyError, ModelError, RunError
 from gradsift.mirror import Mirror, is_remote
 from gradsift.types import Checkpoint
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_STATE = "optimizer.safetensors"
 """Where Adam's moments lie in the folder of an adapter."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
 
 
@@ -67,7 +71,7 @@ class Run:
     def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = path
         self._mirror = mirror
-        self._opened_by = os.getpid(), platform.node()
+        self._opened_on = platform.node()
 
     def publish(self, path: Path) -> None:
         """Let other machines see what lies at this path."""
@@ -80,8 +84,8 @@ class Run:
             self._mirror.fetch(self._name(path))
 
     def fetch_inputs(self) -> None:
-        """Bring what a worker begins with, in another process than that which opened the folder."""
-        if self._mirror and self._opened_by != (os.getpid(), platform.node()):
+        """Bring what a worker begins with, on another machine than that which opened the folder."""
+        if self._mirror and self._opened_on != platform.node():
             self._mirror.fetch(shards=False)
 
     def remove(self, path: Path) -> None:
@@ -201,7 +205,7 @@ def open_run(location: str | Path) -> Iterator[Run]:
         return
     mirror = Mirror(str(location))
     with _locked(mirror.path) as path, mirror.lock():
-        mirror.fetch()
+        mirror.update()
         try:
             yield Run(path, mirror)
         finally:
@@ -221,7 +225,7 @@ def _locked(path: Path) -> Iterator[Path]:
         lock.acquire()
     except Timeout:
         owner = (path / ".owner").read_text() if (path / ".owner").exists() else "another process"
-        raise RunError(
+        raise BusyError(
             f"{path} is in use by {owner}; wait for it to end or use another --output-dir"
         ) from None
     except OSError as error:
@@ -243,9 +247,11 @@ def local_folder(location: str | Path, fetch: bool = True) -> Path:
         return Path(str(location).removeprefix("file://"))
     mirror = Mirror(str(location))
     if fetch:
-        mirror.path.mkdir(parents=True, exist_ok=True)
-        (mirror.path / ".owner").touch()
-        mirror.fetch()
+        try:
+            with _locked(mirror.path):
+                mirror.update()
+        except BusyError:
+            logger.info("another process is at work on the copy of %s in %s", location, mirror.path)
     return mirror.path
 
 
@@ -265,18 +271,45 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> N
     """Write a file so that it is either whole under its name or not there at all.
 
     `content` is the bytes, or a function that writes a file at the path it is given.
+
+    Raises:
+        RunError: If the disk is full.
     """
-    partial = path.with_name(path.name + ".partial")
-    if callable(content):
-        content(partial)
-    else:
-        partial.write_bytes(content)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors would keep its files from everybody else
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # of its own: another machine may be writing the same, in place of one that seemed dead
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with room_for(path):
+            if callable(content):
+                content(partial)
+            else:
+                partial.write_bytes(content)
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)  # safetensors would keep its files from everybody else
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say it clearly when there is none left to write a file.
+
+    Raises:
+        RunError: If the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in _FULL and "No space left" not in str(error):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(
+            f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free); make room "
+            "and run the same command again: what is finished is kept"
+        ) from error
 
 
 def write_checkpoints(directory: Path, weights: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,9 @@ def texts(contents: Sequence[str], prefix: str = "p") -> Texts:
 
     names = [f"{prefix}{i}" for i in range(len(contents))]
     hashes = [content.lower().encode() for content in contents]
-    return Texts(names, hashes, [b"q" + h for h in hashes], conversations)
+    columns = (names, hashes, [b"q" + h for h in hashes])
+    types = (pa.string(), pa.binary(), pa.binary())
+    return Texts(*map(pa.array, columns, types), conversations=conversations)
 
 
 def run(
@@ -37,7 +40,7 @@ def run(
     count = len(scores)
     pool = Candidates(
         texts(contents or [f"text number {i} of {count}" for i in range(count)]),
-        sources or ["s"] * count,
+        pa.array(sources or ["s"] * count),
         np.asarray(tokens or [10] * count),
     )
     return pick(scores, pool, texts(target, "t"), PolicyConfig(**policy))
@@ -93,7 +96,7 @@ def test_what_is_too_long_or_refused_does_not_end_the_picks() -> None:
 
 def test_a_cap_without_room_for_one_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"leaves 's' nothing of a budget of 2; raise the cap"):
-        check_policy(PolicyConfig(budget="2", source_cap="20%"), ["s"] * 9, np.full(9, 10))
+        check_policy(PolicyConfig(budget="2", source_cap="20%"), pa.array(["s"] * 9), np.full(9, 10))
 
 
 def test_scripts_without_spaces_have_words_too() -> None:

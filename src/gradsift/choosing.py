@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ def candidates(job: Job) -> Candidates:
     """Return the pool as a policy sees it."""
     return Candidates(
         texts_of(job.pool, job.config.data.columns),
-        job.pool.column("source").to_pylist(),
+        job.pool.column("source"),
         job.pool.column("num_tokens").to_numpy(),
     )
 
@@ -76,12 +76,17 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
     for column in ("reason", "like"):
         values = pa.array([getattr(r, column) for r in picks.refused], pa.string())
         refused = refused.append_column(column, values)
-    lines = job.pool.take(rows, ["raw"])["raw"].to_pylist()
     path = job.path("selected")
     path.mkdir(exist_ok=True)
-    write_atomically(path / f"{name}.jsonl", b"".join(line + b"\n" for line in lines))
+    write_atomically(path / f"{name}.jsonl", partial(_write_lines, job.pool.take(rows, ["raw"])))
     write_atomically(path / f"{name}.parquet", partial(pq.write_table, why))
     write_atomically(path / f"{name}.refused.parquet", partial(pq.write_table, refused))
+
+
+def _write_lines(table: pa.Table, path: Path) -> None:
+    with path.open("wb") as file:
+        for line in table["raw"]:
+            file.write(line.as_py() + b"\n")
 
 
 def projected_shares(job: Job, name: str, rows: np.ndarray) -> pa.Array:
@@ -124,13 +129,20 @@ class SourceShare:
         return self.of_picks / self.of_pool
 
 
-def source_shares(pool: Sequence[str], picks: Sequence[str]) -> list[SourceShare]:
+def source_shares(
+    pool: pa.Array | pa.ChunkedArray, picks: pa.Array | pa.ChunkedArray
+) -> list[SourceShare]:
     """Return where picks come from, the largest source first, given every example's source."""
-    in_pool, in_picks = Counter(pool), Counter(picks)
+    in_pool, in_picks = (Counter(dict(_counted(sources))) for sources in (pool, picks))
     return [
         SourceShare(source, count, count / in_picks.total(), in_pool[source] / in_pool.total())
         for source, count in in_picks.most_common()
     ]
+
+
+def _counted(names: pa.Array | pa.ChunkedArray) -> Iterator[tuple[str, int]]:
+    for pair in names.cast(pa.string()).value_counts().to_pylist():
+        yield pair["values"], pair["counts"]
 
 
 def _described(pool: EncodedSet, rows: np.ndarray) -> pa.Table:
@@ -141,6 +153,6 @@ def _described(pool: EncodedSet, rows: np.ndarray) -> pa.Table:
 def texts_of(encoded: EncodedSet, columns: Mapping[str, str]) -> Texts:
     """Return what tells repeated examples of a set."""
     return Texts(
-        *(encoded.column(name).to_pylist() for name in ("id", "text_hash", "prompt_hash")),
+        *(encoded.column(name) for name in ("id", "text_hash", "prompt_hash")),
         conversations=lambda rows: encoded.conversations(rows, columns),
     )

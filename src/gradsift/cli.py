@@ -367,7 +367,7 @@ def _show(result: RunResult, location: str) -> None:
 
     from gradsift.choosing import source_shares
 
-    console, in_pool = Console(), result.scores(["source"])["source"].to_pylist()
+    console, in_pool = Console(), result.scores(["source"])["source"]
     for name, selection in result.selections.items():
         picks = selection.picks
         table = Table(
@@ -376,7 +376,7 @@ def _show(result: RunResult, location: str) -> None:
             title=f"{name}: {len(picks):,} picks of {result.num_pool:,} by {result.method}, "
             f"{sum(picks['num_tokens'].to_pylist()):,} tokens",
         )
-        for row in source_shares(in_pool, picks["source"].to_pylist())[:_SOURCES_SHOWN]:
+        for row in source_shares(in_pool, picks["source"])[:_SOURCES_SHOWN]:
             table.add_row(
                 escape(row.source),
                 f"{row.num_picks:,}",

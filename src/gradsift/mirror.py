@@ -32,7 +32,7 @@ BEAT, LEASE = 10.0, 60.0
 """Seconds between signs of life of the owner of a run, and without one until it counts as dead."""
 _LOCK = ".lock.json"
 _MARKS = ".mirror"
-_LOCAL = {_MARKS, ".lock", _LOCK}  # never published or brought
+_LOCAL = {_MARKS, ".lock", ".owner", _LOCK}  # never published or brought
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
 _SHARD = re.compile(r"\d{10}\.safetensors")
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "modified")
@@ -95,9 +95,13 @@ class Mirror:
         """Bring everything, and remove from the copy what is not over there: that alone counts.
 
         Raises:
-            RunError: If the folder cannot be reached.
+            RunError: If the folder cannot be reached, or holds files that are not a run's.
         """
         kept = {found for found, _ in self._listed("")}
+        if kept and not any(found.startswith("manifests/") for found in kept):
+            raise RunError(
+                f"{self.url} is not empty and is not a gradsift run; use another --output-dir"
+            )
         for file in [path for path in self.path.rglob("*") if path.is_file()]:
             found = file.relative_to(self.path)
             if found.parts[0] not in _LOCAL and found.as_posix() not in kept:

@@ -155,7 +155,7 @@ def check_budgets(job: Job, budgets: Sequence[str]) -> None:
     sources, num_tokens = job.pool.column("source"), job.pool.column("num_tokens")
     for budget in budgets:
         policy = job.config.policy.model_copy(update={"budget": budget})
-        check_policy(policy, sources.to_pylist(), num_tokens.to_numpy())
+        check_policy(policy, sources, num_tokens.to_numpy())
 
 
 def encode(plan: Plan, folder: Run, strict: bool) -> Job:
@@ -222,7 +222,9 @@ def _write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str
         if projected is not None:
             table = table.append_column(f"{name}/projected_norm", pa.array(projected))
         if best is not None:
-            table = table.append_column(f"{name}/best", target.column("id").take(pa.array(best)))
+            ids = target.column("id").dictionary_encode()  # a number for each row, not a text
+            won = pa.DictionaryArray.from_arrays(ids.indices.take(pa.array(best)), ids.dictionary)
+            table = table.append_column(f"{name}/best", won)
     path = job.path(scores_file(job.config.method))
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, partial(pq.write_table, table))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int
 
 from gradsift.config import PolicyConfig, parse_share
@@ -22,7 +23,7 @@ class Candidates:
     """The pool as a policy sees it."""
 
     texts: Texts
-    sources: Sequence[str]
+    sources: pa.Array
     num_tokens: Int[np.ndarray, " example"]
 
 
@@ -56,7 +57,7 @@ def pick(
     positions = [0] * len(orders)
 
     def upcoming() -> list[int]:
-        share = max(1024, 2 * purse.examples_left) // len(orders) + 1
+        share = (1024 + int(1.1 * purse.examples_left)) // len(orders) + 1
         return sorted(
             {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
         )
@@ -89,7 +90,7 @@ def pick(
 
 
 def check_policy(
-    policy: PolicyConfig, sources: Sequence[str], num_tokens: Int[np.ndarray, " example"]
+    policy: PolicyConfig, sources: pa.Array, num_tokens: Int[np.ndarray, " example"]
 ) -> None:
     """Find out before the work whether a policy fits the pool.
 
@@ -111,7 +112,7 @@ class _Purse:
     """The budget and the caps on sources, in examples or tokens, as they are spent."""
 
     policy: PolicyConfig
-    sources: Sequence[str]
+    sources: pa.Array
     num_tokens: Int[np.ndarray, " example"]
     limit: int
     in_tokens: bool
@@ -121,7 +122,7 @@ class _Purse:
 
     @classmethod
     def of(
-        cls, policy: PolicyConfig, sources: Sequence[str], num_tokens: Int[np.ndarray, " example"]
+        cls, policy: PolicyConfig, sources: pa.Array, num_tokens: Int[np.ndarray, " example"]
     ) -> _Purse:
         budget = Budget.parse(policy.budget)
         size, unit = len(num_tokens), "examples"
@@ -144,7 +145,7 @@ class _Purse:
     @cached_property
     def caps(self) -> Mapping[str, int]:
         cap = self.policy.source_cap
-        sources = set(self.sources)
+        sources = set(self.sources.unique().to_pylist())
         if isinstance(cap, str):
             cap = dict.fromkeys(sources, cap)
         unknown = sorted(set(cap or ()) - sources)
@@ -161,10 +162,11 @@ class _Purse:
     def refuses(self, row: int) -> Refusal | None:
         if self.cost(row) > self.limit:
             return Refusal(row, "longer than the whole budget")
-        source = self.sources[row]
-        cap = self.caps.get(source)
-        if cap is not None and self.spent_by_source[source] + self.cost(row) > cap:
-            return Refusal(row, "source cap")
+        if self.caps:
+            source = self.sources[row].as_py()
+            cap = self.caps.get(source)
+            if cap is not None and self.spent_by_source[source] + self.cost(row) > cap:
+                return Refusal(row, "source cap")
         return None
 
     def can_pay(self, row: int) -> bool:
@@ -174,7 +176,8 @@ class _Purse:
 
     def pay(self, row: int) -> None:
         self.spent += self.cost(row)
-        self.spent_by_source[self.sources[row]] += self.cost(row)
+        if self.caps:
+            self.spent_by_source[self.sources[row].as_py()] += self.cost(row)
 
     def shortfall(self, refusals: Counter[str]) -> str | None:
         """Return what kept the picks from filling the budget, where no example was left."""

@@ -1,15 +1,18 @@
 """Examples that repeat another, exactly or nearly: what decontamination and deduplication look for.
 
-Near means a Jaccard similarity of three-word shingles, found by MinHash and then computed exactly
+Near means a Jaccard similarity of three-word shingles. With the target's examples it is computed
+for all that share a shingle; among the picks, which are many, near ones are found by MinHash first
 (Broder, 1997).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 from datasketch import MinHash, MinHashLSH
 
 from gradsift.config import PolicyConfig
@@ -17,6 +20,7 @@ from gradsift.data import Message
 from gradsift.data.encoded import normalise
 
 _PERMUTATIONS = 128
+_TEXTS_AT_ONCE = 8192
 _WORDS = 3  # words of one shingle
 # in scripts that put no spaces between words (Thai, Chinese, Japanese), each character is one
 _WORD = re.compile(
@@ -26,14 +30,14 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Texts:
-    """What is compared to find repeated examples, row by row.
+    """What is compared to find repeated examples, as columns with an entry per row.
 
     Hashes are those of the encoded set; `conversations` fetches some rows' texts, in bulk.
     """
 
-    ids: Sequence[str]
-    text_hashes: Sequence[bytes]
-    prompt_hashes: Sequence[bytes | None]
+    ids: pa.Array
+    text_hashes: pa.Array
+    prompt_hashes: pa.Array
     conversations: Callable[[Sequence[int]], list[list[Message]]]
 
 
@@ -62,51 +66,89 @@ class Repeats:
         self._pool = pool
         self._policy = policy
         self._upcoming = upcoming
+        self._likes: dict[int, str | None] = {}
         self._shingles: dict[int, frozenset[str]] = {}
         self._target: dict[bytes, str] = {}
         self._picked: dict[bytes, str] = {}
-        self._near_target = _NearIndex(policy.similarity)
+        self._near_target: _SharedShingles | None = None
         self._near_picked = _NearIndex(policy.similarity)
+        names = target.ids.to_pylist()
         if policy.decontaminate != "none":
             for hashes in (target.prompt_hashes, target.text_hashes):
-                found = zip(hashes, target.ids, strict=True)
+                found = zip(hashes.to_pylist(), names, strict=True)
                 self._target |= {key: name for key, name in found if key is not None}
         if policy.decontaminate == "near":
-            conversations = target.conversations(range(len(target.ids)))
-            for name, messages in zip(target.ids, conversations, strict=True):
-                self._near_target.add(name, shingles(messages))
+            conversations = target.conversations(range(len(names)))
+            known = dict(enumerate(map(shingles, conversations)))
+            self._near_target = _SharedShingles(names, known, policy.similarity)
 
     def refuses(self, row: int) -> Refusal | None:
         """Return why the example is not to be picked, None where it repeats nothing."""
-        text, prompt = self._pool.text_hashes[row], self._pool.prompt_hashes[row]
+        text, prompt = (
+            hashes[row].as_py() for hashes in (self._pool.text_hashes, self._pool.prompt_hashes)
+        )
         like = self._target.get(text)
         if like is None and prompt is not None:
             like = self._target.get(prompt)
-        if like is None and self._policy.decontaminate == "near":
-            like = self._near_target.find(self._shingles_of(row))
+        if like is None and self._near_target is not None:
+            self._look_at(row)
+            like = self._likes[row]
         if like is not None:
             return Refusal(row, "repeats the target", like)
         like = self._picked.get(text)
         if like is None and self._policy.duplicates == "near":
-            like = self._near_picked.find(self._shingles_of(row))
+            self._look_at(row)
+            like = self._near_picked.find(self._shingles[row])
         return None if like is None else Refusal(row, "repeats a pick", like)
 
     def remember(self, row: int) -> None:
         """Refuse from now on what repeats this pick."""
         if self._policy.duplicates == "keep":
             return
-        self._picked[self._pool.text_hashes[row]] = self._pool.ids[row]
+        name = self._pool.ids[row].as_py()
+        self._picked[self._pool.text_hashes[row].as_py()] = name
         if self._policy.duplicates == "near":
-            self._near_picked.add(self._pool.ids[row], self._shingles_of(row))
+            self._look_at(row)
+            self._near_picked.add(name, self._shingles[row])
 
-    def _shingles_of(self, row: int) -> frozenset[str]:
-        if row not in self._shingles:
-            rows = self._upcoming()
-            conversations = self._pool.conversations(rows)
-            self._shingles = {
-                r: shingles(messages) for r, messages in zip(rows, conversations, strict=True)
-            }
-        return self._shingles[row]
+    def _look_at(self, row: int) -> None:
+        """Read the texts of all rows that come up, and keep what is needed of them."""
+        if row in self._likes:
+            return
+        rows = self._upcoming()
+        self._likes, self._shingles = {}, {}
+        for start in range(0, len(rows), _TEXTS_AT_ONCE):
+            some = rows[start : start + _TEXTS_AT_ONCE]
+            for own, messages in zip(some, self._pool.conversations(some), strict=True):
+                found = shingles(messages)
+                self._likes[own] = self._near_target and self._near_target.find(found)
+                if self._policy.duplicates == "near":
+                    self._shingles[own] = found
+
+
+class _SharedShingles:
+    """The target's shingles, and who has them: a few sets, of which all near ones are found."""
+
+    def __init__(
+        self, names: Sequence[str], known: Mapping[int, frozenset[str]], similarity: float
+    ) -> None:
+        self._names, self._known, self._similarity = names, known, similarity
+        self._owners: dict[str, list[int]] = {}
+        for number, members in known.items():
+            for member in members:
+                self._owners.setdefault(member, []).append(number)
+
+    def find(self, members: frozenset[str]) -> str | None:
+        """Return the name of the first of the most similar, None where none is near."""
+        shared = Counter(n for m in members if m in self._owners for n in self._owners[m])
+        likeness = {
+            number: count / (len(members) + len(self._known[number]) - count)
+            for number, count in shared.items()
+        }
+        best = max(likeness.values(), default=0.0)
+        if not likeness or best < self._similarity:
+            return None
+        return self._names[min(number for number, value in likeness.items() if value == best)]
 
 
 class _NearIndex:

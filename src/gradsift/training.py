@@ -10,13 +10,15 @@ from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.batches import lay_out, lengths_of, plan_batches
 from gradsift.data import Encoded
-from gradsift.errors import ConfigError, NumericsError
+from gradsift.errors import NumericsError
 from gradsift.gradients import label_logits, token_losses
 from gradsift.progress import track
 
@@ -67,7 +69,6 @@ def train(  # noqa: PLR0913
     calls `on_epoch` for itself.
 
     Raises:
-        ConfigError: If the examples of a step cannot be shared out.
         NumericsError: If the loss or its gradient stops being finite.
     """
     tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
@@ -96,7 +97,7 @@ def _arguments(
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
     arguments = TrainingArguments(
         output_dir=scratch,
-        per_device_train_batch_size=_share_of(settings.batch_size),
+        per_device_train_batch_size=settings.batch_size,
         max_steps=steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -120,26 +121,27 @@ def _arguments(
     return arguments
 
 
-def _share_of(batch_size: int) -> int:
-    """Return how many examples of an optimizer step this process has."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch_size % processes:
-        raise ConfigError(
-            f"a batch of {batch_size} examples cannot be shared by {processes} processes that "
-            "train together; make batch_size a multiple of their number"
-        )
-    return batch_size // processes
-
-
 class _Trainer(Trainer):
     """The HF Trainer, but for how an optimizer step's examples go through the model.
 
     Examples of like length share a forward pass, and logits are formed only where there is a label.
-    The loss is what it always is: the mean over all supervised tokens of the step, in whichever
-    process they are.
+    Of processes that train together each has all examples of a step and takes every so-manieth.
+    The loss is what it always is: the mean over all supervised tokens of the step.
     """
 
     micro_batch_size: int
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the whole batches of optimizer steps, in the order that a single process has."""
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(
+            loader, num_processes=1, process_index=0, use_seedable_sampler=True
+        )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -148,19 +150,22 @@ class _Trainer(Trainer):
         model.train()
         examples: list[Encoded] = inputs["examples"]
         device = next(model.parameters()).device
-        own = torch.tensor(sum(int(e.supervised.sum()) for e in examples), device=device)
-        processes = self.accelerator.num_processes  # gradients and losses are averaged over them
-        num_labels = self.accelerator.reduce(own, "sum") / processes  # type: ignore[operator]
-        lengths = lengths_of(examples)
+        num_labels = sum(int(example.supervised.sum()) for example in examples)
+        # gradients and losses are averaged over the processes
+        weight = self.accelerator.num_processes / num_labels
+        own = examples[self.accelerator.process_index :: self.accelerator.num_processes]
+        if not own:  # it takes part all the same: the others wait for its gradients
+            own, weight = examples[:1], 0.0
+        lengths = lengths_of(own)
         no_limit = len(lengths) * int(lengths.max())
         groups = plan_batches(lengths, no_limit, self.micro_batch_size)
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(lay_out(examples, groups, device), start=1):
+        for number, batch in enumerate(lay_out(own, groups, device), start=1):
             last = number == len(groups)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     logits = label_logits(model, batch)
-                    loss = token_losses(logits, batch.labels).sum() / num_labels
+                    loss = token_losses(logits, batch.labels).sum() * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total

@@ -89,9 +89,8 @@ class EncodedSet:
         return stored.select(list(columns))
 
     def column(self, name: str) -> pa.Array:
-        """Return a whole column, names written out."""
-        column = self.table([name])[name].combine_chunks()
-        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        """Return a whole column, one dictionary for all names."""
+        return self.table([name]).unify_dictionaries()[name].combine_chunks()
 
     def take(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Return some columns of some rows, in the order asked for, reading only their groups."""

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+_WAITING = 4  # tasks at an actor: the pool grows where nearly two wait for each
+_SECONDS_BETWEEN_LOOKS = 5.0
 _TRAINING_FAILURES = 3  # of machines, in one training
 
 
@@ -63,11 +66,14 @@ class RayCluster:
         """
         import ray.data
 
-        share = self._connect()
+        share, count = self._connect(self.workers)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and log are our own
         ray.data.DataContext.get_current().enable_progress_bars = False
         pool = ray.data.ActorPoolStrategy(
-            min_size=1, max_size=self.workers, max_tasks_in_flight_per_actor=2
+            min_size=1,
+            max_size=self.workers,
+            initial_size=min(count, len(tasks)),
+            max_tasks_in_flight_per_actor=_WAITING,
         )
         numbers = [{"task": number} for number in range(len(tasks))]
         done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
@@ -94,7 +100,7 @@ class RayCluster:
         """
         import ray
 
-        share = self._connect()
+        share, _ = self._connect(self.workers)
         task = ray.remote(_caught).options(
             max_retries=-1, runtime_env={"env_vars": _ENVIRONMENT}, **share
         )
@@ -113,7 +119,11 @@ class RayCluster:
         from ray.train.base_trainer import TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        share = self._connect()
+        share, count = self._connect(self.train_workers)
+        if count < self.train_workers:
+            logger.warning(
+                "training waits for %d workers; there is room for %d", self.train_workers, count
+            )
         gpus = share["num_gpus"]
         trainer = TorchTrainer(
             _train_loop,
@@ -135,8 +145,10 @@ class RayCluster:
             raise RunError(f"the training failed on the cluster: {error}") from error
         _raise(result.metrics or {})
 
-    def _connect(self) -> dict[str, Any]:
-        """Return what of the cluster one worker takes; connect to it first, or begin one.
+    def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
+        """Return what of the cluster one of so many workers takes, and how many there is room for.
+
+        Connects to the cluster first, or begins one, and waits for its first machine that works.
 
         Raises:
             RunError: If there is no such cluster.
@@ -156,20 +168,27 @@ class RayCluster:
                     f"no Ray cluster at {self.address!r}: {error}; start one with `ray start "
                     "--head`, or leave --ray-address out to begin one on this machine"
                 ) from error
-            nodes, all_of = ray.nodes(), ray.cluster_resources()
-            logger.info(
-                "Ray: %d machines, %g CPUs, %g GPUs",
-                len(nodes), all_of.get("CPU", 0), all_of.get("GPU", 0),
-            )  # fmt: skip
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = sum(node.get("GPU", 0) for node in nodes)
-        cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-        if not cpus:
-            raise RunError("the Ray cluster has no CPU to work with")
-        if gpus:
-            return {"num_gpus": 1, "num_cpus": 1}
-        workers = self.workers or len(cpus)
-        return {"num_gpus": 0, "num_cpus": max(1, min([*cpus, sum(cpus) // workers]))}
+            nodes, of_all = ray.nodes(), ray.cluster_resources()
+            told = (len(nodes), of_all.get("CPU", 0), of_all.get("GPU", 0))
+            logger.info("Ray: %d machines, %g CPUs, %g GPUs", *told)
+        while not (found := _able_machines()):
+            logger.info("waiting for a machine of the Ray cluster that has CPUs")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        gpus = [int(machine.get("GPU", 0)) for machine in found]
+        if any(gpus):
+            return {"num_gpus": 1, "num_cpus": 1}, min(sum(gpus), workers or sum(gpus))
+        cpus = [int(machine["CPU"]) for machine in found]
+        own = max(1, min([*cpus, sum(cpus) // (workers or len(cpus))]))
+        room = sum(count // own for count in cpus)
+        return {"num_gpus": 0, "num_cpus": own}, min(room, workers or room)
+
+
+def _able_machines() -> list[dict[str, float]]:
+    """Return the resources of the machines that can work now."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [resources for resources in alive if resources.get("CPU", 0) >= 1]
 
 
 class _Actor:

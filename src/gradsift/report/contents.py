@@ -186,7 +186,7 @@ def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scor
     return TargetPage(
         name=name,
         selection=selection,
-        sources=source_shares(pool.sources, selection.picks["source"].to_pylist()),
+        sources=source_shares(pool.sources, selection.picks["source"]),
         lengths=_histogram(num_tokens, rows, edges),
         scores=_histogram(scores, rows, bins),
         cut=cut,

@@ -1,0 +1,355 @@
+"""Several processes and machines: the same bits, and what becomes of a run when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+from safetensors.numpy import load_file
+
+from conftest import Write, configure
+from gradsift.config import Config, EngineConfig
+from gradsift.errors import ConfigError
+from gradsift.executors import choose_executor
+from gradsift.pipeline import run
+
+Rows = list[dict[str, Any]]
+SHARD = 8
+has_ray = pytest.mark.skipif(
+    not pytest.importorskip("importlib.util").find_spec("ray"), reason="Ray is not installed"
+)
+
+
+@pytest.fixture
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray cluster at a time: two cores hold no more."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
+
+
+@pytest.fixture
+def long_config(
+    base: Path, adapter: Path, write: Write, pool_rows: Rows, target_rows: Rows
+) -> Config:
+    """A pool of 60 shards, which takes long enough for something to happen meanwhile."""
+    rows = [row | {"id": f"{row['id']}-{n}"} for n in range(6) for row in pool_rows][: 60 * SHARD]
+    files = write("pool.jsonl", rows), write("t.jsonl", target_rows)
+    return configure(
+        base, files[0], {"t": files[1]}, warmup={"adapter": str(adapter)},
+        engine={"window": 4, "shard_size": SHARD, "batch_tokens": 60},
+        policy={"duplicates": "keep"},
+    )  # fmt: skip
+
+
+@contextmanager
+def select(config: Config, folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run the command line as a process of its own, which is gone when the block ends."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "gradsift", "select", "--config", path]
+    command += ["--output-dir", folder, *arguments]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        assert process.stdout is not None
+        if not process.stdout.closed:
+            process.kill()
+            process.communicate()
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def shards(folder: Path) -> dict[str, int]:
+    """Return when each shard was written."""
+    found = sorted((folder / "coordinates" / "adapter").glob("*.safetensors"))
+    return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, count: int) -> dict[str, int]:
+    while len(found := shards(folder)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    return found
+
+
+def actors() -> list[psutil.Process]:
+    """Return the processes of the pool pass."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "ray::MapWorker" in " ".join(process.info["cmdline"] or ()):
+            found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def assert_same_bytes(folder: Path, whole: Path) -> None:
+    for part in ("coordinates", "targets", "scores", "selected/t.jsonl"):
+        paths = [whole / part] if (whole / part).is_file() else [*(whole / part).rglob("*.*")]
+        assert paths
+        for path in paths:
+            twin = folder / path.relative_to(whole)
+            assert path.read_bytes() == twin.read_bytes(), path
+    assert len(shards(folder)) == len(shards(whole))
+    assert not [*folder.rglob("*.partial")]
+
+
+def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsift.executors.cluster.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'gradsift\[ray\]'"):
+        choose_executor(EngineConfig(executor="ray"))
+
+
+@has_ray
+@pytest.mark.slow
+def test_the_law(long_config: Config, alone: None, tmp_path: Path) -> None:
+    """60, 10 or 1 shards, 1 or 2 workers, here or on Ray: the same scores, bit for bit."""
+    engine, folders = long_config.engine, []
+    for workers, size in [(1, SHARD), (2, 6 * SHARD), (2, 4800)]:
+        change = {"executor": "ray", "workers": workers, "shard_size": size}
+        config = long_config.model_copy(update={"engine": engine.model_copy(update=change)})
+        folders.append(tmp_path / f"{workers}-{size}")
+        folders[-1].with_suffix(".yaml").write_text(config.to_yaml())
+    code = (
+        "import gradsift, sys, logging; from gradsift.config import read_yaml\n"
+        "logging.basicConfig(level='INFO')\n"
+        "for path in sys.argv[1:]:\n"
+        "    gradsift.run(gradsift.Config.build(read_yaml(path + '.yaml')), path)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, folders)], check=True, timeout=240,
+        capture_output=True, text=True, env=os.environ | {"MKL_CBWR": "AUTO,STRICT"},
+    )  # fmt: skip
+    assert done.stderr.count("worker 1: process ") == 3
+    with select(long_config, tmp_path / "here") as process:
+        finished(process)
+    whole = pq.read_table(tmp_path / "here/scores/gist.parquet")
+    for folder in folders:
+        assert pq.read_table(folder / "scores/gist.parquet").equals(whole)
+    assert [len(shards(folder)) for folder in folders] == [60, 10, 1]
+    assert_same_bytes(folders[0], tmp_path / "here")
+
+
+@has_ray
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_shard(long_config: Config, alone: None, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with select(long_config, folder, "--engine", "ray", "--workers", 2) as process:
+        wait_for(process, folder, 5)
+        actors()[0].send_signal(signal.SIGKILL)
+        before = shards(folder)
+        output = finished(process)
+    assert "died" in output or "killed" in output
+    assert before.items() <= shards(folder).items(), "what was finished was done again"
+    with select(long_config, tmp_path / "whole") as process:
+        finished(process)
+    assert_same_bytes(folder, tmp_path / "whole")
+
+
+@has_ray
+@pytest.mark.slow
+def test_the_driver_killed_and_started_again(
+    long_config: Config, alone: None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--engine", "ray", "--workers", 2)
+    with select(long_config, folder, *arguments) as process:
+        wait_for(process, folder, 5)
+        with select(long_config, folder, *arguments) as second:
+            told = second.communicate(timeout=60)[0]
+        assert second.returncode == 2
+        assert f"{folder} is in use by process {process.pid}" in told
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    deadline = time.monotonic() + 60
+    while actors() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not actors(), "workers outlived their driver"
+    before = shards(folder)
+    with select(long_config, folder, *arguments) as process:
+        output = finished(process)
+    assert f"{len(before)} of 60 shards are there already" in output
+    assert before.items() <= shards(folder).items(), "what was finished was done again"
+    with select(long_config, tmp_path / "whole") as process:
+        finished(process)
+    assert_same_bytes(folder, tmp_path / "whole")
+
+
+@has_ray
+@pytest.mark.slow
+def test_a_node_is_added_and_one_removed(long_config: Config, alone: None, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path / "run"
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        first = cluster.add_node(num_cpus=1)
+        arguments = ("--engine", "ray", "--ray-address", cluster.address, "--workers", 2)
+        with select(long_config, folder, *arguments) as process:
+            wait_for(process, folder, 2)
+            cluster.add_node(num_cpus=1)
+            while len(actors()) < 2:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.05)
+            cluster.remove_node(first, allow_graceful=False)
+            before = shards(folder)
+            assert len(before) < 60, "it was over before a node was lost"
+            output = finished(process)
+        assert "worker 2: process " in output
+    finally:
+        cluster.shutdown()
+    assert before.items() <= shards(folder).items(), "what was finished was done again"
+    with select(long_config, tmp_path / "whole") as process:
+        finished(process)
+    assert_same_bytes(folder, tmp_path / "whole")
+
+
+@has_ray
+@pytest.mark.slow
+def test_what_a_worker_finds_wrong_reaches_the_user(
+    long_config: Config, alone: None, adapter: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in adapter.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors", {"format": "pt"})
+    warmup = long_config.warmup.model_copy(update={"adapter": str(broken)})
+    config = long_config.model_copy(update={"warmup": warmup})
+    with select(config, tmp_path / "run", "--engine", "ray") as process:
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert "gradsift: the gradient of the target 't' is not finite for" in output
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(long_config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=280k", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mounted, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: that takes root")
+    try:
+        with select(long_config, folder / "run") as process:
+            output = process.communicate(timeout=120)[0]
+        assert process.returncode == 2, output
+        assert "the disk is full: cannot write " in output
+        before = shards(folder / "run")
+        assert not [*(folder / "run").rglob("*.partial")]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        with select(long_config, folder / "run") as process:
+            output = finished(process)
+        assert before.items() <= shards(folder / "run").items()
+        with select(long_config, tmp_path / "whole") as process:
+            finished(process)
+        assert_same_bytes(folder / "run", tmp_path / "whole")
+        assert 0 < len(before) < 60
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_pool_pass_and_the_training(
+    base: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
+) -> None:
+    files = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
+    config = configure(
+        base, files[0], {"t": files[1]},
+        lora={"dropout": 0.0}, warmup={"batch_size": 8, "epochs": 2},
+        engine={"window": 8, "shard_size": 8},
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["gradsift", "select", "--config", tmp_path / "config.yaml"]
+    done = subprocess.run(
+        list(map(str, [*command, "--output-dir", tmp_path / "two"])), check=False,
+        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("t: 9 picks of 90 by gist") == 1
+    run(config, tmp_path / "one")
+    adapters = [
+        load_file(tmp_path / name / "warmup/epoch-2/adapter_model.safetensors")
+        for name in ("one", "two")
+    ]
+    for name, values in adapters[0].items():
+        assert abs(values - adapters[1][name]).max() < 1e-5 * max(1, abs(values).max())
+    # from the same adapter: the same bits
+    warmup = {"warmup": {"adapter": str(tmp_path / "one/warmup/epoch-2")}}
+    config = configure(
+        base, files[0], {"t": files[1]}, **warmup, engine={"window": 8, "shard_size": 8}
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    subprocess.run(
+        list(map(str, [*command, "--output-dir", tmp_path / "shared"])), check=True,
+        capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    with select(config, tmp_path / "alone") as process:
+        finished(process)
+    one, other = (pq.read_table(tmp_path / n / "scores/gist.parquet") for n in ("alone", "shared"))
+    assert one.equals(other)
+
+
+@has_ray
+@pytest.mark.slow
+def test_training_and_evaluation_under_ray_train(
+    base: Path, write: Write, pool_rows: Rows, target_rows: Rows, alone: None, tmp_path: Path
+) -> None:
+    files = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
+    engine = {"window": 8, "shard_size": 32}
+    sections = {"lora": {"dropout": 0.0}, "warmup": {"batch_size": 8}}
+    config = configure(base, files[0], {"t": files[1]}, **sections, engine=engine)
+    run(config, tmp_path / "one")
+    spread = {"executor": "ray", "train_workers": 2}
+    config = configure(base, files[0], {"t": files[1]}, **sections, engine=engine | spread)
+    with select(config, tmp_path / "two") as process:
+        finished(process)
+    one, other = (
+        load_file(tmp_path / name / "warmup/epoch-1/adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    for name, values in one.items():
+        assert abs(values - other[name]).max() < 1e-5 * max(1, abs(values).max())
+    test = write("test.jsonl", [row | {"id": f"{row['id']}-x"} for row in target_rows])
+    command = [
+        sys.executable,
+        "-m",
+        "gradsift",
+        "evaluate",
+        tmp_path / "two",
+        "--test",
+        f"t={test}",
+    ]
+    command += ["--method", "gist", "--set", "fine_tuning.steps=2", "--seeds", "1"]
+    command += ["--set", "random_seeds=2", "--set", "fine_tuning.batch_size=8"]
+    done = subprocess.run(
+        list(map(str, command)), check=False, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "two/evaluation/table.parquet").to_pylist()
+    assert {row["method"] for row in table} == {"base", "random", "gist"}
+    cells = [*(tmp_path / "two/evaluation/cells").glob("*.safetensors")]
+    assert len(cells) == 4

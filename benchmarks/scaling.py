@@ -33,6 +33,7 @@ from gradsift.subspace import fit_subspace
 
 SHARED = Path(__file__).parents[2] / "shared"
 SIZES = (10_000, 100_000, 1_000_000)
+WORKED_ON = 4_000  # examples of the pool beside the project
 ROWS, COORDINATES, QUERIES = 10_000_000, 64, 64
 AT_ONCE = 1 << 19
 say = Console(soft_wrap=True, highlight=False).print
@@ -40,10 +41,13 @@ say = Console(soft_wrap=True, highlight=False).print
 
 def workers(folder: Path) -> None:
     """Print the examples per second of the pool pass between its first and its last shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (SHARED / "data" / "pool.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "pool.jsonl").write_bytes(b"".join(lines[:: len(lines) // WORKED_ON]))
     target = {"gsm8k": str(SHARED / "data" / "targets" / "gsm8k" / "val.jsonl")}
     given = {
         "model": {"name": str(SHARED / "models" / "base"), "device": "cpu"},
-        "data": {"pool": str(SHARED / "data" / "pool.jsonl"), "targets": target},
+        "data": {"pool": str(folder / "pool.jsonl"), "targets": target},
         "lora": {"rank": 16},
         "warmup": {"learning_rate": 1e-3},
         "policy": {"decontaminate": "none"},

@@ -16,6 +16,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
+export RAY_AUTH_MODE=token # nobody else's processes join; the home directory is shared
+ray get-auth-token --generate >/dev/null
 port=${RAY_PORT:-6379}
 gpus=${SLURM_GPUS_PER_TASK:-0}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -27,7 +29,7 @@ resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${gpus##*:}")
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
     ray start --head --node-ip-address="$head_ip" --port="$port" "${resources[@]}" --block &
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-until ray status --address="$address" >/dev/null 2>&1; do sleep 1; done
+until ray health-check --address="$address" >/dev/null 2>&1; do sleep 1; done
 
 if ((${#nodes[@]} > 1)); then
     others=$((${#nodes[@]} - 1))

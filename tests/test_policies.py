@@ -96,7 +96,9 @@ def test_what_is_too_long_or_refused_does_not_end_the_picks() -> None:
 
 def test_a_cap_without_room_for_one_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"leaves 's' nothing of a budget of 2; raise the cap"):
-        check_policy(PolicyConfig(budget="2", source_cap="20%"), pa.array(["s"] * 9), np.full(9, 10))
+        check_policy(
+            PolicyConfig(budget="2", source_cap="20%"), pa.array(["s"] * 9), np.full(9, 10)
+        )
 
 
 def test_scripts_without_spaces_have_words_too() -> None:

@@ -54,7 +54,10 @@ def choose(
 def write_selection(job: Job, name: str, scores: Scores) -> None:
     """Write the picks of one target: their own bytes, and why each was picked or passed over."""
     policy, target = job.config.policy, job.targets[name]
-    turns = scores.turns(policy)
+    if policy.strategy == "top":
+        turns = read_scores(job.folder.path, job.config.method, name)[:, None]
+    else:
+        turns = scores.turns(policy)
     picks = choose(job, name, turns, policy)
     if picks.shortfall:
         logger.warning("%s: %s", name, picks.shortfall)

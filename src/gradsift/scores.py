@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from gradsift.config import PolicyConfig
 from gradsift.errors import ConfigError
 
-_ENTRIES_AT_ONCE = 1 << 25  # float32 entries of one piece of the example × target matrix: 128 MB
+_ENTRIES_AT_ONCE = 1 << 21  # float32 entries of one piece of the example × target matrix: 8 MB
 
 
 Rows = slice | Int[np.ndarray, " row"]
@@ -276,7 +276,10 @@ class Alignment:
 
     def projected_norms(self, rows: Rows) -> Float[np.ndarray, " row"] | None:
         """Return ‖c‖ of some pool examples, where the similarity knows a subspace."""
-        return self._similarity.projected_norms(rows)
+        if not isinstance(rows, slice) or rows != slice(None):
+            return self._similarity.projected_norms(rows)
+        parts = [self._similarity.projected_norms(piece) for piece in self._pieces()]
+        return None if parts[0] is None else np.concatenate(parts)
 
     def best(
         self, rows: Rows, tasks: Int[np.ndarray, " row"] | None = None

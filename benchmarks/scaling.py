@@ -65,7 +65,7 @@ def workers(folder: Path) -> None:
         path.write_text(config.to_yaml())
         code = (
             f"import ray, gradsift; from gradsift.config import read_yaml\n"
-            f"ray.init(num_cpus={count}, include_dashboard=False)\n"
+            f"ray.init('local', num_cpus={count}, include_dashboard=False)\n"
             f"gradsift.run(gradsift.Config.build(read_yaml({str(path)!r})), "
             f"{str(folder / str(count))!r})"
         )

@@ -236,7 +236,10 @@ def _raise(outcome: dict[str, Any]) -> None:
 def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
-    ray.train.report({"failure": _caught(config["folder"], config["work"])["failure"]})
+    failure = _caught(config["folder"], config["work"])["failure"]
+    if failure and ray.train.get_context().get_world_size() > 1:
+        raise RuntimeError(failure)  # to report, a process waits for all, which may wait for it
+    ray.train.report({"failure": failure})
 
 
 def _log_to_terminal() -> None:

@@ -55,8 +55,11 @@ def company() -> Iterator[bool]:
         if dist.get_rank() == 0:
             try:
                 yield True
-            finally:
-                _send(None)
+            except SystemExit as stop:  # how Typer ends
+                if stop.code:
+                    raise
+            # after a fault nothing is sent: the others may wait elsewhere; the launcher ends them
+            _send(None)
         else:
             while (work := _receive()) is not None:
                 work()

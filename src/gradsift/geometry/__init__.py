@@ -105,6 +105,15 @@ def _at(job: Job, path: Path) -> AbstractContextManager[peft.PeftModel]:
     return nullcontext(job.models.at(path))
 
 
+def _measure_at(
+    place: Place, job: Job, name: str, label: str, settings: GeometryConfig, coupling: bool
+) -> dict[str, Any]:
+    from gradsift.geometry.measuring import measure_place
+
+    with place() as model:
+        return measure_place(job, name, label, model, settings, coupling)
+
+
 def _measure_target(
     job: Job, name: str, places: Mapping[str, Place], warmup: Stage, settings: GeometryConfig
 ) -> dict[str, Any]:
@@ -123,10 +132,7 @@ def _measure_target(
         stage = Stage(path.removesuffix(".json"), inputs, (path,), cheap=True)
         with job.folder.stage(stage) as todo:
             if todo:
-                from gradsift.geometry.measuring import measure_place
-
-                with place() as model:
-                    found = measure_place(job, name, label, model, settings, coupling=last)
+                found = job.call(partial(_measure_at, place, job, name, label, settings, last))
                 job.path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(job.path(path), json.dumps(found, indent=1).encode())
         found = json.loads(job.path(path).read_text(encoding="utf-8"))

@@ -175,6 +175,18 @@ def test_plan_takes_the_arguments_of_select(
     assert "engine.memory" in capsys.readouterr().err
 
 
+def test_flags_of_ray_without_ray_are_refused(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments, "--workers", 2) == 2
+    assert "give --engine ray as well" in capsys.readouterr().err
+    embed = ["--method", "embed", "--engine", "ray"]
+    monkeypatch.setattr("gradsift.methods.embed.find_spec", lambda name: True)
+    monkeypatch.setattr("gradsift.methods.embed.identity", lambda name: name)
+    assert call(monkeypatch, *arguments, *embed) == 2
+    assert "method=embed runs in one process alone" in capsys.readouterr().err
+
+
 def test_the_verbs_and_flags_are_these() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     flags = {
@@ -186,7 +198,8 @@ def test_the_verbs_and_flags_are_these() -> None:
         "--memory", "--config", "--set", "--strict",
     }  # fmt: skip
     assert flags == {
-        "select": shared | {"--overwrite", "--method"},
+        "select": shared
+        | {"--overwrite", "--method", "--engine", "--ray-address", "--workers"},
         "plan": shared,
         "evaluate": {
             "run", "--test", "--method", "--budget", "--seeds", "--full", "--lds", "--lm-eval",

@@ -70,6 +70,13 @@ def test_wrong_settings_say_what_is_wrong(assignment: str, message: str) -> None
     assert message in str(error.value)
 
 
+def test_a_shard_is_whole_windows() -> None:
+    given = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
+    told = "multiple of engine.window, found 1000 and 1024; raise shard_size or lower window"
+    with pytest.raises(ConfigError, match=told):
+        Config.build(given | {"engine": {"shard_size": 1000}})
+
+
 def test_an_adapter_and_no_warm_up_contradict() -> None:
     with pytest.raises(ConfigError, match="give an adapter or mode 'none', not both"):
         build("warmup.adapter=a", "warmup.mode=none")

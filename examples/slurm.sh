@@ -26,14 +26,18 @@ head_ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | a
 address=$head_ip:$port
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${gpus##*:}")
 
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \
+srun --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodes=1 --ntasks=1 --nodelist="$head" \
     ray start --head --node-ip-address="$head_ip" --port="$port" "${resources[@]}" --block &
+ray=$!
 trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-until ray health-check --address="$address" >/dev/null 2>&1; do sleep 1; done
+until ray health-check --address="$address" >/dev/null 2>&1; do
+    kill -0 "$ray" # or it failed to start
+    sleep 1
+done
 
 if ((${#nodes[@]} > 1)); then
     others=$((${#nodes[@]} - 1))
-    srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head" \
+    srun --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodes="$others" --ntasks="$others" --exclude="$head" \
         ray start --address="$address" "${resources[@]}" --block &
 fi
 

@@ -203,11 +203,13 @@ def test_the_verbs_and_flags_are_these() -> None:
         "plan": shared,
         "evaluate": {
             "run", "--test", "--method", "--budget", "--seeds", "--full", "--lds", "--lm-eval",
-            "--config", "--set",
+            "--config", "--set", "--engine", "--ray-address",
         },
         "explain": {"run", "example"},
         "report": {"run"},
-        "geometry": {"run", "--examples", "--eigenvectors", "--probes"},
+        "geometry": {
+            "run", "--examples", "--eigenvectors", "--probes", "--engine", "--ray-address",
+        },
         "demo": {"--output-dir"},
     }  # fmt: skip
 

@@ -169,6 +169,8 @@ def evaluate(
     lm_eval: Annotated[
         str | None, typer.Option(metavar="TASK,…", help="tasks of lm-evaluation-harness")
     ] = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
@@ -190,7 +192,8 @@ def evaluate(
         from gradsift.evaluation import EvaluationConfig, run_evaluation
 
         merged = merge(given, _given(flags), *assigned, replaced=("tests",))
-        found = run_evaluation(run, EvaluationConfig.build(merged))
+        place = _engine(engine, ray_address)
+        found = run_evaluation(run, EvaluationConfig.build(merged), place)
     _show_evaluation(found, run)
 
 
@@ -231,13 +234,15 @@ def geometry(
     probes: Annotated[
         int | None, typer.Option(help="random vectors per LoRA matrix (default: 4)")
     ] = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Measure the paper's claims here: spectrum, curvature, and what a diagonal cannot hold."""
     given = {"examples": examples, "eigenvectors": eigenvectors, "probes": probes}
     with _logged(run):
         from gradsift.geometry import measure_geometry
 
-        found = measure_geometry(run, **_given(given))
+        found = measure_geometry(run, engine=_engine(engine, ray_address), **_given(given))
     _show_geometry(run, found)
 
 
@@ -270,6 +275,8 @@ def main() -> None:
     from gradsift.errors import GradsiftError
     from gradsift.executors.together import company
 
+    for name, value in _QUIET.items():  # before torch is imported
+        os.environ.setdefault(name, value)
     try:
         with company() as leads:
             if leads:
@@ -277,6 +284,13 @@ def main() -> None:
     except GradsiftError as error:
         typer.secho(f"gradsift: {error}", err=True, fg="red")
         sys.exit(2)
+
+
+def _engine(engine: Executor | None, ray_address: str | None) -> dict[str, Any]:
+    """Return the settings of the engine that flags stand for, where a run goes on elsewhere."""
+    if engine is None:
+        return {} if ray_address is None else {"ray_address": ray_address}
+    return {"executor": engine.value, "ray_address": ray_address}
 
 
 def _flags(
@@ -327,8 +341,6 @@ def _targets(given: list[str]) -> dict[str, Any]:
 @contextmanager
 def _logged(location: str | None) -> Iterator[None]:
     """Send our log to the terminal and to the run folder, and quieten the libraries below."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
     logger = logging.getLogger("gradsift")
     logger.setLevel(logging.INFO)

@@ -319,6 +319,15 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
 
 
+def moved(config: Config, engine: Mapping[str, Any]) -> Config:
+    """Return the settings of a run that goes on elsewhere: with other settings of the engine.
+
+    Raises:
+        ConfigError: If one is unknown or not allowed.
+    """
+    return Config.build(merge(config.model_dump(), {"engine": dict(engine)}))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the settings in a YAML file.
 

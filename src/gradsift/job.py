@@ -17,7 +17,7 @@ import numpy as np
 from gradsift.config import Config
 from gradsift.data import EncodedSet
 from gradsift.errors import ModelError, RunError
-from gradsift.executors import Executor, choose_executor
+from gradsift.executors import Executor, choose_executor, is_first
 from gradsift.scores import Scores
 from gradsift.shards import SUFFIX, Stored, missing_shards
 from gradsift.store import Run, Stage, identity, read_checkpoints
@@ -194,8 +194,8 @@ def _do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:
     """Do some work, perhaps on another machine that has yet to see what it begins with."""
     folder.fetch_inputs()
     found = work()
-    for path in outputs:
-        if path.exists():  # of all processes that train, the first one writes
+    if is_first():
+        for path in outputs:
             folder.publish(path)
     return found
 

@@ -89,7 +89,7 @@ class Mirror:
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             self._try(self._files.get_file, f"{self._root}/{found}", str(partial))
             partial.replace(path)
-            self._set_mark(found, info)
+            self._set_mark(found, info, _state(path))
 
     def update(self) -> None:
         """Bring everything, and remove from the copy what is not over there: that alone counts.
@@ -119,11 +119,11 @@ class Mirror:
             found = file.relative_to(self.path)
             if not file.is_file() or found.parts[0] in _LOCAL or file.suffix == ".partial":
                 continue
-            mark = self._mark(found.as_posix())
-            if mark is None or mark[1] != _state(file):
+            mark, state = self._mark(found.as_posix()), _state(file)
+            if mark is None or mark[1] != state:
                 self._put(file, f"{self._root}/{found.as_posix()}")
                 info = self._try(self._files.info, f"{self._root}/{found.as_posix()}")
-                self._set_mark(found.as_posix(), info)
+                self._set_mark(found.as_posix(), info, state)
 
     def remove(self, name: str) -> None:
         """Remove a file or folder over there."""
@@ -132,15 +132,20 @@ class Mirror:
             self._try(self._files.rm, f"{self._root}/{name}", recursive=True)
 
     def _put(self, file: Path, target: str) -> None:
-        protocol = self._files.protocol
-        protocols = {protocol} if isinstance(protocol, str) else {*protocol}
-        self._try(self._files.makedirs, target.rpartition("/")[0], exist_ok=True)
-        if protocols & _WHOLE_AT_ONCE:
+        if self._whole_at_once:
             self._try(self._files.put_file, str(file), target)
         else:
+            self._try(self._files.makedirs, target.rpartition("/")[0], exist_ok=True)
             partial = f"{target}.{uuid.uuid4().hex}.partial"
             self._try(self._files.put_file, str(file), partial)
             self._try(self._files.mv, partial, target)
+
+    @property
+    def _whole_at_once(self) -> bool:
+        """Whether this is an object store: nothing is seen of what is not whole, no folder made."""
+        protocol = self._files.protocol
+        names = {protocol} if isinstance(protocol, str) else {*protocol}
+        return not names.isdisjoint(_WHOLE_AT_ONCE)
 
     def _listed(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield names and facts of the files under a name."""
@@ -166,18 +171,19 @@ class Mirror:
         path = self.path / _MARKS / name
         return tuple(json.loads(path.read_text())) if path.exists() else None
 
-    def _set_mark(self, name: str, info: dict[str, Any]) -> None:
+    def _set_mark(self, name: str, info: dict[str, Any], state: str) -> None:
         path = self.path / _MARKS / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps([_version(info), _state(self.path / name)]))
+        partial.write_text(json.dumps([_version(info), state]))
         partial.replace(path)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[str | None]:
         """Keep every other machine out for as long as this lasts; it is held by signs of life.
 
-        The caller keeps other processes of this machine away from the copy.
+        The caller keeps other processes of this machine away from the copy. Yields what is to be
+        told, if a dead owner was replaced.
 
         Raises:
             BusyError: If another machine has it.
@@ -185,7 +191,9 @@ class Mirror:
         me = {"host": platform.node(), "copy": str(self.path), "process": os.getpid()}
         me["token"] = uuid.uuid4().hex
         where = f"{self._root}/{_LOCK}"
-        self._try(self._files.makedirs, self._root, exist_ok=True)
+        told = None
+        if not self._whole_at_once:
+            self._try(self._files.makedirs, self._root, exist_ok=True)
         while not self._claim(where, me):
             owner = self._owner(where)
             if owner is None:
@@ -198,13 +206,13 @@ class Mirror:
                     f"sign of life {max(silent, 0):.0f} s ago); wait for it to end (or, if it "
                     f"died, {LEASE:.0f} s) or use another --output-dir"
                 )
-            logger.info("the process that had %s is gone; going on in its place", self.url)
+            told = f"the process that had {self.url} is gone; going on in its place"
             self._try(self._files.rm, where)
         stop = threading.Event()
         thread = threading.Thread(target=self._beat, args=(where, me, stop), daemon=True)
         thread.start()
         try:
-            yield
+            yield told
         finally:
             stop.set()
             thread.join()
@@ -214,12 +222,15 @@ class Mirror:
 
     def _claim(self, where: str, me: dict[str, Any]) -> bool:
         """Return whether the lock is ours now: created where there was none."""
+        if self._owner(where) is not None:
+            return False
         content = json.dumps(me | {"at": time.time()}).encode()
         try:
             self._try(self._files.pipe_file, where, content, mode="create")
         except FileExistsError:
             return False
-        return True
+        owner = self._owner(where)
+        return owner is not None and owner["token"] == me["token"]
 
     def _owner(self, where: str) -> dict[str, Any] | None:
         self._try(self._files.invalidate_cache)
@@ -229,13 +240,23 @@ class Mirror:
             return None
 
     def _beat(self, where: str, me: dict[str, Any], stop: threading.Event) -> None:
+        last = time.time()
         while not stop.wait(BEAT):
-            owner = self._owner(where)
-            if owner is not None and owner["token"] != me["token"]:
-                logger.error("another process has taken over %s; this one stops", self.url)
-                os._exit(1)
-            content = json.dumps(me | {"at": time.time()}).encode()
-            self._try(self._files.pipe_file, where, content)
+            try:
+                owner = self._owner(where)
+                if owner is None or owner["token"] == me["token"]:
+                    last = time.time()
+                    content = json.dumps(me | {"at": last}).encode()
+                    self._try(self._files.pipe_file, where, content)
+                    continue
+                told = "another process has taken it over"
+            except (RunError, ValueError) as error:
+                told = f"no sign of life could be given ({error})"
+                if time.time() - last < LEASE:
+                    logger.warning("%s: %s; trying again", self.url, told)
+                    continue
+            logger.error("%s: %s; this process stops: what is finished is kept", self.url, told)
+            os._exit(1)
 
 
 def _faults() -> tuple[type[Exception], ...]:

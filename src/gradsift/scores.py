@@ -278,8 +278,9 @@ class Alignment:
         """Return ‖c‖ of some pool examples, where the similarity knows a subspace."""
         if not isinstance(rows, slice) or rows != slice(None):
             return self._similarity.projected_norms(rows)
-        parts = [self._similarity.projected_norms(piece) for piece in self._pieces()]
-        return None if parts[0] is None else np.concatenate(parts)
+        found = [self._similarity.projected_norms(piece) for piece in self._pieces()]
+        parts = [part for part in found if part is not None]
+        return np.concatenate(parts) if parts else None
 
     def best(
         self, rows: Rows, tasks: Int[np.ndarray, " row"] | None = None

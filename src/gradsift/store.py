@@ -168,6 +168,7 @@ class Run:
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration."""
         write_atomically(self.path / "config.yaml", config.to_yaml().encode())
+        self.publish(self.path / "config.yaml")
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         path = self.path / "manifests" / f"{name}.json"
@@ -204,8 +205,10 @@ def open_run(location: str | Path) -> Iterator[Run]:
             yield Run(path)
         return
     mirror = Mirror(str(location))
-    with _locked(mirror.path) as path, mirror.lock():
+    with _locked(mirror.path, is_copy=True) as path, mirror.lock() as told:
         mirror.update()
+        if told:
+            logger.info(told)
         try:
             yield Run(path, mirror)
         finally:
@@ -213,11 +216,11 @@ def open_run(location: str | Path) -> Iterator[Run]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[Path]:
+def _locked(path: Path, is_copy: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; expected a folder for the run")
     names = {entry.name for entry in path.iterdir()} - {".lock"} if path.exists() else set()
-    if names and ".owner" not in names:
+    if names and ".owner" not in names and not is_copy:
         raise RunError(f"{path} is not empty and is not a gradsift run; use another --output-dir")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -248,8 +251,8 @@ def local_folder(location: str | Path, fetch: bool = True) -> Path:
     mirror = Mirror(str(location))
     if fetch:
         try:
-            with _locked(mirror.path):
-                mirror.update()
+            with _locked(mirror.path, is_copy=True):
+                mirror.fetch()
         except BusyError:
             logger.info("another process is at work on the copy of %s in %s", location, mirror.path)
     return mirror.path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -32,17 +31,6 @@ class TrainingSettings(Protocol):
     micro_batch_size: int
     warmup_ratio: float
     weight_decay: float
-
-
-def is_first() -> bool:
-    """Return whether this process is the first of those that train together, or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def meet() -> None:
-    """Wait until all processes that train together are here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def steps_per_epoch(num_examples: int, settings: TrainingSettings) -> int:

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from gradsift.config import Config
 from gradsift.data import EncodedSet
+from gradsift.executors import is_first
 from gradsift.model import Models
 from gradsift.store import OPTIMIZER_STATE, write_atomically, write_checkpoints
-from gradsift.training import is_first, optimizer_state, steps_per_epoch, train
+from gradsift.training import optimizer_state, steps_per_epoch, train
 
 logger = logging.getLogger(__name__)
 

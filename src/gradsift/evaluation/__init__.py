@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gradsift.choosing import choose, read_scores
-from gradsift.config import Config, merge
+from gradsift.config import Config, merge, moved
 from gradsift.data import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.evaluation.cells import Bench, Cell, HeldOut
@@ -44,11 +45,16 @@ _FOLDER = "evaluation"
 
 
 def evaluate(
-    run: str | Path, *, tests: Mapping[str, str | Sequence[str]], **settings: Any
+    run: str | Path,
+    *,
+    tests: Mapping[str, str | Sequence[str]],
+    engine: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Compare the methods on a run's pool and targets, by fine-tuning on what each picks.
 
-    `tests`: held-out examples by target. Everything else is as in `EvaluationConfig`.
+    `tests`: held-out examples by target. `engine`: settings of that section that differ from those
+    of the run, such as `{"executor": "ray"}`. Everything else is as in `EvaluationConfig`.
 
     Example:
         >>> found = gradsift.evaluate(                           # doctest: +SKIP
@@ -59,16 +65,19 @@ def evaluate(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    return run_evaluation(run, EvaluationConfig.build(merge({"tests": dict(tests)}, settings)))
+    wanted = EvaluationConfig.build(merge({"tests": dict(tests)}, settings))
+    return run_evaluation(run, wanted, engine or {})
 
 
-def run_evaluation(run: str | Path, settings: EvaluationConfig) -> Evaluation:
+def run_evaluation(
+    run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] = MappingProxyType({})
+) -> Evaluation:
     """Run a whole evaluation; see `evaluate`. The same again goes on where it stopped.
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = read_config(run)
+    config = moved(read_config(run), engine)
     plans = _plans(config, settings)
     with open_run(run) as folder:
         for plan in plans.values():  # whatever cannot be done is told before anything is

@@ -26,6 +26,7 @@ from gradsift.data import EncodedSet
 from gradsift.errors import NumericsError
 from gradsift.evaluation.harness import Harness
 from gradsift.evaluation.settings import EvaluationConfig
+from gradsift.executors import agreed, is_first
 from gradsift.job import Job
 from gradsift.progress import track
 from gradsift.store import write_atomically
@@ -116,14 +117,11 @@ class Bench:
         Raises:
             NumericsError: If a loss is not finite.
         """
-        from gradsift.training import meet
-
         with track("fine-tunings", len(wanted), "fine-tunings") as advance:
             for cell, targets, with_tasks in wanted:
-                # another machine may have begun anew: what it had done before is there
-                if self.lacks(cell, targets, with_tasks):
+                # begun anew after a machine died: what was done before is there
+                if agreed(partial(self.lacks, cell, targets, with_tasks)):
                     self.run(cell, targets, with_tasks)
-                meet()
                 advance(1)
 
     def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
@@ -134,8 +132,6 @@ class Bench:
         Raises:
             NumericsError: If a loss is not finite.
         """
-        from gradsift.training import is_first
-
         started, stored, path = time.perf_counter(), self._stored(cell), self._path(cell)
         names, tasks = self._lacking(stored, targets, with_tasks)
         tensors = load_file(path) if stored else {}

@@ -6,6 +6,7 @@ Everything else asks an `Executor` and does not know how many machines there are
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -34,6 +35,32 @@ class Executor(Protocol):
         ...
 
 
+def is_first() -> bool:
+    """Return whether this process is the first of those that train together, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """Return what the first of the processes that train together decides, in all of them.
+
+    All have to come here, so that each waits for the others.
+    """
+    if not _in_company():
+        return decide()
+    from torch import distributed
+
+    decided: list[Any] = [decide() if is_first() else None]
+    distributed.broadcast_object_list(decided)
+    distributed.barrier()
+    return decided[0]
+
+
+def _in_company() -> bool:
+    """Return whether this process has joined others; torch is there by then."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def choose_executor(config: EngineConfig) -> Executor:
     """Return where a run works: as its settings say, or with all processes that torchrun began.
 
@@ -44,7 +71,7 @@ def choose_executor(config: EngineConfig) -> Executor:
         from gradsift.executors.cluster import RayCluster
 
         return RayCluster.of(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _in_company():
         from gradsift.executors.together import Together
 
         return Together()

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
 }
 _WAITING = 4  # tasks at an actor: the pool grows where nearly two wait for each
 _SECONDS_BETWEEN_LOOKS = 5.0
+_PATIENCE = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
 _TRAINING_FAILURES = 3  # of machines, in one training
 
 
@@ -115,8 +116,7 @@ class RayCluster:
             GradsiftError: As the work does.
             RunError: If machines died again and again.
         """
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.base_trainer import TrainingFailedError
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
         share, count = self._connect(self.train_workers)
@@ -128,7 +128,7 @@ class RayCluster:
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"folder": str(Path.cwd()), "work": work},
-            torch_config=TorchConfig(backend=None if gpus else "gloo"),
+            torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_PATIENCE),
             scaling_config=ScalingConfig(
                 num_workers=self.train_workers,
                 use_gpu=bool(gpus),
@@ -140,10 +140,10 @@ class RayCluster:
             ),
         )
         try:
-            result = trainer.fit()
+            _raise({"failure": trainer.fit().return_value})
         except TrainingFailedError as error:
+            _raise({"failure": _told(error)})
             raise RunError(f"the training failed on the cluster: {error}") from error
-        _raise(result.metrics or {})
 
     def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
         """Return what of the cluster one of so many workers takes, and how many there is room for.
@@ -233,13 +233,24 @@ def _raise(outcome: dict[str, Any]) -> None:
         raise getattr(gradsift.errors, name)(message)
 
 
-def _train_loop(config: dict[str, Any]) -> None:
-    import ray.train
+class _FailureError(Exception):
+    """Ends all processes of a training: those that found nothing wrong would wait for the one."""
 
+
+def _train_loop(config: dict[str, Any]) -> str | None:
     failure = _caught(config["folder"], config["work"])["failure"]
-    if failure and ray.train.get_context().get_world_size() > 1:
-        raise RuntimeError(failure)  # to report, a process waits for all, which may wait for it
-    ray.train.report({"failure": failure})
+    if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise _FailureError(failure)
+    return failure
+
+
+def _told(error: Any) -> str | None:
+    """Return what a user can mend, if that is what ended a training."""
+    for found in getattr(error, "worker_failures", {}).values():
+        cause = getattr(found, "cause", found)
+        if isinstance(cause, _FailureError):
+            return str(cause)
+    return None
 
 
 def _log_to_terminal() -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.config import Config, ModelConfig
+from gradsift.config import Config, ModelConfig, moved
 from gradsift.errors import ConfigError, RunError
 from gradsift.exhibits import write_exhibits
 from gradsift.geometry.figures import exhibits
@@ -30,10 +30,13 @@ _FOLDER = "geometry"
 _BEFORE = "before warm-up"
 
 
-def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
+def measure_geometry(
+    run: str | Path, *, engine: Mapping[str, Any] | None = None, **settings: Any
+) -> Mapping[str, Any]:
     """Measure spectrum, subspace and coupling of every target of a run; return `geometry.json`.
 
-    `settings` are as in `GeometryConfig`. Figures and numbers go into `geometry/` and the report.
+    `settings` are as in `GeometryConfig`; `engine` holds those of that section that differ from the
+    run's. Figures and numbers go into `geometry/` and the report.
     Run it again to go on after a crash.
 
     Example:
@@ -46,7 +49,7 @@ def measure_geometry(run: str | Path, **settings: Any) -> Mapping[str, Any]:
     """
     from gradsift.model import Models
 
-    wanted, config = GeometryConfig.build(settings), read_config(run)
+    wanted, config = GeometryConfig.build(settings), moved(read_config(run), engine or {})
     if config.model.quantization != "none":
         raise ConfigError(
             "geometry differentiates twice, which quantized layers do not; use a run whose "

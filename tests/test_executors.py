@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from conftest import Write, configure
 from gradsift.config import Config, EngineConfig
 from gradsift.errors import ConfigError
 from gradsift.executors import choose_executor
+from gradsift.executors.local import Local
 from gradsift.pipeline import run
 
 Rows = list[dict[str, Any]]
@@ -123,6 +125,11 @@ def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsift.executors.cluster.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'gradsift\[ray\]'"):
         choose_executor(EngineConfig(executor="ray"))
+
+
+def test_a_launcher_alone_makes_no_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_executor(EngineConfig()) == Local()
 
 
 @has_ray
@@ -243,6 +250,15 @@ def test_what_a_worker_finds_wrong_reaches_the_user(
         output = process.communicate(timeout=120)[0]
     assert process.returncode == 2
     assert "gradsift: the gradient of the target 't' is not finite for" in output
+    changes = {"adapter": None, "learning_rate": 1e30, "epochs": 2}
+    warmup = long_config.warmup.model_copy(update=changes)
+    config = long_config.model_copy(update={"warmup": warmup})
+    with select(config, tmp_path / "diverged", "--engine", "ray") as process:
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert "gradsift: the grad norm of the warm-up is" in output or "the loss of the" in output
+    manifest = json.loads((tmp_path / "diverged/manifests/warmup.json").read_text())
+    assert not manifest["complete"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(

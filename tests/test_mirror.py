@@ -176,6 +176,28 @@ def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPa
     assert later["token"] == first["token"]
 
 
+def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mirror, "BEAT", 0.05)
+    ends: list[int] = []
+    monkeypatch.setattr(mirror.os, "_exit", ends.append)
+    with caplog.at_level("WARNING", "gradsift"), open_run(f"{bucket}/run"):
+        first = json.loads(stored(f"{bucket}/run")[".lock.json"])
+        with monkeypatch.context() as patch:
+            patch.setattr(Mirror, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net")))
+            time.sleep(0.3)
+        assert not ends
+        time.sleep(0.5)
+        assert json.loads(stored(f"{bucket}/run")[".lock.json"])["at"] > first["at"] + 0.3
+        assert "no sign of life could be given (no net); trying again" in caplog.text
+        monkeypatch.setattr(mirror, "LEASE", 0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Mirror, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net")))
+            time.sleep(0.5)
+        assert set(ends) == {1}
+
+
 def test_a_store_that_does_not_answer_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(RunError, match=r"cannot reach the run folder .*nosuch"),
@@ -198,7 +220,7 @@ def files_of(folder: Path) -> list[str]:
 
 def test_a_folder_of_the_store_that_is_no_run_is_refused(bucket: str) -> None:
     s3().pipe_file(f"{bucket}/thesis/chapter.tex", b"x")
-    with pytest.raises(RunError, match="thesis is not empty and is not a gradsift run"):
+    with pytest.raises(RunError, match="thesis is not a gradsift run"):
         gradsift.explain(f"{bucket}/thesis", "x")
     with (
         pytest.raises(RunError, match="thesis is not empty and is not a gradsift run"),

@@ -21,11 +21,13 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 # in place of SLURM's: what is to run on some nodes runs here, one process for each
 SRUN = """#!/bin/bash
 count=1
+trap 'kill $(jobs -p)' TERM
 while [[ $1 == --* ]]; do
     [[ $1 == --ntasks=* ]] && count=${1#*=}
     shift
 done
 for ((i = 0; i < count; i++)); do "$@" & done
+wait
 wait
 """
 SCONTROL = '#!/bin/bash\nprintf "%s\\n" here there\n'

@@ -204,6 +204,11 @@ def test_a_store_that_does_not_answer_is_told(bucket: str, monkeypatch: pytest.M
         open_run("nosuch://x"),
     ):
         pass
+    told = r"cannot use the run folder s3://no-such-bucket/run: .*bucket"
+    with pytest.raises(RunError, match=told), open_run("s3://no-such-bucket/run"):
+        pass
+    with pytest.raises(RunError, match="s3://no-such-bucket/run is not a gradsift run"):
+        gradsift.explain("s3://no-such-bucket/run", "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()

@@ -151,7 +151,10 @@ class Mirror:
         """Yield names and facts of the files under a name."""
         self._try(self._files.invalidate_cache)
         where = f"{self._root}/{name}".rstrip("/")
-        found = self._try(self._files.find, where, detail=True)
+        try:
+            found = self._try(self._files.find, where, detail=True)
+        except FileNotFoundError:
+            return
         for path, info in found.items():
             inner = path[len(self._root) :].lstrip("/")
             ours = inner.partition("/")[0] not in _LOCAL and not inner.endswith(".partial")
@@ -229,6 +232,8 @@ class Mirror:
             self._try(self._files.pipe_file, where, content, mode="create")
         except FileExistsError:
             return False
+        except FileNotFoundError as error:
+            raise RunError(f"cannot use the run folder {self.url}: {error}") from error
         owner = self._owner(where)
         return owner is not None and owner["token"] == me["token"]
 

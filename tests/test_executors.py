@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from conftest import Write, configure
 from gradsift.config import Config, EngineConfig
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, RunError
 from gradsift.executors import choose_executor
 from gradsift.executors.local import Local
 from gradsift.pipeline import run
@@ -125,6 +125,13 @@ def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsift.executors.cluster.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'gradsift\[ray\]'"):
         choose_executor(EngineConfig(executor="ray"))
+
+
+@has_ray
+def test_an_address_at_which_nothing_answers_is_told_at_once() -> None:
+    told = r"no Ray cluster at '127.0.0.1:9': .*refused.*; start one with `ray start --head`"
+    with pytest.raises(RunError, match=told):
+        choose_executor(EngineConfig(executor="ray", ray_address="127.0.0.1:9"))
 
 
 def test_a_launcher_alone_makes_no_company(monkeypatch: pytest.MonkeyPatch) -> None:

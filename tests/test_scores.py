@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -123,3 +127,26 @@ def test_a_ranking_knows_no_target_examples() -> None:
     assert ranking.winners(PolicyConfig(), np.array([1]), np.array([0])) is None
     with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .*=top"):
         ranking.turns(PolicyConfig(strategy="round-robin"))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    script = """
+import hashlib
+import numpy as np
+from gradsift.scores import Alignment, Cosines, View
+from gradsift.subspace import fit_subspace
+rng = np.random.default_rng(0)
+pool, target = (rng.normal(size=(count, 54)).astype(np.float32) for count in (600, 64))
+rows = rng.normal(size=(500, 600))
+found = fit_subspace(np.einsum("ij,kj->ik", rows, rows), "95%").combination
+scores = Alignment(Cosines([View(pool, target)]), ["t"] * 64, "max").scores()[0]
+print(hashlib.sha256(scores.tobytes() + found.tobytes()).hexdigest())
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count},
+        ).stdout
+        for count in "12"
+    }  # fmt: skip
+    assert len(found) == 1

@@ -277,6 +277,7 @@ def main() -> None:
 
     for name, value in _QUIET.items():  # before torch is imported
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
     try:
         with company() as leads:
             if leads:
@@ -340,8 +341,7 @@ def _targets(given: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _logged(location: str | None) -> Iterator[None]:
-    """Send our log to the terminal and to the run folder, and quieten the libraries below."""
-    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
+    """Send our log to the terminal and to the run folder."""
     logger = logging.getLogger("gradsift")
     logger.setLevel(logging.INFO)
     console = logging.StreamHandler()

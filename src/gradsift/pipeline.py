@@ -20,6 +20,7 @@ from gradsift.choosing import read_selection, write_selection
 from gradsift.config import Config, merge
 from gradsift.data import Encoder, encode_set, resolve
 from gradsift.errors import DataError
+from gradsift.executors import choose_executor
 from gradsift.export import export_entries
 from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
@@ -101,6 +102,7 @@ def run(
     """
     plan = Plan.of(config)
     METHODS[config.method].check(config)
+    choose_executor(config.engine)  # before the work: is it there?
     with open_run(output_dir) as folder:
         folder.prepare(plan, overwrite)
         if not (folder.path / "config.yaml").exists():

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gradsift.bits import one_thread
 from gradsift.config import PolicyConfig
 from gradsift.errors import ConfigError
 
@@ -145,7 +146,8 @@ class View:
         An example without a gradient has cosine 0 with everything.
         """
         features = np.asarray(self.pool[rows], np.float32)
-        cosines = _unit(features) @ _unit(references).T
+        with one_thread():
+            cosines = _unit(features) @ _unit(references).T
         if norm_power:
             assert self.gradient_norms is not None
             norms = np.linalg.norm(features, axis=1)

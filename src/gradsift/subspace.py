@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from gradsift.bits import one_thread
 from gradsift.config import parse_share
 from gradsift.errors import NumericsError
 
@@ -66,7 +67,8 @@ def fit_subspace(
     """
     if not np.isfinite(gram).all():
         raise NumericsError("a target gradient is not finite")
-    variances, directions = np.linalg.eigh(gram)
+    with one_thread():
+        variances, directions = np.linalg.eigh(gram)
     sigma = np.sqrt(np.clip(variances[::-1], 0, None))
     directions = directions[:, ::-1]
     if sigma[0] == 0:

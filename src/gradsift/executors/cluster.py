@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import sys
 import time
 import warnings
@@ -30,8 +31,9 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-_WAITING = 4  # tasks at an actor: the pool grows where nearly two wait for each
+_WAITING = 2  # tasks at an actor: one is done, one is ready
 _SECONDS_BETWEEN_LOOKS = 5.0
+_ANSWER = 10.0  # seconds in which a cluster has to answer
 _PATIENCE = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
 _TRAINING_FAILURES = 3  # of machines, in one training
 
@@ -50,9 +52,16 @@ class RayCluster:
 
         Raises:
             ConfigError: If Ray is not installed.
+            RunError: If nothing answers at the address.
         """
         if find_spec("ray") is None:
             raise ConfigError("--engine ray needs Ray: pip install 'gradsift[ray]'")
+        host, colon, port = (config.ray_address or "").rpartition(":")
+        if colon and port.isdigit():  # Ray itself would try for minutes
+            try:
+                socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()
+            except OSError as error:
+                raise _unreachable(config.ray_address, error) from None
         workers = None if config.workers == "auto" else config.workers
         return cls(config.ray_address, workers, config.train_workers)
 
@@ -68,8 +77,14 @@ class RayCluster:
         import ray.data
 
         share, count = self._connect(self.workers)
+        if len(tasks) < (self.workers or count):
+            told = "%d shards to do for %d workers; a smaller engine.shard_size keeps all at work"
+            logger.warning(told, len(tasks), self.workers or count)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and log are our own
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # as soon as actors are busy: by default the pool would not grow with few tasks ahead
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         pool = ray.data.ActorPoolStrategy(
             min_size=1,
             max_size=self.workers,
@@ -156,6 +171,8 @@ class RayCluster:
         import ray
 
         if not ray.is_initialized():
+            where = f"connecting to {self.address}" if self.address else "beginning on this machine"
+            logger.info("Ray: %s", where)
             try:
                 ray.init(
                     address=self.address or "local",
@@ -164,10 +181,7 @@ class RayCluster:
                     logging_level=logging.WARNING,
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise RunError(
-                    f"no Ray cluster at {self.address!r}: {error}; start one with `ray start "
-                    "--head`, or leave --ray-address out to begin one on this machine"
-                ) from error
+                raise _unreachable(self.address, error) from error
             nodes, of_all = ray.nodes(), ray.cluster_resources()
             told = (len(nodes), of_all.get("CPU", 0), of_all.get("GPU", 0))
             logger.info("Ray: %d machines, %g CPUs, %g GPUs", *told)
@@ -181,6 +195,13 @@ class RayCluster:
         own = max(1, min([*cpus, sum(cpus) // (workers or len(cpus))]))
         room = sum(count // own for count in cpus)
         return {"num_gpus": 0, "num_cpus": own}, min(room, workers or room)
+
+
+def _unreachable(address: str | None, error: Exception) -> RunError:
+    return RunError(
+        f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`, or leave "
+        "--ray-address out to begin one on this machine"
+    )
 
 
 def _able_machines() -> list[dict[str, float]]:

@@ -210,8 +210,8 @@ def test_a_node_is_added_and_one_removed(
     from ray.cluster_utils import Cluster
 
     pool = Path(long_config.data.pool[0])
-    pool.write_bytes(pool.read_bytes() * 4)
-    folder, count = tmp_path / "run", 240
+    pool.write_bytes(pool.read_bytes() * 3)
+    folder, count = tmp_path / "run", 180
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )

@@ -82,6 +82,16 @@ def select(config: Config, folder: Path, *arguments: object) -> Iterator[subproc
             process.communicate()
 
 
+def ran(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command of this Python to its end, which is to be a good one."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], check=False, capture_output=True, text=True,
+        timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def finished(process: subprocess.Popen[str]) -> str:
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
@@ -304,13 +314,9 @@ def test_torchrun_shares_the_pool_pass_and_the_training(
         engine={"window": 8, "shard_size": 8},
     )  # fmt: skip
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command += ["gradsift", "select", "--config", tmp_path / "config.yaml"]
-    done = subprocess.run(
-        list(map(str, [*command, "--output-dir", tmp_path / "two"])), check=False,
-        capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "gradsift", "select"]
+    command += ["--config", tmp_path / "config.yaml", "--output-dir"]
+    done = ran(*command, tmp_path / "two")
     assert done.stdout.count("t: 9 picks of 90 by gist") == 1
     run(config, tmp_path / "one")
     adapters = [
@@ -325,10 +331,7 @@ def test_torchrun_shares_the_pool_pass_and_the_training(
         base, files[0], {"t": files[1]}, **warmup, engine={"window": 8, "shard_size": 8}
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    subprocess.run(
-        list(map(str, [*command, "--output-dir", tmp_path / "shared"])), check=True,
-        capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    ran(*command, tmp_path / "shared")
     with select(config, tmp_path / "alone") as process:
         finished(process)
     one, other = (pq.read_table(tmp_path / n / "scores/gist.parquet") for n in ("alone", "shared"))
@@ -356,22 +359,10 @@ def test_training_and_evaluation_under_ray_train(
     for name, values in one.items():
         assert abs(values - other[name]).max() < 1e-5 * max(1, abs(values).max())
     test = write("test.jsonl", [row | {"id": f"{row['id']}-x"} for row in target_rows])
-    command = [
-        sys.executable,
-        "-m",
-        "gradsift",
-        "evaluate",
-        tmp_path / "two",
-        "--test",
-        f"t={test}",
-    ]
+    command = ["-m", "gradsift", "evaluate", tmp_path / "two", "--test", f"t={test}"]
     command += ["--method", "gist", "--set", "fine_tuning.steps=1", "--seeds", "2"]
     command += ["--set", "random_seeds=3", "--set", "fine_tuning.batch_size=8"]
-    done = subprocess.run(
-        list(map(str, command)), check=False, capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ran(*command)
     table = pq.read_table(tmp_path / "two/evaluation/table.parquet").to_pylist()
     assert {row["method"] for row in table} == {"base", "random", "gist"}
     cells = [*(tmp_path / "two/evaluation/cells").glob("*.safetensors")]

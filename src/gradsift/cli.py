@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
@@ -26,13 +24,6 @@ if TYPE_CHECKING:
     from gradsift.types import RunResult
 
 _SOURCES_SHOWN = 8
-_QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-    "MKL_CBWR": "AUTO,STRICT",  # the same bits whatever the number of threads
-}
 
 app = typer.Typer(
     help="Pick the few per cent of an instruction-tuning pool that help your task.",
@@ -112,8 +103,7 @@ def select(
     """Score a pool against target examples and pick the best within a budget."""
     flags = _flags(model, pool, target, budget, adapter, warmup, memory)
     flags |= {"method": method}
-    flags["engine"] |= {"executor": engine and engine.value}
-    flags["engine"] |= {"ray_address": ray_address, "workers": workers}
+    flags["engine"] |= _engine(engine, ray_address) | {"workers": workers}
     resolved = _resolve(config, flags, settings)
     if resolved.engine.executor != "ray" and (ray_address or workers):
         from gradsift.errors import ConfigError
@@ -273,11 +263,10 @@ def _main(
 def main() -> None:
     """Run the command line, with one line for a fault that the user can mend."""
     from gradsift.errors import GradsiftError
+    from gradsift.executors import quieten
     from gradsift.executors.together import company
 
-    for name, value in _QUIET.items():  # before torch is imported
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
+    quieten()
     try:
         with company() as leads:
             if leads:
@@ -288,7 +277,7 @@ def main() -> None:
 
 
 def _engine(engine: Executor | None, ray_address: str | None) -> dict[str, Any]:
-    """Return the settings of the engine that flags stand for, where a run goes on elsewhere."""
+    """Return the settings of the engine that flags stand for; another one forgets the address."""
     if engine is None:
         return {} if ray_address is None else {"ray_address": ray_address}
     return {"executor": engine.value, "ray_address": ray_address}

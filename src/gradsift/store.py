@@ -99,7 +99,7 @@ class Run:
             self._mirror.remove(self._name(path))
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.path).as_posix().removeprefix(".")
+        return path.relative_to(self.path).as_posix()
 
     def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
         """Compare every stage with what the folder holds, before any work.
@@ -202,7 +202,7 @@ def open_run(location: str | Path) -> Iterator[Run]:
         RunError: If another process has it, or it holds files that are not a run's.
     """
     if not is_remote(location):
-        with _locked(Path(str(location).removeprefix("file://"))) as path:
+        with _locked(local_folder(location)) as path:
             yield Run(path)
         return
     mirror = Mirror(str(location))

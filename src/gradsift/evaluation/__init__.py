@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gradsift.choosing import choose, read_scores
@@ -66,18 +65,18 @@ def evaluate(
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     wanted = EvaluationConfig.build(merge({"tests": dict(tests)}, settings))
-    return run_evaluation(run, wanted, engine or {})
+    return run_evaluation(run, wanted, engine)
 
 
 def run_evaluation(
-    run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] = MappingProxyType({})
+    run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] | None = None
 ) -> Evaluation:
     """Run a whole evaluation; see `evaluate`. The same again goes on where it stopped.
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = moved(read_config(run), engine)
+    config = moved(read_config(run), engine or {})
     plans = _plans(config, settings)
     with open_run(run) as folder:
         for plan in plans.values():  # whatever cannot be done is told before anything is

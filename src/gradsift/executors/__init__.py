@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from gradsift.config import EngineConfig
+if TYPE_CHECKING:
+    from gradsift.config import EngineConfig
 
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "MKL_CBWR": "AUTO,STRICT",  # the same bits whatever the number of threads
+}
+"""What every process of a run is to have in its environment before torch is imported."""
 T = TypeVar("T")
 Task = TypeVar("Task")
 Worker = Callable[[Iterable[Task]], Iterator[Task]]
@@ -33,6 +43,13 @@ class Executor(Protocol):
     def train(self, work: Callable[[], object]) -> None:
         """Do some work in every process that takes part in a training, together."""
         ...
+
+
+def quieten() -> None:
+    """Set what is not set of the environment, and quieten the libraries below."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
 
 
 def is_first() -> bool:

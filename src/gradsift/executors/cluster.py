@@ -12,7 +12,6 @@ import platform
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,16 +20,11 @@ from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import ConfigError, GradsiftError, RunError
+from gradsift.executors import ENVIRONMENT, quieten
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_ENVIRONMENT = {
-    "MKL_CBWR": "AUTO,STRICT",  # the same bits whatever the number of threads
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 _WAITING = 2  # tasks at an actor: one is done, one is ready
 _SECONDS_BETWEEN_LOOKS = 5.0
 _ANSWER = 10.0  # seconds in which a cluster has to answer
@@ -97,7 +91,7 @@ class RayCluster:
             fn_constructor_args=(ray.put((str(Path.cwd()), open_worker, list(tasks))),),
             batch_size=1,
             compute=pool,
-            runtime_env={"env_vars": _ENVIRONMENT},
+            runtime_env={"env_vars": ENVIRONMENT},
             **share,
         )
         seen: dict[str, int] = {}
@@ -118,7 +112,7 @@ class RayCluster:
 
         share, _ = self._connect(self.workers)
         task = ray.remote(_caught).options(
-            max_retries=-1, runtime_env={"env_vars": _ENVIRONMENT}, **share
+            max_retries=-1, runtime_env={"env_vars": ENVIRONMENT}, **share
         )
         outcome = ray.get(task.remote(str(Path.cwd()), work))
         _raise(outcome)
@@ -151,7 +145,7 @@ class RayCluster:
             ),
             run_config=RunConfig(
                 failure_config=FailureConfig(max_failures=_TRAINING_FAILURES),
-                worker_runtime_env={"env_vars": _ENVIRONMENT},
+                worker_runtime_env={"env_vars": ENVIRONMENT},
             ),
         )
         try:
@@ -281,4 +275,4 @@ def _log_to_terminal() -> None:
         ours.setLevel(logging.INFO)
         ours.addHandler(logging.StreamHandler(sys.stderr))
         ours.propagate = False
-        warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
+        quieten()

@@ -3,15 +3,19 @@
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: demo test check extras format lint types imports
+.PHONY: demo test check everything extras format lint types imports
 
 demo: $(ready)
 	.venv/bin/gradsift demo
 
 test: $(ready)
+	$(python) -m pytest -n 2 --dist worksteal -m "not slow"
+
+# also those with many processes, real data or kills
+everything: $(ready)
 	$(python) -m pytest -n 2 --dist worksteal
 
-check: format lint types imports test
+check: format lint types imports everything
 
 # apart from the others: with bitsandbytes installed every import of PEFT takes five seconds longer
 extras: $(ready)

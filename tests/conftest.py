@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["MKL_CBWR"] = "AUTO,STRICT"  # as in the processes of a run: the same bits as theirs
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -161,7 +161,8 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     encoded = encode(tmp_path, *(tmp_path / name for name in names))
     assert encoded.table(["id"])["id"].to_pylist() == ["0", "1", "2"] * len(names)
     sources = encoded.table(["source"])["source"].to_pylist()
-    assert sources == [name[0] for name in names for _ in range(3)]
+    expected = ["train" if name == "g" else name[0] for name in names]  # a file of its folder
+    assert sources == [name for name in expected for _ in range(3)]
     conversations = encoded.conversations(range(len(encoded)), {})
     assert [c[1]["content"] for c in conversations] == ["00", "01", "02"] * len(names)
 

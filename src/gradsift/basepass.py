@@ -31,8 +31,8 @@ def pool_stage(inputs: Inputs) -> Stage:
 
 def target_stage(inputs: Inputs, name: str) -> Stage:
     """Return the stage that runs it over a target."""
-    depends = {"data": inputs.target(name).fingerprint, "model": inputs.model_facts}
-    return Stage(f"base/targets/{name}", depends, (_target_file(name),))
+    settings, sources = {"model": inputs.model_facts}, (inputs.target(name),)
+    return Stage(f"base/targets/{name}", settings, (_target_file(name),), sources)
 
 
 def run_over_pool(job: Job) -> None:
@@ -43,7 +43,7 @@ def run_over_pool(job: Job) -> None:
     """
     with job.pool_stage(pool_stage(job.inputs)) as todo:
         if todo:
-            measure_pool(job, job.path(_POOL), partial(_prepare, job))
+            measure_pool(job, _POOL, partial(_prepare, job))
 
 
 def run_over_target(job: Job, name: str) -> None:

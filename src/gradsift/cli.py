@@ -18,6 +18,8 @@ import typer
 from gradsift.types import MethodName
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gradsift.config import Config
     from gradsift.evaluation import Evaluation
     from gradsift.forecast import Forecast
@@ -193,13 +195,12 @@ def explain(
     example: Annotated[str, typer.Argument(metavar="ID", help="id of a pool example")],
 ) -> None:
     """Say how one pool example fared: scores, ranks, what it is like, why it was picked or not."""
-    from rich.console import Console
-
+    from gradsift.errors import visible
     from gradsift.explanation import explain as explained
 
-    console = Console()
+    console = _console()
     for explanation in explained(run, example):
-        console.print(explanation.text(), markup=False, highlight=False)
+        console.print(visible(explanation.text()), markup=False, highlight=False)
 
 
 @app.command()
@@ -243,7 +244,6 @@ def demo(
     """Show on made-up skills that the picks are the right ones and help: no network, 5 minutes."""
     from gradsift.demo import run_demo
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     with _logged(None):
         table = run_demo(output_dir)
     typer.echo(table)
@@ -262,17 +262,17 @@ def _main(
 
 def main() -> None:
     """Run the command line, with one line for a fault that the user can mend."""
-    from gradsift.errors import GradsiftError
+    from gradsift.errors import GradsiftError, system_faults_told, visible
     from gradsift.executors import quieten
     from gradsift.executors.together import company
 
     quieten()
     try:
-        with company() as leads:
+        with system_faults_told(), company() as leads:
             if leads:
                 app()
     except GradsiftError as error:
-        typer.secho(f"gradsift: {error}", err=True, fg="red")
+        typer.secho(visible(f"gradsift: {error}"), err=True, fg="red")
         sys.exit(2)
 
 
@@ -333,15 +333,17 @@ def _logged(location: str | None) -> Iterator[None]:
     """Send our log to the terminal and to the run folder."""
     logger = logging.getLogger("gradsift")
     logger.setLevel(logging.INFO)
+    from gradsift.progress import LogFile, VisibleFormatter
+
     console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(VisibleFormatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if location is not None:  # opened with the first line, when the folder is known to be ours
         from gradsift.store import local_folder
 
         folder = local_folder(location, fetch=False)
-        handlers.append(logging.FileHandler(folder / "log.txt", delay=True, encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(LogFile(folder / "log.txt", delay=True, encoding="utf-8"))
+        handlers[-1].setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)
     try:
@@ -357,18 +359,26 @@ def _logged(location: str | None) -> Iterator[None]:
 
 def _place(location: str, name: str) -> str:
     """Return where a file of a run folder lies, as its user named the folder."""
-    return f"{location.rstrip('/')}/{name}"
+    from gradsift.errors import visible
+
+    return visible(f"{location.rstrip('/')}/{name}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
 
 
 def _show(result: RunResult, location: str) -> None:
     """Print what was picked for each target, and from where."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from gradsift.choosing import source_shares
+    from gradsift.errors import visible
 
-    console, in_pool = Console(), result.scores(["source"])["source"]
+    console, in_pool = _console(), result.scores(["source"])["source"]
     for name, selection in result.selections.items():
         picks = selection.picks
         table = Table(
@@ -379,7 +389,7 @@ def _show(result: RunResult, location: str) -> None:
         )
         for row in source_shares(in_pool, picks["source"])[:_SOURCES_SHOWN]:
             table.add_row(
-                escape(row.source),
+                escape(visible(row.source)),
                 f"{row.num_picks:,}",
                 f"{row.of_picks:.1%}",
                 f"{row.of_pool:.1%}",
@@ -402,12 +412,11 @@ def _show(result: RunResult, location: str) -> None:
 
 def _show_evaluation(found: Evaluation, run: str) -> None:
     """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
-    from rich.console import Console
     from rich.table import Table
 
     from gradsift.evaluation.results import interval, plus_minus
 
-    console = Console()
+    console = _console()
     for target, budget in dict.fromkeys((row.target, row.budget) for row in found.rows):
         titles = ["method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", ""]
         tasks = sorted({name for row in found.rows for name in row.tasks})
@@ -432,10 +441,9 @@ def _show_evaluation(found: Evaluation, run: str) -> None:
 
 def _show_geometry(run: str, found: Mapping[str, Any]) -> None:
     """Print the three numbers of each target that the figures are about."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = _console()
     heads = ("target", "directions for 95 %", "eigenvectors inside", "off the diagonal")
     table = Table(*heads, title="geometry of the target loss")
     for name, target in found.items():
@@ -453,10 +461,9 @@ def _show_geometry(run: str, found: Mapping[str, Any]) -> None:
 
 def _show_forecast(forecast: Forecast) -> None:
     """Print seconds by stage, memory and disk."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = _console()
     table = Table(
         "stage", "seconds", title=f"{forecast.num_pool:,} examples, {forecast.num_tokens:,} tokens"
     )

@@ -21,19 +21,23 @@ from pydantic import (
     model_validator,
 )
 
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, shorten
 from gradsift.types import Budget, MethodName
 
 
 def _as_texts(value: Any) -> Any:
     values = (value,) if isinstance(value, str | Path) else value
-    return [str(v) if isinstance(v, Path) else v for v in values] if values else values
+    if not isinstance(values, list | tuple):
+        return values  # the model says what it expected
+    return [str(v) if isinstance(v, Path) else v for v in values]
 
 
 Source = Annotated[str, Field(min_length=1)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_LONGEST_NAME = 100  # of a target: file names are made of it
 
 
 def parse_share(text: str) -> Decimal:
@@ -51,7 +55,7 @@ def parse_share(text: str) -> Decimal:
     return share
 
 
-_FIELDS = ("messages", "prompt", "completion", "system", "id", "source", "task")
+_FIELDS = ("messages", "prompt", "completion", "system", "tools", "id", "source", "task")
 
 
 _FLAGS = {
@@ -100,6 +104,9 @@ class ModelConfig(Section):
     quantization: Literal["none", "4bit", "8bit"] = Field(
         default="none", description="of the base model, by bitsandbytes"
     )
+    trust_remote_code: bool = Field(
+        default=False, description="run the code that comes with a model, tokenizer or encoder"
+    )
 
 
 class DataConfig(Section):
@@ -125,10 +132,10 @@ class DataConfig(Section):
     @classmethod
     def _names_are_file_names(cls, targets: dict[str, Sources]) -> dict[str, Sources]:
         for name in targets:
-            if not re.fullmatch(r"\w[\w-]*", name):
+            if not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > _LONGEST_NAME:
                 raise ValueError(
                     f"a target's name becomes a file name: expected letters, digits, '_' and '-', "
-                    f"found {name!r}"
+                    f"{_LONGEST_NAME} bytes at most, found {shorten(repr(name))}"
                 )
         return targets
 
@@ -160,7 +167,7 @@ class WarmupConfig(Section):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     keep_optimizer: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> WarmupConfig:
@@ -208,7 +215,7 @@ class LessConfig(Section):
 
     checkpoints: int = Field(default=4, ge=1)
     dimension: int = Field(default=8192, ge=64, multiple_of=64)
-    seed: int = Field(default=0, description="of the projection")
+    seed: Seed = Field(default=0, description="of the projection")
 
 
 class EmbedConfig(Section):
@@ -223,7 +230,7 @@ class EmbedConfig(Section):
 class RandomConfig(Section):
     """The order of the method `random`."""
 
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PolicyConfig(Section):
@@ -336,10 +343,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ConfigError(f"cannot read the configuration {path}: nested too deep") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"expected sections such as 'warmup:' in {path}, found {values!r}")
+        found = shorten(repr(values))
+        raise ConfigError(f"expected sections such as 'warmup:' in {path}, found {found}")
     return values
 
 
@@ -374,8 +384,10 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ConfigError(f"expected SECTION.KEY=VALUE such as lora.rank=16, found {text!r}")
     try:
         result: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value of {text!r}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read the value of {key!r}: nested too deep") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the value of {shorten(repr(text))}: {error}") from None
     for part in reversed([section, *filter(None, name.split("."))]):
         result = {part: result}
     return result
@@ -394,7 +406,7 @@ def _explain(error: dict[str, Any], model: type[Section]) -> str:
         flag = _FLAGS.get(where)
         return f"missing setting {where!r}" + (f": give {flag}" if flag else "")
     message = error["msg"].removeprefix("Value error, ")
-    found = "" if "found " in message else f" (found {error['input']!r})"
+    found = "" if "found " in message else f" (found {shorten(repr(error['input']))})"
     return f"{where}: {message}{found}" if path else message
 
 

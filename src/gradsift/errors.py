@@ -1,5 +1,16 @@
 """What can go wrong by a user's hand, each with a message that says how to mend it."""
 
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# all control characters but new line and tab, and those that turn the direction of writing
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class GradsiftError(Exception):
     """A fault that the user can mend; the command line prints its message and exits with 2."""
@@ -27,3 +38,50 @@ class RunError(GradsiftError):
 
 class BusyError(RunError):
     """A run folder is in use by another process."""
+
+
+def visible(text: str) -> str:
+    r"""Return the text as it can be sent to a terminal: control characters are shown, not obeyed.
+
+    >>> print(visible("red\x1b[31m"))
+    red\x1b[31m
+    """
+    return _UNSEEN.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def shorten(text: str, characters: int = 300) -> str:
+    """Return the beginning of a text that may be of any length.
+
+    >>> shorten("endless", 3)
+    'end … (7 characters)'
+    """
+    if len(text) <= characters:
+        return text
+    return f"{text[:characters]} … ({len(text):,} characters)"
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether there was no room to write; safetensors tells it in words alone."""
+    return getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+
+
+@contextmanager
+def system_faults_told() -> Iterator[None]:
+    """Say plainly what the operating system refuses: a file not to be read, a full disk.
+
+    Also a decorator of the public functions.
+
+    Raises:
+        RunError: In place of an `OSError`.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # whoever read our output has gone
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename is None:
+            raise RunError(f"the operating system refuses: {reason}") from error
+        if is_full(error):
+            reason = "the disk is full; make room: what is finished is kept"
+        raise RunError(f"cannot use {str(error.filename)!r}: {reason}") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gradsift.errors import RunError
 from gradsift.store import write_atomically
 
 FILE = "exhibits.json"
@@ -33,21 +35,41 @@ def write_exhibits(
         name: {"of": of[name], "exhibits": [asdict(exhibit) for exhibit in own]}
         for name, own in exhibits.items()
     }
-    write_atomically(folder / FILE, json.dumps(content).encode())
+    text = json.dumps(content)
+    sealed = {"sha256": _digest(text), "targets": text}
+    write_atomically(folder / FILE, json.dumps(sealed).encode())
 
 
 def read_exhibits(folder: Path, target: str, of: str) -> list[Exhibit]:
     """Return what a folder has to show of a target: nothing if there is no such thing.
 
     What is about something else than `of` says so in its text.
+
+    Raises:
+        RunError: If the file is not what was written.
     """
-    if not (folder / FILE).exists():
+    path = folder / FILE
+    if not path.exists():
         return []
-    content = json.loads((folder / FILE).read_text(encoding="utf-8")).get(target)
+    text, intact = "", False
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        text, intact = sealed["targets"], sealed["sha256"] == _digest(sealed["targets"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # as damaged as with another hash
+    if not intact:
+        raise RunError(
+            f"{path} is damaged; run `gradsift {folder.name} {folder.parent}` again, or remove it"
+        )
+    content = json.loads(text).get(target)
     if content is None:
         return []
     found = [Exhibit(**exhibit) for exhibit in content["exhibits"]]
     return found if content["of"] == of else [replace(e, text=_STALE + e.text) for e in found]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plotly_json(figure: Any) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from gradsift.choosing import read_selection
 from gradsift.data import as_text
-from gradsift.errors import DataError, RunError
+from gradsift.errors import DataError, RunError, system_faults_told
 from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
 from gradsift.scores import Scores
@@ -75,6 +76,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@system_faults_told()
 def explain(run: str | Path, example_id: str) -> list[Explanation]:
     """Return one explanation per target for the pool example (or examples) of this id.
 
@@ -88,15 +90,27 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
     config, path = read_config(run), local_folder(run, fetch=False)
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-    job = open_job(Plan.of(config).inputs, Run(path))
-    table = pq.read_table(path / scores_file(config.method))
+    plan, folder = Plan.of(config), Run(path)
+    if fault := folder.find_fault(plan):
+        raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
+    try:
+        return _explain_all(open_job(plan.inputs, folder), run, example_id)
+    except (OSError, pa.ArrowException, SafetensorError) as error:
+        raise RunError(
+            f"{run} changed while it was read, perhaps by another `gradsift select`: {error}"
+        ) from error
+
+
+def _explain_all(job: Job, run: str | Path, example_id: str) -> list[Explanation]:
+    method = job.config.method
+    table = pq.read_table(job.path(scores_file(method)))
     rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
     if not len(rows):
         raise DataError(
             f"the pool of {run} has no example {example_id!r}; ids stand in its "
-            f"{scores_file(config.method)}, rows that could not be used in rejected.jsonl"
+            f"{scores_file(method)}, rows that could not be used in rejected.jsonl"
         )
-    scored = METHODS[config.method].scores(job)
+    scored = METHODS[method].scores(job)
     return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
 
 

@@ -51,7 +51,7 @@ def _entries(
     """Return what LLaMA-Factory and axolotl have to know of the file."""
     if len(schemas) != 1:
         return None
-    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     schema, system = next(iter(schemas)), columns.get("system", "system")
     entries = _FORMATS[schema](rows, columns)
     if entries is None or schema == "messages" or not any(row.get(system) for row in rows):

@@ -21,7 +21,7 @@ import psutil
 
 from gradsift.config import Config
 from gradsift.data import Encoded, EncodedSet
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, system_faults_told
 from gradsift.pipeline import configure, encode
 from gradsift.scores import Alignment, Cosines, View
 from gradsift.stages import Plan
@@ -77,6 +77,7 @@ def plan(**given: Any) -> Forecast:
     return forecast(configure(**given), output_dir, strict)
 
 
+@system_faults_told()
 def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Forecast:
     """Return what a whole configuration will take; see `plan`.
 
@@ -127,7 +128,7 @@ class _Measured:
 
 def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float, Path]:
     """Return the seconds that the warm-up will take, and an adapter to go on with."""
-    from gradsift.model import attach_lora, load_base
+    from gradsift.model import attach_lora, load_base, save_adapter
     from gradsift.training import steps_per_epoch, train
 
     warmup = config.warmup
@@ -151,7 +152,7 @@ def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float
         done = math.ceil(len(rest) / micro) - 1
         total = math.ceil(warmup.fraction * len(pool) / micro) * warmup.epochs
         seconds = took[1] + total * max(took[2] - took[1], 0) / max(done, 1)
-    model.save_pretrained(str(scratch / "adapter"))
+    save_adapter(model, scratch / "adapter")
     return seconds, scratch / "adapter"
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from gradsift.config import Config
-from gradsift.data import EncodedSet
+from gradsift.data import EncodedSet, text_of
 from gradsift.errors import ModelError, RunError
 from gradsift.executors import Executor, choose_executor, is_first
 from gradsift.scores import Scores
-from gradsift.shards import SUFFIX, Stored, missing_shards
+from gradsift.shards import Shard, Stored, missing_shards, plan_shards
 from gradsift.store import Run, Stage, identity, read_checkpoints
 from gradsift.types import Checkpoint
 
@@ -41,7 +41,7 @@ class Inputs:
     def model_facts(self) -> dict[str, Any]:
         """The base model as it is used."""
         settings = self.config.model.model_dump(
-            include={"name", "dtype", "attention", "quantization"}
+            include={"name", "dtype", "attention", "quantization", "trust_remote_code"}
         )
         return {"identity": self.model} | settings
 
@@ -55,30 +55,24 @@ class Inputs:
         Raises:
             ModelError: If the adapter given is not there.
         """
-        inputs: dict[str, Any] = {"model": self.model_facts}
+        settings: dict[str, Any] = {"model": self.model_facts}
         if config.warmup.adapter is not None:
             if not Path(config.warmup.adapter).is_dir():
                 raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
-            inputs["adapter"] = identity(config.warmup.adapter)
-        else:
-            inputs |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
-            if config.warmup.mode == "train":
-                inputs["pool"] = self.data["pool"].fingerprint
-        return Stage(name, inputs, (name,))
+            return Stage(name, settings | {"adapter": identity(config.warmup.adapter)}, (name,))
+        settings |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
+        trained_on = (self.data["pool"],) if config.warmup.mode == "train" else ()
+        return Stage(name, settings, (name,), trained_on)
 
     def gradients(self, name: str) -> str:
         """Return what tells a target's gradients from others: those of the adapter and examples."""
         warmup = self.warmup(self.config, "warmup")
         return f"{warmup.fingerprint} {self.target(name).fingerprint}"
 
-    def pool_pass(self, name: str, **depends: Any) -> Stage:
+    def pool_pass(self, name: str, *sources: Stage, **settings: Any) -> Stage:
         """Return the stage of that name that measures the pool, shard by shard."""
-        inputs = {
-            "pool": self.data["pool"].fingerprint,
-            **depends,
-            **self.config.engine.model_dump(include={"window", "shard_size"}),
-        }
-        return Stage(name, inputs, (name,), keeps_parts=True)
+        settings |= self.config.engine.model_dump(include={"window", "shard_size"})
+        return Stage(name, settings, (name,), (self.data["pool"], *sources), keeps_parts=True)
 
 
 @dataclass(frozen=True)
@@ -136,15 +130,27 @@ class Job:
         for path in outputs:
             self.folder.fetch(path)
 
-    def pool_stage(self, stage: Stage) -> AbstractContextManager[bool]:
-        """Yield whether a pass over the pool is still to do: shards are missing or damaged."""
-        size, directory = self.config.engine.shard_size, self.path(stage.name)
-        folders = {path.parent for path in directory.rglob(f"*{SUFFIX}")}
-        missing = [  # of all folders, so that all that is damaged is told at once
-            missing_shards(len(self.pool), size, folder, self.folder.remove)
-            for folder in (folders if self.folder.holds(stage) else ())
-        ]
-        return self.folder.stage(stage, whole=not any(missing))
+    def pool_stage(
+        self, stage: Stage, labels: Sequence[str] = ("",)
+    ) -> AbstractContextManager[bool]:
+        """Yield whether a pass over the pool is still to do: shards are missing or damaged.
+
+        `labels`: those of the checkpoints at which it measures, if it has any.
+        """
+        missing: list[Shard] = []
+        if not self.folder.find_fault([stage]):
+            for label in labels:  # of all, so that all that is damaged is told at once
+                missing += self.missing_shards(self.shards(stage.name, label))
+        return self.folder.stage(stage, whole=not missing)
+
+    def shards(self, stage: str, label: str = "") -> list[Shard]:
+        """Return the shards of a pass over the pool, at a checkpoint if it has any."""
+        directory, size = self.path(stage) / label, self.config.engine.shard_size
+        return plan_shards(len(self.pool), size, directory, self.folder.key(stage))
+
+    def missing_shards(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return those that are still to do; damaged ones are removed and count."""
+        return missing_shards(shards, self.folder.intact, self.folder.remove)
 
     def checkpoints(self, stage: Stage) -> list[Checkpoint]:
         """Return the adapters that a warm-up left."""
@@ -154,14 +160,14 @@ class Job:
         """Return what a pass over the pool left under this name, at a checkpoint if it has any.
 
         Raises:
-            RunError: If shards are missing.
+            RunError: If shards are missing or damaged.
         """
         try:
-            return Stored(self.path(stage) / label, name, len(self.pool))
+            return Stored(self.shards(stage, label), name, self.folder.intact)
         except FileNotFoundError as error:
             raise RunError(
-                f"shards are missing in {error}; remove manifests/{stage}.json in "
-                f"{self.folder.path} and run the same command: what is there is kept"
+                f"{error}; run `gradsift select` with {self.folder.path} again: it is measured "
+                "anew, what is there is kept"
             ) from None
 
     def texts(
@@ -170,7 +176,7 @@ class Job:
         """Return the conversations of pool or target as plain text, without roles."""
         wanted = range(len(encoded)) if rows is None else rows
         conversations = encoded.conversations(wanted, self.config.data.columns)
-        return ["\n".join(m["content"] for m in messages) for messages in conversations]
+        return ["\n".join(map(text_of, messages)) for messages in conversations]
 
     def tasks(self, name: str) -> list[str]:
         """Return the task of each example of a target."""

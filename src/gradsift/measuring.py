@@ -22,7 +22,7 @@ from gradsift.data import Encoded, EncodedSet
 from gradsift.errors import NumericsError
 from gradsift.job import Job
 from gradsift.progress import track
-from gradsift.shards import Shard, facts_of, missing_shards, plan_shards, save_shard
+from gradsift.shards import Shard, facts_of, find_damage, save_shard
 from gradsift.store import write_atomically
 
 if TYPE_CHECKING:
@@ -39,27 +39,26 @@ Prepare = Callable[[], "tuple[Measure, torch.device]"]
 """Gives the measure and where it works; called in the process that is to measure."""
 
 
-def measure_pool(job: Job, directory: Path, prepare: Prepare) -> None:
-    """Measure the whole pool, shard by shard, into a folder; what is there is not done again.
+def measure_pool(job: Job, stage: str, prepare: Prepare, label: str = "") -> None:
+    """Measure the whole pool, shard by shard, for a stage; what is there is not done again.
+
+    `label`: that of the checkpoint at which it is measured, if there are any.
 
     Raises:
         NumericsError: Naming the first example of which something is not finite.
     """
+    directory = job.path(stage) / label
     directory.mkdir(parents=True, exist_ok=True)
-    for partial_file in directory.glob("*.partial"):  # of a worker that was killed while writing
-        partial_file.unlink(missing_ok=True)
-    size, num_examples = job.config.engine.shard_size, len(job.pool)
-    missing = missing_shards(num_examples, size, directory, job.folder.remove)
+    shards = job.shards(stage, label)
+    missing = job.missing_shards(shards)
     if not missing:
         return
     starts = {shard.start for shard in missing}
-    stored = [s for s in plan_shards(num_examples, size, directory) if s.start not in starts]
+    stored = [shard for shard in shards if shard.start not in starts]
     if stored:
-        num_shards = len(stored) + len(missing)
-        logger.info("%d of %d shards are there already", len(stored), num_shards)
+        logger.info("%d of %d shards are there already", len(stored), len(shards))
     known = facts_of(stored[-1])[_BATCH_TOKENS] if stored else None
-    label = directory.relative_to(job.folder.path).as_posix()
-    with track(label, sum(map(len, missing))) as advance:
+    with track(f"{stage}/{label}".rstrip("/"), sum(map(len, missing))) as advance:
         for shard in job.executor.map(partial(_open_worker, job, prepare, known), missing):
             advance(len(shard))
     job.folder.fetch(directory)
@@ -119,6 +118,9 @@ def _open_worker(
 
     def windows(shards: Iterable[Shard]) -> Iterator[tuple[Shard, bool, list[Encoded]]]:
         for shard in shards:
+            if shard.path.exists() and find_damage(shard) is None:
+                yield shard, True, []  # of a worker that died before it could say so
+                continue
             for start in range(shard.start, shard.stop, engine.window):
                 stop = min(start + engine.window, shard.stop)
                 yield shard, stop == shard.stop, pool.examples(np.arange(start, stop))
@@ -130,6 +132,9 @@ def _open_worker(
         with ThreadPoolExecutor(1) as writer:
             try:
                 for shard, is_last, examples in ahead(windows(shards)):
+                    if not examples:
+                        yield shard
+                        continue
                     doing = partial(measure, examples)
                     found, max_tokens = within_memory(doing, max_tokens, lengths_of(examples))
                     parts.append(found)

@@ -172,7 +172,11 @@ class Mirror:
     def _mark(self, name: str) -> tuple[str, str] | None:
         """Return the versions, there and here, of a file that was the same on both sides."""
         path = self.path / _MARKS / name
-        return tuple(json.loads(path.read_text())) if path.exists() else None
+        try:
+            there, here = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # unknown: it is transferred again
+        return there, here
 
     def _set_mark(self, name: str, info: dict[str, Any], state: str) -> None:
         path = self.path / _MARKS / name
@@ -240,9 +244,16 @@ class Mirror:
     def _owner(self, where: str) -> dict[str, Any] | None:
         self._try(self._files.invalidate_cache)
         try:
-            return json.loads(self._try(self._files.cat_file, where))
+            owner = json.loads(self._try(self._files.cat_file, where))
         except FileNotFoundError:
             return None
+        except ValueError:
+            owner = None
+        if not isinstance(owner, dict) or not owner.keys() >= {"host", "copy", "process", "at"}:
+            raise BusyError(
+                f"{self.url}: the lock {where} cannot be read; remove it if no run is on"
+            )
+        return owner
 
     def _beat(self, where: str, me: dict[str, Any], stop: threading.Event) -> None:
         last = time.time()

@@ -1,11 +1,13 @@
 """Base models, tokenizers and LoRA adapters, loaded through transformers and PEFT and checked.
 
 What gradsift cannot measure exactly (DoRA, LoRA on embeddings or experts, trained biases and
-modules) is refused here, with the name of the layer.
+modules) is refused here, with the name of the layer. Code that comes with a model is not run, nor
+asked about, unless `model.trust_remote_code` says so; pickled weights are not read.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -24,17 +26,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig, ModelConfig
-from gradsift.errors import ModelError
+from gradsift.errors import GradsiftError, ModelError, shorten
+from gradsift.store import room_for, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
 _PROBE_TOKENS = 8
+
+
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # those that leave the base as it is
 
 
 class LoraPair(NamedTuple):
@@ -75,36 +81,96 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none.
     """
+    with foreign_faults_told(f"the tokenizer of {config.name!r}"):
+        return AutoTokenizer.from_pretrained(
+            config.name, trust_remote_code=config.trust_remote_code
+        )
+
+
+@contextmanager
+def foreign_faults_told(what: str) -> Iterator[None]:
+    """Turn whatever the files of somebody else make a library raise into an error that names them.
+
+    Raises:
+        ModelError: In place of any other error.
+    """
     try:
-        return AutoTokenizer.from_pretrained(config.name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the tokenizer of {config.name!r}: {error}") from error
+        yield
+    except GradsiftError:
+        raise
+    except Exception as error:  # files can be wrong in any way
+        reason = f"{type(error).__name__}: {error}"
+        if "trust_remote_code" in reason:
+            reason = (
+                "it comes with code of its own, which is not run; if you have read that code and "
+                "trust it, say --set model.trust_remote_code=true"
+            )
+        raise ModelError(f"cannot load {what}: {shorten(reason, 2000)}") from error
 
 
 def load_base(config: ModelConfig) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode, on its device and in its precision.
 
     Raises:
-        ModelError: If it cannot be loaded, has no output head, or lets a token see later ones.
+        ModelError: If it cannot be loaded, lacks weights, has no output head, or lets a token see
+            later ones.
     """
     clear_device_cache(garbage_collection=True)  # what a training left goes before more comes
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    check_model_files(config)
+    with foreign_faults_told(f"the model {config.name!r}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=resolve_dtype(config),
             attn_implementation=None if config.attention == "auto" else config.attention,
             device_map={"": str(resolve_device(config))},
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
             **_quantized(config),
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {config.name!r}: {error}") from error
+        model, report = loaded
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the model {config.name!r} lacks {len(names)} of its weights, which would be random "
+            f"numbers: {shorten(', '.join(names))}; is it an adapter, or of another architecture "
+            "than its config.json says?"
+        )
     for module in model.modules():
         # on some CPUs bitsandbytes would repack weights into a form that has no gradient
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model = model.requires_grad_(False).eval()
-    check_servable(model, config.name)
+    with foreign_faults_told(f"the model {config.name!r}"):
+        check_servable(model, config.name)
     return model
+
+
+def check_model_files(config: ModelConfig) -> None:
+    """Make sure that loading the model reads no pickle and fetches no code.
+
+    Raises:
+        ModelError: If its folder has pickled weights alone, or its attention is to come from the
+            Hub without `trust_remote_code`.
+    """
+    folder = Path(config.name)
+    if folder.is_dir() and not [*folder.glob("*.safetensors")]:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if pickled:
+            raise ModelError(
+                f"the weights of {config.name!r} are pickled ({pickled[0]}), which can run code; "
+                "they are not read. Convert them where you trust them: "
+                "AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
+            )
+    if config.trust_remote_code:
+        return
+    named = str(_config_of(config).to_dict().get("attn_implementation") or "")
+    for attention in (config.attention, named):
+        if "/" in attention:
+            raise ModelError(
+                f"the attention {attention!r} of {config.name!r} is code from the Hub, which is "
+                "not run; if you trust it, say --set model.trust_remote_code=true"
+            )
 
 
 def check_servable(model: PreTrainedModel, name: str) -> None:
@@ -142,8 +208,7 @@ def _quantized(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if config.quantization == "none":
         return {}
-    stored = AutoConfig.from_pretrained(config.name)
-    if getattr(stored, "quantization_config", None) is not None:
+    if getattr(_config_of(config), "quantization_config", None) is not None:
         raise ModelError(f"{config.name!r} is already quantized; leave model.quantization out")
     if config.quantization == "8bit":
         # no columns set apart: they are chosen per batch, and gradients would depend on its mates
@@ -157,19 +222,38 @@ def _quantized(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
     return {"quantization_config": settings}
 
 
-def context_length(model_name: str) -> int | None:
-    """Return how many positions the model knows, None where its configuration does not say.
+class Sizes(NamedTuple):
+    """How many positions and tokens a model knows; none where its configuration does not say."""
+
+    positions: int | None
+    embeddings: int | None
+
+
+def known_sizes(config: ModelConfig) -> Sizes:
+    """Return how many positions and tokens the model knows.
 
     Raises:
-        ModelError: If there is no configuration.
+        ModelError: If there is no configuration, or they are not whole numbers above 1.
     """
-    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").exists():
-        raise ModelError(f"cannot load the model {model_name!r}: the folder has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {model_name!r}: {error}") from error
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = _config_of(config).get_text_config()
+    found = []
+    for name in ("max_position_embeddings", "vocab_size"):
+        value = getattr(text, name, None)
+        if value is not None and (not isinstance(value, int) or value < 2):
+            raise ModelError(
+                f"cannot load the model {config.name!r}: {name} of its config.json is {value!r}, "
+                "expected a whole number above 1"
+            )
+        found.append(value)
+    return Sizes(*found)
+
+
+def _config_of(config: ModelConfig) -> PreTrainedConfig:
+    folder = Path(config.name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ModelError(f"cannot load the model {config.name!r}: the folder has no config.json")
+    with foreign_faults_told(f"the model {config.name!r}"):
+        return AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
 
 
 def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
@@ -209,10 +293,8 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
     """
     config, name = _read_adapter_config(path), str(base.name_or_path)
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, name
-    try:
+    with foreign_faults_told(f"the adapter {path}: it does not fit {name!r}"):
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-    except (ValueError, RuntimeError) as error:
-        raise ModelError(f"the adapter {path} does not fit {name!r}: {error}") from error
     assert isinstance(model, peft.PeftModel)
     _check_fit(path, peft.get_peft_model_state_dict(model), name)
     if trained_on and Path(trained_on).name != Path(name).name:
@@ -222,7 +304,8 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
             trained_on,
             name,
         )
-    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
+    with foreign_faults_told(f"the adapter {path}"):
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # the adapter alone: rotary frequencies, for one, must stay float32
             parameter.data = parameter.data.to(base.dtype)
@@ -319,18 +402,27 @@ def _matrix(matrices: Mapping[str, nn.Module] | nn.ModuleDict) -> nn.Linear | No
 
 
 def _read_adapter_config(path: Path) -> peft.LoraConfig:
-    try:
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"no adapter in {path}: expected a PEFT folder with adapter_config.json")
+    with foreign_faults_told(f"the adapter {path}"):
         config = peft.PeftConfig.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no adapter in {path}: expected a PEFT folder ({error})") from error
     if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
         raise ModelError(f"{path} is a {config.peft_type} adapter; gradsift measures LoRA only")
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        raise ModelError(
+            f"the adapter {path} begins with init_lora_weights={config.init_lora_weights!r}, which "
+            "changes the weights of the base model; convert it into a plain one where it was "
+            "trained: save_pretrained(…, path_initial_model_for_weight_conversion=…) of PEFT (for "
+            "LoftQ and EVA set init_lora_weights to true in its adapter_config.json and give the "
+            "base model that it was trained on)"
+        )
     extras = {
         "DoRA (use_dora)": config.use_dora,
         "fully trained modules (modules_to_save)": config.modules_to_save,
         "trained biases (bias)": config.bias != "none",
         "trained tokens (trainable_token_indices)": config.trainable_token_indices,
         "experts' parameters (target_parameters)": getattr(config, "target_parameters", None),
+        "repeated layers (layer_replication)": config.layer_replication,
     }
     found = [name for name, value in extras.items() if value]
     if found:
@@ -339,6 +431,23 @@ def _read_adapter_config(path: Path) -> peft.LoraConfig:
             "use a plain LoRA adapter, or leave --adapter out and let gradsift train one"
         )
     return config
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Keep an adapter in PEFT's format, the same bytes for the same adapter.
+
+    Raises:
+        RunError: If the disk is full.
+    """
+    with room_for(folder):
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # says nothing about this adapter
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in config.items():  # PEFT keeps names of modules as sets
+            if isinstance(value, list) and all(isinstance(name, str) for name in value):
+                config[key] = sorted(value)
+        write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
 def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str) -> None:

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from gradsift.choosing import read_selection, write_selection
 from gradsift.config import Config, merge
-from gradsift.data import Encoder, encode_set, resolve
-from gradsift.errors import DataError
+from gradsift.data import Encoder, encode_set, log_what_is_left, resolve
+from gradsift.errors import DataError, system_faults_told
 from gradsift.executors import choose_executor
 from gradsift.export import export_entries
 from gradsift.job import Job, open_job
@@ -92,6 +92,7 @@ def configure(
     return Config.build(merge(given, settings or {}))
 
 
+@system_faults_told()
 def run(
     config: Config, output_dir: str | Path, strict: bool = False, overwrite: bool = False
 ) -> RunResult:
@@ -105,7 +106,8 @@ def run(
     choose_executor(config.engine)  # before the work: is it there?
     with open_run(output_dir) as folder:
         folder.prepare(plan, overwrite)
-        if not (folder.path / "config.yaml").exists():
+        if damage := folder.config_damage():
+            logger.info("%s: it is written", damage)
             folder.write_config(config)
         job = encode(plan, folder, strict)
         check_budgets(job, [config.policy.budget])
@@ -194,6 +196,7 @@ def encode_sets(
     for name, specs in sets.items():
         with folder.stage(stages[name]) as todo:
             if todo:
+                log_what_is_left(specs)
                 encoder = encoder or _encoder(config)
                 columns = config.data.columns
                 with room_for(directory / f"{name}.parquet"):
@@ -201,15 +204,15 @@ def encode_sets(
 
 
 def _encoder(config: Config) -> Encoder:
-    from gradsift.model import context_length, load_tokenizer, resolve_device
+    from gradsift.model import known_sizes, load_tokenizer, resolve_device
 
     resolve_device(config.model)  # before the work, not after it
-    length = context_length(config.model.name) or config.data.max_length
-    if length < config.data.max_length:
+    sizes, length = known_sizes(config.model), config.data.max_length
+    if sizes.positions is not None and sizes.positions < length:
+        length = sizes.positions
         logger.info("examples are cut to the model's %d positions", length)
-    return Encoder(
-        load_tokenizer(config.model), min(length, config.data.max_length), config.data.template
-    )
+    tokenizer = load_tokenizer(config.model)
+    return Encoder(tokenizer, length, config.data.template, sizes.embeddings)
 
 
 def _write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str, Scores]) -> None:

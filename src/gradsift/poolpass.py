@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 def project_pool(
     job: Job,
     checkpoint: Checkpoint,
-    directory: Path,
+    stage: str,
     combinations: Mapping[str, Float[np.ndarray, "_ _"]],
 ) -> None:
-    """Leave coordinates, losses and gradient norms of the whole pool, shard by shard.
+    """Leave coordinates, losses and gradient norms of the whole pool, shard by shard, for a stage.
 
     `combinations` (query × direction, by target) make each target's directions of its gradients.
 
@@ -38,7 +37,7 @@ def project_pool(
         NumericsError: Naming the first example whose loss or gradient is not finite.
     """
     prepare = partial(_prepare, job, checkpoint, combinations)
-    measure_pool(job, directory / checkpoint.label, prepare)
+    measure_pool(job, stage, prepare, checkpoint.label)
 
 
 def project_rows(

@@ -1,4 +1,4 @@
-"""Progress of long stages: a bar on a terminal, a line now and then elsewhere."""
+"""What is said while a run is at work: progress, as a bar or in lines, and the log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from gradsift.errors import visible
 
 logger = logging.getLogger(__name__)
 
@@ -63,3 +65,30 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
             )
 
     yield advance
+
+
+class VisibleFormatter(logging.Formatter):
+    """Lines of the log as a terminal can show them, whatever names of the data are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, its control characters shown instead of sent."""
+        return visible(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """The log in the run folder; that it cannot be written is said once, and ends nothing."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        try:
+            super().emit(record)  # opens the file with the first line
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say it on the terminal, where the log goes as well."""
+        if not self._failed:
+            self._failed = True
+            sys.stderr.write(f"gradsift: cannot write {visible(self.baseFilename)}\n")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasketch import MinHash, MinHashLSH
 
 from gradsift.config import PolicyConfig
-from gradsift.data import Message
+from gradsift.data import Message, text_of
 from gradsift.data.encoded import normalise
 
 _PERMUTATIONS = 128
@@ -181,7 +181,7 @@ def shingles(messages: Sequence[Message]) -> frozenset[str]:
     >>> sorted(shingles([{"role": "user", "content": "Add one and Two"}]))
     ['add one and', 'one and two']
     """
-    words = _WORD.findall(normalise(" ".join(m["content"] for m in messages)))
+    words = _WORD.findall(normalise(" ".join(map(text_of, messages))))
     starts = range(max(1, len(words) - _WORDS + 1))
     return frozenset(" ".join(words[i : i + _WORDS]) for i in starts)
 

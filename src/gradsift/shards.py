@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,20 +28,24 @@ Rows = slice | Int[np.ndarray, " row"]
 
 @dataclass(frozen=True)
 class Shard:
-    """A fixed range of the pool and the file that holds its results."""
+    """A fixed range of the pool and the file that holds its results.
+
+    `key` tells its stage, with all that it was made from, from every other.
+    """
 
     start: int
     stop: int
     path: Path
+    key: str
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
-def plan_shards(num_examples: int, size: int, directory: Path) -> list[Shard]:
+def plan_shards(num_examples: int, size: int, directory: Path, key: str) -> list[Shard]:
     """Return the ranges that the pool is cut into, the same for every run and worker."""
     return [
-        Shard(start, min(start + size, num_examples), directory / f"{start:010d}{SUFFIX}")
+        Shard(start, min(start + size, num_examples), directory / f"{start:010d}{SUFFIX}", key)
         for start in range(0, num_examples, size)
     ]
 
@@ -52,7 +57,7 @@ def save_shard(
     whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     told = dict(facts or {})
     # in one entry: safetensors writes several in no fixed order
-    metadata = {_ENTRY: json.dumps(told | {_HASH: _hash(whole, told)})}
+    metadata = {_ENTRY: json.dumps(told | {_HASH: _hash(shard, whole, told)})}
     write_atomically(shard.path, lambda path: save_file(whole, path, metadata))
 
 
@@ -68,33 +73,44 @@ def find_damage(shard: Shard) -> str | None:
         with safe_open(shard.path, "np") as file:
             facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            written = facts.pop(_HASH, None)
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         return f"it cannot be read ({error})"
-    if facts.pop(_HASH, None) != _hash(tensors, facts):
-        return "its content does not have the hash that it was written with"
-    if any(len(values) != len(shard) for values in tensors.values()):
-        return f"it does not hold the rows {shard.start} to {shard.stop}"
+    if written != _hash(shard, tensors, facts):
+        return "it is not what was written for these rows of this run"
     return None
 
 
-def missing_shards(
-    num_examples: int, size: int, directory: Path, remove: Callable[[Path], object]
-) -> list[Shard]:
-    """Return the shards that are not in a folder; `remove` is told of damaged ones, which count."""
-    shards = plan_shards(num_examples, size, directory)
+def damaged_shards(shards: Sequence[Shard], intact: set[Path]) -> dict[Shard, str]:
+    """Return what is wrong with the shards that are there, but are not what was written.
+
+    `intact` has the paths of those that need not be looked at again, and is added to.
+    """
+    looked_at = [shard for shard in shards if shard.path not in intact and shard.path.exists()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        found = threads.map(lambda s: find_damage(s) if s.path.exists() else "", shards)
-        missing = [(shard, damage) for shard, damage in zip(shards, found, strict=True)
-                   if damage is not None]  # fmt: skip
-    for shard, damage in missing:
-        if damage:
-            logger.warning("%s is damaged and is measured again: %s", shard.path, damage)
-            remove(shard.path)
-    return [shard for shard, _ in missing]
+        found = [*zip(looked_at, threads.map(find_damage, looked_at), strict=True)]
+    intact.update(shard.path for shard, damage in found if damage is None)
+    return {shard: damage for shard, damage in found if damage is not None}
 
 
-def _hash(tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def missing_shards(
+    shards: Sequence[Shard], intact: set[Path], remove: Callable[[Path], object]
+) -> list[Shard]:
+    """Return the shards that are still to do; `remove` is told of damaged ones, which count."""
+    for shard, damage in damaged_shards(shards, intact).items():
+        logger.warning("%s is damaged and is measured again: %s", shard.path, damage)
+        remove(shard.path)
+    return [shard for shard in shards if not shard.path.exists()]
+
+
+def _hash(shard: Shard, tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
+    """Return a hash of a shard's content, the rows that it is about, and what it was made from."""
+    return hash_tensors(tensors, [shard.start, shard.stop, shard.key, facts])
+
+
+def hash_tensors(tensors: Mapping[str, np.ndarray], about: Any) -> str:
+    """Return the SHA-256 of some tensors, and of what they are about."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         values = tensors[name]
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
@@ -105,25 +121,20 @@ def _hash(tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
 class Stored:
     """One tensor of the whole pool, read from its shards as rows are asked for."""
 
-    def __init__(self, directory: Path, name: str, num_examples: int) -> None:
-        """Find the shards.
+    def __init__(self, shards: Sequence[Shard], name: str, intact: set[Path]) -> None:
+        """Check the shards that were not looked at before; see `damaged_shards`.
 
         Raises:
-            FileNotFoundError: With the folder, if they do not hold every example once.
+            FileNotFoundError: Naming the first that is missing or damaged, and why.
         """
-        self._name, self._num_examples = name, num_examples
-        self._paths = sorted(directory.glob(f"*{SUFFIX}"))
-        starts = []
-        end = 0
-        for path in self._paths:
-            starts.append(int(path.stem))
-            if starts[-1] != end:
-                break
-            with safe_open(path, "np") as shard:
-                end += shard.get_slice(name).get_shape()[0]
-        if end != num_examples:
-            raise FileNotFoundError(directory)
-        self._starts = np.array(starts)
+        for shard, damage in damaged_shards(shards, intact).items():
+            raise FileNotFoundError(f"{shard.path} is damaged: {damage}")
+        for shard in shards:
+            if not shard.path.exists():
+                raise FileNotFoundError(f"{shard.path} is gone")
+        self._name, self._num_examples = name, shards[-1].stop
+        self._paths = [shard.path for shard in shards]
+        self._starts = np.array([shard.start for shard in shards])
 
     def __len__(self) -> int:
         return self._num_examples

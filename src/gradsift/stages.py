@@ -38,15 +38,15 @@ class Plan:
         inputs = Inputs(config, model, encoding_stages(config, model, data_sets(config)))
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
-        depends = {
-            "method": config.method,
-            "data": {name: stage.fingerprint for name, stage in inputs.data.items()},
-            "measured": {stage.name: stage.fingerprint for stage in measured},
-            **method.settings(config),
-        }
-        name = scores_file(config.method)
-        scores = Stage(name.removesuffix(".parquet"), depends, (name,), cheap=True)
-        selections = {name: _selection(config, name, scores) for name in config.data.targets}
+        name, settings = scores_file(config.method), method.settings(config)
+        scores = Stage(
+            name.removesuffix(".parquet"),
+            {"method": config.method, **settings},
+            (name,),
+            (*inputs.data.values(), *measured),
+            cheap=True,
+        )
+        selections = {name: _selection(inputs, name, scores) for name in config.data.targets}
         return cls(inputs, measured, scores, selections)
 
     def __iter__(self) -> Iterator[Stage]:
@@ -76,6 +76,7 @@ def encoding_stages(
         DataError: If a file is not there.
     """
     shared = config.data.model_dump(include={"max_length", "columns", "template"})
+    shared["trust_remote_code"] = config.model.trust_remote_code  # of the tokenizer
     if config.data.template and Path(config.data.template).is_file():
         shared["template_hash"] = hashlib.sha256(
             Path(config.data.template).read_bytes()
@@ -85,13 +86,13 @@ def encoding_stages(
         sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
         files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
         outputs = (f"{folder}/{name}.parquet", f"{folder}/{name}.rejected.jsonl")
-        stages[name] = Stage(
-            f"{folder}/{name}", {"files": files, "tokenizer": model} | shared, outputs, cheap=True
-        )
+        settings = {"files": files, "tokenizer": model} | shared
+        stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
     return stages
 
 
-def _selection(config: Config, name: str, scores: Stage) -> Stage:
-    inputs = {"method": config.method, "scores": scores.fingerprint} | config.policy.model_dump()
+def _selection(inputs: Inputs, name: str, scores: Stage) -> Stage:
+    settings = {"method": inputs.config.method} | inputs.config.policy.model_dump()
     outputs = tuple(f"selected/{name}{end}" for end in (".jsonl", ".parquet", ".refused.parquet"))
-    return Stage(f"selected/{name}", inputs, outputs, cheap=True)
+    sources = (scores, inputs.data["pool"], inputs.target(name))
+    return Stage(f"selected/{name}", settings, outputs, sources, cheap=True)

@@ -1,13 +1,14 @@
 """The run folder: stages with manifests, atomic files, one process at a time.
 
 A stage's manifest holds all that its result depends on. It is written before the work begins, and
-again, marked complete, when the work is done. A complete stage with the same manifest is not run
-again; one that differs is named, with the difference.
+again, marked complete and with the hash of every output, when the work is done. A complete stage
+with the same manifest is not run again; one that differs is named, with the difference; one whose
+outputs are damaged or gone is named too, and done again. Shards of a pass over the pool carry
+hashes of their own, because they are kept before their stage is complete.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -19,8 +20,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gradsift.config import Config, read_yaml
-from gradsift.errors import BusyError, ModelError, RunError
+from gradsift.errors import BusyError, ModelError, RunError, is_full
 from gradsift.mirror import Mirror, is_remote
 from gradsift.types import Checkpoint
 
@@ -37,29 +40,36 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_STATE = "optimizer.safetensors"
 """Where Adam's moments lie in the folder of an adapter."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MANIFESTS, _CONFIG, _OWNER = "manifests", "config.yaml", ".owner"
+_THREADS = min(8, os.cpu_count() or 1)  # that hash files
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a run: its name, all that its result depends on, and the paths that it writes.
+    """A step of a run: its name, the settings it depends on, and the paths that it writes.
 
-    A `cheap` stage is simply done again when it differs; so is any that broke off, unless it
-    `keeps_parts` from which it would have gone on.
+    `sources`: the stages whose outputs it reads. A `cheap` stage is simply done again when it
+    differs; so is any that broke off, unless it `keeps_parts` from which it would have gone on.
     """
 
     name: str
-    inputs: Mapping[str, Any]
+    settings: Mapping[str, Any]
     outputs: tuple[str, ...]
+    sources: tuple[Stage, ...] = ()
     cheap: bool = False
     keeps_parts: bool = False
 
-    @property
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """All that the result depends on, known before any work."""
+        sources = {source.name: source.fingerprint for source in self.sources}
+        return json.loads(json.dumps({**self.settings, "sources": sources}))
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the inputs, by which later stages depend on this one."""
-        text = json.dumps(self.inputs, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.inputs)[:16]
 
 
 class Run:
@@ -71,8 +81,12 @@ class Run:
 
     def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = path
+        self.intact: set[Path] = set()  # what was checked, or written, by this process
         self._mirror = mirror
         self._opened_on = platform.node()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _at_another_process, (self.path, self._mirror, self._opened_on)
 
     def publish(self, path: Path) -> None:
         """Let other machines see what lies at this path."""
@@ -88,9 +102,15 @@ class Run:
         """Bring what a worker begins with, on another machine than that which opened the folder."""
         if self._mirror and self._opened_on != platform.node():
             self._mirror.fetch(shards=False)
+            for path in sorted((self.path / _MANIFESTS).rglob("*.json")):
+                name = path.relative_to(self.path / _MANIFESTS).as_posix().removesuffix(".json")
+                manifest = self._manifest(name)
+                if manifest and manifest["complete"] and (damage := self._damage(manifest)):
+                    raise RunError(f"{damage} on {platform.node()}; run the same command again")
 
     def remove(self, path: Path) -> None:
         """Remove a file or folder."""
+        self.intact = {p for p in self.intact if not p.is_relative_to(path)}
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -119,7 +139,7 @@ class Run:
                 raise RunError(
                     f"{self.path} holds the stage {stage.name!r} made with other settings "
                     f"({reason}). To keep its settings but for some, start from its own with "
-                    f"--config {self.path / 'config.yaml'}; else use another --output-dir, or "
+                    f"--config {self.path / _CONFIG}; else use another --output-dir, or "
                     "--overwrite to do it again"
                 )
 
@@ -127,39 +147,60 @@ class Run:
     def stage(self, stage: Stage, whole: bool = True) -> Iterator[bool]:
         """Yield whether the stage is still to do; mark it complete when the block ends well.
 
-        It is where its manifest says so and its outputs are there and `whole`. What it left with
-        other inputs is removed first.
+        It is where its manifest says so, its outputs are as they were written, what it was made
+        from is still there, and it is `whole`. What it left otherwise is removed first.
         """
-        manifest = self._manifest(stage.name)
-        if manifest and (told := _told(manifest, stage)):
-            logger.info("%s is done again: %s", stage.name, told)
-            self._remove(stage, manifest)
-            manifest = None
-        whole = whole and all((self.path / output).exists() for output in stage.outputs)
+        manifest, made_from = self._manifest(stage.name), self._contents(stage.sources)
+        if manifest:
+            told = _told(manifest, stage) or _replaced(manifest, made_from)
+            damage = "" if told or not manifest["complete"] else self._damage(manifest)
+            if told or damage:
+                log = logger.warning if damage else logger.info
+                log("%s is done again: %s", stage.name, told or damage)
+                self._remove(stage, manifest)
+                manifest = None
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             yield False
             return
-        self._write_manifest(stage, complete=False)
+        begun = {"stage": stage.name, "inputs": stage.inputs, "made_from": made_from}
+        self._write_manifest(stage.name, begun | {"complete": False, "outputs": {}})
         started = time.perf_counter()
         yield True
         seconds = time.perf_counter() - started
+        hashes = {} if stage.keeps_parts else self._seal(stage.outputs)
         for output in stage.outputs:
             self.publish(self.path / output)
-        self._write_manifest(
-            stage,
-            complete=True,
-            seconds=round(seconds, 3),
-            resumed=manifest is not None,
-            peak_memory_bytes=peak_memory(),
-            versions=_versions(),
-        )
+        done = {
+            "complete": True,
+            "outputs": hashes,
+            "seconds": round(seconds, 3),
+            "resumed": manifest is not None,
+            "peak_memory_bytes": peak_memory(),
+            "versions": _versions(),
+        }
+        self._write_manifest(stage.name, begun | done)
         logger.info("%s: %.1f s", stage.name, seconds)
 
-    def holds(self, stage: Stage) -> bool:
-        """Return whether a stage is complete, with these very inputs."""
-        manifest = self._manifest(stage.name)
-        return manifest is not None and manifest["complete"] and not _told(manifest, stage)
+    def find_fault(self, stages: Iterable[Stage]) -> str:
+        """Return why a stage is not there as it is planned; nothing if all of them are."""
+        for stage in stages:
+            manifest = self._manifest(stage.name)
+            if manifest is None or not manifest["complete"]:
+                return f"{stage.name} is not done"
+            told = _told(manifest, stage) or _replaced(manifest, self._contents(stage.sources))
+            if told:
+                return f"{stage.name} is not as it is to be: {told}"
+            if damage := self._damage(manifest):
+                return damage
+        return ""
+
+    def key(self, name: str) -> str:
+        """Return what every shard of a stage is marked with: by it another run's is told."""
+        manifest = self._manifest(name)
+        if manifest is None:
+            raise RunError(f"{self.path} has no stage {name!r}; run `gradsift select` with it")
+        return _digest([manifest["inputs"], manifest["made_from"]])[:16]
 
     def facts(self, stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
         """Return the manifests of the complete stages: `seconds`, `peak_memory_bytes` and so on."""
@@ -168,28 +209,79 @@ class Run:
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration."""
-        write_atomically(self.path / "config.yaml", config.to_yaml().encode())
-        self.publish(self.path / "config.yaml")
+        write_atomically(self.path / _CONFIG, config.to_yaml().encode())
+        hashes = self._seal((_CONFIG,))
+        self.publish(self.path / _CONFIG)
+        done = {"inputs": {}, "made_from": {}, "complete": True, "outputs": hashes}
+        self._write_manifest(_CONFIG, done)
+
+    def config_damage(self) -> str:
+        """Return what is wrong with the configuration that is kept, nothing if nothing is."""
+        if not (self.path / _CONFIG).is_file():
+            return f"{self.path / _CONFIG} is gone"
+        manifest = self._manifest(_CONFIG)
+        return self._damage(manifest) if manifest else ""
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
-        path = self.path / "manifests" / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """Return what a stage's manifest says; one that cannot be read is none."""
+        path = self.path / _MANIFESTS / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest.pop("sha256") == _digest(manifest):
+                return manifest
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            pass
+        if path not in self.intact:
+            logger.warning("%s is damaged and counts as not there", path)
+            self.intact.add(path)  # it is told once
+        return None
 
-    def _write_manifest(self, stage: Stage, **facts: Any) -> None:
-        manifest = {"stage": stage.name, "inputs": stage.inputs, **facts}
-        path = self.path / "manifests" / f"{stage.name}.json"
+    def _write_manifest(self, name: str, manifest: Mapping[str, Any]) -> None:
+        if not (self.path / _OWNER).exists():
+            raise RunError(
+                f"the run folder {self.path} was removed while it was worked in; run the same "
+                "command again"
+            )
+        path = self.path / _MANIFESTS / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(manifest, indent=2).encode())
+        content = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2)
+        write_atomically(path, content.encode())
         self.publish(path)
+
+    def _contents(self, stages: Iterable[Stage]) -> dict[str, str | None]:
+        """Return what tells the outputs of some stages from others of the same settings."""
+        return {stage.name: _content(self._manifest(stage.name)) for stage in stages}
+
+    def _seal(self, outputs: Iterable[str]) -> dict[str, str]:
+        """Bring outputs to the disk for good, and return the hash of each of their files."""
+        paths = [path for output in outputs for path in _files(self.path / output)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            hashes = [*threads.map(_synced_hash, paths)]
+        self.intact |= {*paths}
+        return {self._name(path): digest for path, digest in zip(paths, hashes, strict=True)}
+
+    def _damage(self, manifest: Mapping[str, Any]) -> str:
+        """Return which outputs of a stage are not as they were written, nothing if none."""
+        expected = {self.path / name: digest for name, digest in manifest["outputs"].items()}
+        looked_at = [path for path in expected if path not in self.intact]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(lambda path: _hash(path) if path.is_file() else None, looked_at)
+            told = []
+            for path, digest in zip(looked_at, found, strict=True):
+                if digest == expected[path]:
+                    self.intact.add(path)
+                else:
+                    told.append(f"{path} is {'gone' if digest is None else 'damaged'}")
+        return "; ".join(told)
 
     def _remove(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""
-        path = self.path / "manifests" / f"{stage.name}.json"
-        write_atomically(path, json.dumps({**manifest, "complete": False}).encode())
-        self.publish(path)
+        self._write_manifest(stage.name, {**manifest, "complete": False})
         for output in stage.outputs:
             self.remove(self.path / output)
-        self.remove(path)
+        self.remove(self.path / _MANIFESTS / f"{stage.name}.json")
 
 
 @contextmanager
@@ -218,25 +310,39 @@ def open_run(location: str | Path) -> Iterator[Run]:
 
 @contextmanager
 def _locked(path: Path, is_copy: bool = False) -> Iterator[Path]:
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; expected a folder for the run")
-    names = {entry.name for entry in path.iterdir()} - {".lock"} if path.exists() else set()
-    if names and ".owner" not in names and not is_copy:
-        raise RunError(f"{path} is not empty and is not a gradsift run; use another --output-dir")
     try:
+        str(path).encode()
         path.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in path.iterdir()}
+        if not is_copy and names - {".lock"} and not names & {_OWNER, _MANIFESTS}:
+            raise RunError(
+                f"{path} is not empty and is not a gradsift run; use another --output-dir"
+            )
         lock = FileLock(path / ".lock", blocking=False)
         lock.acquire()
+    except FileExistsError:
+        raise RunError(f"{path} is a file; expected a folder for the run") from None
+    except UnicodeEncodeError:
+        raise RunError(f"the name of the run folder {str(path)!r} is not UTF-8") from None
     except Timeout:
-        owner = (path / ".owner").read_text() if (path / ".owner").exists() else "another process"
+        owner = path / _OWNER
+        told = owner.read_text(errors="replace") if owner.exists() else "another process"
         raise BusyError(
-            f"{path} is in use by {owner}; wait for it to end or use another --output-dir"
+            f"{path} is in use by {told}; wait for it to end or use another --output-dir"
         ) from None
     except OSError as error:
         raise RunError(f"cannot write to the run folder {path}: {error}") from None
     try:
-        (path / ".owner").write_text(f"process {os.getpid()} on {platform.node()}")
+        (path / _OWNER).write_text(f"process {os.getpid()} on {platform.node()}")
+        for partial in path.rglob("*.partial"):  # of a process that was killed while writing
+            partial.unlink(missing_ok=True)
         yield path
+    except OSError:
+        if (path / _OWNER).exists():
+            raise
+        raise RunError(
+            f"the run folder {path} was removed while it was worked in; run the same command again"
+        ) from None
     finally:
         lock.release()
 
@@ -263,12 +369,17 @@ def read_config(location: str | Path) -> Config:
     """Return the configuration of a finished or begun run.
 
     Raises:
-        RunError: If the folder is not a run.
+        RunError: If the folder is not a run, or its configuration is not as it was written.
     """
-    path = local_folder(location) / "config.yaml"
-    if not path.exists():
-        raise RunError(f"{location} is not a gradsift run: it has no config.yaml")
-    return Config.build(read_yaml(path))
+    path = local_folder(location)
+    if not (path / _CONFIG).exists():
+        raise RunError(f"{location} is not a gradsift run: it has no {_CONFIG}")
+    if damage := Run(path).config_damage():
+        raise RunError(
+            f"{damage}, or was edited; run `gradsift select` with its settings again (an edited "
+            f"one: with --config {path / _CONFIG}): what is finished is kept"
+        )
+    return Config.build(read_yaml(path / _CONFIG))
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:
@@ -307,12 +418,12 @@ def room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in _FULL and "No space left" not in str(error):
+        if not is_full(error):
             raise
         free = shutil.disk_usage(path.parent).free
         raise RunError(
-            f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free); make room "
-            "and run the same command again: what is finished is kept"
+            f"the disk is full, or can hold no more files: cannot write {path} ({free / 2**20:.1f} "
+            "MiB are free); make room and run the same command again: what is finished is kept"
         ) from error
 
 
@@ -340,10 +451,10 @@ def identity(name: str) -> str:
     if not Path(name).is_dir():
         if Path(name).is_absolute() or name.startswith("."):
             raise ModelError(f"no such folder: {name!r}")
-        from transformers import AutoConfig
+        from transformers.utils.hub import cached_file
 
-        try:
-            return AutoConfig.from_pretrained(name)._commit_hash or name
+        try:  # into a folder that has the name of the commit
+            return Path(str(cached_file(name, "config.json"))).parent.name
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {name!r}: {error}") from error
     piece, pieces = 1 << 16, 256  # 16 MiB of each file at most
@@ -378,9 +489,59 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
+def _at_another_process(path: Path, mirror: Mirror | None, opened_on: str) -> Run:
+    """Return a run folder for a worker, which has checked nothing yet."""
+    run = Run(path, mirror)
+    run._opened_on = opened_on
+    return run
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the finished files of an output, itself or all under it."""
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [file for file in found if file.suffix != ".partial"]
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _synced_hash(path: Path) -> str:
+    """Bring a file and its name to the disk, and return its hash."""
+    for place in (path, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return _hash(path)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _content(manifest: Mapping[str, Any] | None) -> str | None:
+    """Return what tells the outputs of a stage from others of the same settings."""
+    if manifest is None:
+        return None
+    return _digest(manifest["outputs"] or [manifest["inputs"], manifest["made_from"]])[:16]
+
+
 def _told(manifest: Mapping[str, Any], stage: Stage) -> str:
     """Return how a stage differs from the one that was done; nothing if it does not."""
-    return "; ".join(_differences(manifest["inputs"], json.loads(json.dumps(stage.inputs))))
+    return "; ".join(_differences(manifest["inputs"], stage.inputs))
+
+
+def _replaced(manifest: Mapping[str, Any], made_from: Mapping[str, str | None]) -> str:
+    """Return which of the stages that it was made from are not what they were."""
+    before = manifest["made_from"]
+    return "; ".join(
+        f"{name} was made anew and is not what it was"
+        for name in made_from
+        if before.get(name) != made_from[name]
+    )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ MethodName = Literal[
 ]
 """The ways to score a pool; `gradsift.methods` has one file for each."""
 
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kKMG]?tok)?")
+_BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(%|[kKMG]?tok)?")
 _SCALE = {"tok": 1, "ktok": 10**3, "Ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
 
 
@@ -55,7 +55,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.unit == "%":
-            return f"{self.amount}%"
+            return f"{self.amount:f}%"
         return f"{int(self.amount)}{'tok' if self.unit == 'tok' else ''}"
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from gradsift.config import Config
 from gradsift.data import EncodedSet
 from gradsift.executors import is_first
-from gradsift.model import Models
+from gradsift.model import Models, save_adapter
 from gradsift.store import OPTIMIZER_STATE, write_atomically, write_checkpoints
 from gradsift.training import optimizer_state, steps_per_epoch, train
 
@@ -36,7 +36,7 @@ def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -
     warmup = config.warmup
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
-        models.at(given).save_pretrained(str(kept))
+        save_adapter(models.at(given), kept)
         if (given / OPTIMIZER_STATE).exists():
             shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
         write_checkpoints(directory, {"adapter": 1.0})
@@ -49,7 +49,7 @@ def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) 
     """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
     warmup = config.warmup
     if warmup.mode == "none":
-        model.save_pretrained(str(directory / "fresh"))
+        save_adapter(model, directory / "fresh")
         write_checkpoints(directory, {"fresh": 1.0})
         return
     rng = np.random.default_rng(warmup.seed)
@@ -61,7 +61,7 @@ def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) 
         if epoch <= warmup.epochs - warmup.checkpoints or not is_first():
             return
         folder = directory / f"epoch-{epoch}"
-        model.save_pretrained(str(folder))
+        save_adapter(model, folder)
         if warmup.keep_optimizer:
             save_file(optimizer_state(model, optimizer), folder / OPTIMIZER_STATE)
         rates[folder.name] = mean_rate

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
+
+from gradsift.errors import shorten
+
+Message = dict[str, Any]
+"""One turn as a chat template takes it: `role`, `content`, and whatever else came with it.
+
+`content` is a text, a list of parts of type text, or nothing beside `tool_calls`.
+"""
 
 
-class Message(TypedDict):
-    """One turn."""
+def text_of(message: Message) -> str:
+    """Return all that a turn says: its text, or that of its parts, and its tool calls as JSON.
 
-    role: str
-    content: str
+    >>> text_of({"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]})
+    '[{"name": "add"}]'
+    """
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    if message.get("tool_calls"):
+        parts.append(json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True))
+    return "\n".join(filter(None, parts))
 
 
 def as_text(messages: Sequence[Message], characters: int) -> str:
@@ -19,13 +34,20 @@ def as_text(messages: Sequence[Message], characters: int) -> str:
     >>> as_text([{"role": "user", "content": "How are you?"}], 7)
     '[user] How are …'
     """
-    turns = [f"[{m['role']}] {m['content'][:characters]}" for m in messages]
-    cut = [" …" if len(m["content"]) > characters else "" for m in messages]
-    return "\n".join(turn + end for turn, end in zip(turns, cut, strict=True))
+    lines = []
+    for message in messages:
+        text = text_of(message)
+        end = " …" if len(text) > characters else ""
+        lines.append(f"[{message['role']}] {text[:characters]}{end}")
+    return "\n".join(lines)
 
 
 class UnusableRowError(ValueError):
     """A row that cannot become an example; its text is the reason given to the user."""
+
+    def __init__(self, reason: str) -> None:
+        """Keep the reason, cut to a length that a log can hold."""
+        super().__init__(shorten(reason))
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -88,10 +110,29 @@ def to_messages(row: Mapping[str, Any], schema: str) -> list[Message]:
     messages = _PARSERS[schema](row)
     if row.get("system") and schema != "messages" and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    if not any(m["role"] == "assistant" and text_of(m).strip() for m in messages):
         turns = [m["role"] for m in messages]
         raise UnusableRowError(f"no assistant turn with text (turns: {', '.join(turns) or 'none'})")
     return messages
+
+
+def to_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools of a (renamed) row, in any schema: a list, or one written as JSON.
+
+    Raises:
+        UnusableRowError: If they are neither.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise UnusableRowError(f"tools is not valid JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRowError(f"tools is {_kind(tools)}, expected a list of objects")
+    return tools
 
 
 def _from_messages(row: Mapping[str, Any], field: str = "messages") -> list[Message]:
@@ -151,13 +192,33 @@ def _message(
         )
     role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
+        found = shorten(repr(turn[role_key]), 60)
         raise UnusableRowError(
-            f"unknown role {turn[role_key]!r} in turn {number}, expected one of {_listed(roles)}"
+            f"unknown role {found} in turn {number}, expected one of {_listed(roles)}"
         )
-    return {
-        "role": role,
-        "content": _text(turn.get(content_key), f"{content_key} of turn {number}"),
-    }
+    # tables fill what a turn does not have with nothing
+    others = {key: value for key, value in turn.items() if value is not None}
+    others.pop(role_key)
+    content = others.pop(content_key, None)
+    _check_content(content, f"{content_key} of turn {number}", bool(others.get("tool_calls")))
+    return others | {"role": role, "content": content}
+
+
+def _check_content(content: Any, what: str, may_be_empty: bool) -> None:
+    """Make sure that a turn's content is text.
+
+    Raises:
+        UnusableRowError: If it is something else, or a part of it is.
+    """
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                found = _kind(part) if kind is None else f"of type {shorten(repr(kind), 60)}"
+                raise UnusableRowError(f"a part of the {what} is {found}, expected text alone")
+            _text(part.get("text"), f"a part of the {what}")
+    elif content is not None or not may_be_empty:
+        _text(content, what)
 
 
 def _text(value: Any, what: str) -> str:

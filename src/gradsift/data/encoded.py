@@ -29,11 +29,13 @@ from gradsift.data.conversations import (
     UnusableRowError,
     detect,
     rename,
+    text_of,
     to_messages,
+    to_tools,
 )
-from gradsift.data.encoding import Encoded, Encoder
+from gradsift.data.encoding import Encoded, Encoder, Tools
 from gradsift.data.sources import Row, Source
-from gradsift.errors import DataError
+from gradsift.errors import DataError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +141,7 @@ class _Candidate:
     schema: str
     fields: Mapping[str, Any]
     messages: list[Message]
+    tools: Tools
 
 
 def encode_set(
@@ -211,12 +214,12 @@ def _candidates(
         schema = None
         for row in source.rows():
             if row.value is None:
-                yield row, UnusableRowError(row.problem)
+                yield row, UnusableRowError(row.problem or "")
                 continue
             if schema is None:
                 schema = detect(row.value, columns)
                 if schema is None:
-                    found = ", ".join(row.value)
+                    found = shorten(", ".join(row.value))
                     lacking = [c for c in columns.values() if c not in row.value]
                     told = f"; no column {', '.join(lacking)} as mapped" if lacking else ""
                     raise DataError(
@@ -226,18 +229,19 @@ def _candidates(
                 logger.info("%s: %s", source.name, schema)
             fields = rename(row.value, columns)
             try:
-                messages = to_messages(fields, schema)
+                messages, tools = to_messages(fields, schema), to_tools(fields)
             except UnusableRowError as reason:
                 yield row, reason
             else:
-                yield row, _Candidate(row, source, schema, fields, messages)
+                yield row, _Candidate(row, source, schema, fields, messages, tools)
 
 
 def _encode(
     group: Sequence[tuple[Row, _Candidate | UnusableRowError]], encoder: Encoder
 ) -> Iterator[tuple[Row, dict[str, Any] | UnusableRowError]]:
     good = [item for _, item in group if isinstance(item, _Candidate)]
-    encoded = iter(encoder.encode([candidate.messages for candidate in good]))
+    conversations, tools = [c.messages for c in good], [c.tools for c in good]
+    encoded = iter(encoder.encode(conversations, tools))
     for row, item in group:
         if isinstance(item, UnusableRowError):
             yield row, item
@@ -259,8 +263,8 @@ def _record(candidate: _Candidate, encoded: Encoded) -> dict[str, Any]:
         "num_tokens": len(encoded.input_ids),
         "num_supervised": int(encoded.supervised.sum()),
         "truncated": encoded.truncated,
-        "text_hash": _hash(candidate.messages),
-        "prompt_hash": _hash(prompt) if any(m["content"].strip() for m in prompt) else None,
+        "text_hash": _hash(candidate.messages, candidate.tools),
+        "prompt_hash": _hash(prompt) if any(text_of(m).strip() for m in prompt) else None,
         "input_ids": encoded.input_ids,
         "supervised": encoded.supervised,
         "raw": row.raw,
@@ -271,9 +275,11 @@ def _name(value: Any, default: str) -> str:
     return default if value is None or value == "" else str(value)
 
 
-def _hash(messages: Sequence[Message]) -> bytes:
+def _hash(messages: Sequence[Message], tools: Tools = None) -> bytes:
     """Return a hash that is blind to case, white space and Unicode's compatibility variants."""
-    text = "\0".join(f"{m['role']}\1{normalise(m['content'])}" for m in messages)
+    text = "\0".join(f"{m['role']}\1{normalise(text_of(m))}" for m in messages)
+    if tools:
+        text += "\2" + json.dumps(tools, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -7,9 +7,10 @@ tokenized once; a token is supervised where it overlaps a marked span.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ TULU = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,15 @@ class Encoder:
     """The one way from a conversation to tokens, for pool, targets and training alike."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        template: str | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         """Prepare the template: the tokenizer's own, Tulu's, or that of a file.
+
+        `num_embeddings`: how many tokens the model knows.
 
         Raises:
             ModelError: If the tokenizer cannot tell which characters a token covers.
@@ -63,6 +72,7 @@ class Encoder:
             )
         self.template = _template(tokenizer, template)
         self.max_length = max_length
+        self._num_embeddings = num_embeddings
         self._marked = _GENERATION.search(self.template) is not None
         # without its post-processor, which adds no token here but trims white space off offsets
         self._tokenizer: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)  # type: ignore[assignment]
@@ -75,13 +85,18 @@ class Encoder:
             "end": tokenizer.eos_token or "",
         }
 
-    def encode(self, conversations: Sequence[list[Message]]) -> list[Encoded | UnusableRowError]:
+    def encode(
+        self, conversations: Sequence[list[Message]], tools: Sequence[Tools] | None = None
+    ) -> list[Encoded | UnusableRowError]:
         """Return one encoded example, or the reason why not, per conversation.
+
+        `tools`: those of each conversation, if any has some.
 
         Raises:
             DataError: If the template renders earlier turns differently once later ones follow.
         """
-        rendered = [self._render(messages) for messages in conversations]
+        pairs = zip(conversations, tools or [None] * len(conversations), strict=True)
+        rendered = [self._render(messages, own) for messages, own in pairs]
         texts = [item[0] for item in rendered if not isinstance(item, UnusableRowError)]
         tokens = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         return [
@@ -96,6 +111,12 @@ class Encoder:
             supervised |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         supervised[:1] = False  # nothing stands before the first token to predict it from
         ids = np.array(tokens.ids, dtype=np.int32)
+        if self._num_embeddings and ids.max(initial=0) >= self._num_embeddings:
+            place = int((ids >= self._num_embeddings).argmax())
+            return UnusableRowError(
+                f"token {ids[place]} ({tokens.tokens[place]!r}) is beyond the model's "
+                f"{self._num_embeddings} embeddings: is this the model's own tokenizer?"
+            )
         if not supervised.any():
             return UnusableRowError("no supervised token: the template renders no assistant text")
         if not supervised[: self.max_length].any():
@@ -108,26 +129,72 @@ class Encoder:
         )
 
     def _render(
-        self, messages: list[Message]
+        self, messages: list[Message], tools: Tools
     ) -> tuple[str, list[tuple[int, int]]] | UnusableRowError:
-        from jinja2 import TemplateError
-
+        """Return the text and the spans of the assistant turns, or what the template cannot do."""
+        render = self._by_markers if self._marked else self._by_prefixes
         try:
-            if self._marked:
-                return self._apply(messages, marked=True)
-            return self._by_prefixes(messages)
-        except (TemplateError, TypeError) as error:
+            text, spans = render(messages, tools)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001 (a template may raise whatever it likes)
             return UnusableRowError(f"the chat template refuses it: {error}")
+        lost = next(self._left_out(messages, tools, text), None)
+        if lost is not None:
+            return UnusableRowError(f"the chat template does not render {lost}")
+        return text, spans
 
-    def _by_prefixes(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def _left_out(self, messages: list[Message], tools: Tools, text: str) -> Iterator[str]:
+        """Yield what is not in the text that the template makes of a conversation.
+
+        Texts are looked for; of tools, calls and reasoning it is tried whether the text is the same
+        without them.
+        """
+        for number, message in enumerate(messages, start=1):
+            content = message["content"] or ""
+            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
+            as_python = isinstance(content, list) and repr(content) in text
+            if as_python or not all(_is_shown(part, text) for part in parts):
+                yield f"the content of turn {number} ({message['role']})"
+        if tools and self._same(messages, None, text):
+            yield "the row's tools"
+        for turn, message in enumerate(messages):
+            calls = message.get("tool_calls") or []
+            for number in range(len(calls) if isinstance(calls, list) else 0):
+                others = [call for i, call in enumerate(calls) if i != number]
+                fewer = message | {"tool_calls": others}
+                if not others:
+                    del fewer["tool_calls"]
+                if self._same([*messages[:turn], fewer, *messages[turn + 1 :]], tools, text):
+                    yield f"tool call {number + 1} of turn {turn + 1}"
+            if any(message.get(key) for key in _REASONING):
+                silent = {key: value for key, value in message.items() if key not in _REASONING}
+                if self._same([*messages[:turn], silent, *messages[turn + 1 :]], tools, text):
+                    yield f"the reasoning of turn {turn + 1}"
+
+    def _same(self, messages: list[Message], tools: Tools, text: str) -> bool:
+        """Return whether this conversation has the same text; not if the template refuses it."""
+        try:
+            return self._apply(messages, tools, marked=self._marked)[0] == text
+        except Exception:  # noqa: BLE001 (it looked at what is missing now)
+            return False
+
+    def _by_markers(
+        self, messages: list[Message], tools: Tools
+    ) -> tuple[str, list[tuple[int, int]]]:
+        return self._apply(messages, tools, marked=True)
+
+    def _by_prefixes(
+        self, messages: list[Message], tools: Tools
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Mark each assistant turn as what it adds to the text of the turns before it."""
-        text, _ = self._apply(messages)
+        text, _ = self._apply(messages, tools)
         spans = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self._apply(messages[:turn], add_generation_prompt=True)
-            through, _ = self._apply(messages[: turn + 1])
+            before, _ = self._apply(messages[:turn], tools, add_generation_prompt=True)
+            through, _ = self._apply(messages[: turn + 1], tools)
             if not (through.startswith(before) and text.startswith(through)):
                 raise DataError(
                     "the chat template rewrites earlier turns: the text of the first "
@@ -136,16 +203,22 @@ class Encoder:
                     "{% generation %} markers (--set data.template=FILE.jinja) or use "
                     "--set data.template=tulu"
                 )
-            spans.append((len(before), _end_of_turn(through, len(before), message["content"])))
+            end = _end_of_turn(through, len(before), message["content"])
+            spans.append((len(before), end))
         return text, spans
 
     def _apply(
-        self, messages: list[Message], marked: bool = False, add_generation_prompt: bool = False
+        self,
+        messages: list[Message],
+        tools: Tools,
+        marked: bool = False,
+        add_generation_prompt: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, spans = render_jinja_template(
             conversations=[messages],  # type: ignore[arg-type]
+            tools=tools,  # type: ignore[arg-type]
             chat_template=self.template,
             return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
@@ -154,14 +227,24 @@ class Encoder:
         return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marked else []
 
 
-def _end_of_turn(text: str, start: int, content: str) -> int:
+def _is_shown(content: str, text: str) -> bool:
+    """Return whether a content stands in a text, whatever was done to white space, or as JSON."""
+    return (
+        content.strip() in text
+        or "".join(content.split()) in "".join(text.split())
+        or json.dumps(content, ensure_ascii=False) in text
+    )
+
+
+def _end_of_turn(text: str, start: int, content: Any) -> int:
     """Return where an assistant turn ends: after its end-of-turn token, before the layout after it.
 
     Where a template ends a turn by white space alone, that white space is the end-of-turn mark.
     """
     turn = text[start:]
-    _, _, tail = turn.partition(content.strip() or "\0")
-    return start + len(turn.rstrip() if tail.strip() or not content.strip() else turn)
+    written = content.strip() if isinstance(content, str) else ""
+    _, _, tail = turn.partition(written or "\0")
+    return start + len(turn.rstrip() if tail.strip() or not written else turn)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
@@ -183,5 +266,6 @@ def _template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
 
 def _first_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the beginning-of-sequence token where the tokenizer itself would put one."""
-    first = tokenizer("a").input_ids[0]
-    return str(tokenizer.bos_token) if first == tokenizer.bos_token_id else ""
+    found = tokenizer("a").input_ids
+    begins = bool(found) and found[0] == tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if begins else ""

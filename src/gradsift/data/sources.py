@@ -2,7 +2,8 @@
 
 JSON Lines are read here, line by line, because a broken line must be named and the others kept, and
 because picks are written back byte for byte; CSV by the standard library, because there text must
-stay text ("007" is no number, "NA" no gap); everything else goes through `datasets`.
+stay text ("007" is no number, "NA" no gap); Parquet by PyArrow; what `save_to_disk` wrote and the
+Hub through `datasets`, which runs no code of a data set since its version 4.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import csv
 import glob
 import hashlib
 import json
+import logging
 import lzma
+import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,11 +28,17 @@ from fsspec.compression import available_compressions
 
 from gradsift.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LINES = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _KNOWN = (*_LINES, ".json", *_SEPARATORS, ".parquet")
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of data sets, beside their files
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
+_DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
+_ROWS_AT_ONCE = 1024
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -81,18 +91,28 @@ class Source:
         Raises:
             DataError: If the whole source cannot be read.
         """
-        readers = {"lines": _read_lines, "json": _read_json, "csv": _read_csv}
+        readers = {
+            "lines": _read_lines,
+            "json": _read_json,
+            "csv": _read_csv,
+            "parquet": _read_parquet,
+        }
         try:
             if self.kind in readers:
                 yield from readers[self.kind](self.name)
             else:
                 yield from _read_data_set(self)
+        except RecursionError:
+            raise DataError(f"cannot read {self.name!r}: a row is nested too deep") from None
         except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"cannot read {self.name!r}: {error}") from error
 
 
 def resolve(specs: Iterable[str]) -> list[Source]:
-    """Return the sources that paths, globs and Hub ids (`org/name[/config][:split]`) stand for.
+    """Return the sources that paths, globs, folders and Hub ids stand for, in order.
+
+    A folder is every data file in it and in its subfolders, sorted, or what `save_to_disk` wrote;
+    `FOLDER:split` and `org/name[/config][:split]` name a split, `:all` takes all.
 
     Raises:
         DataError: If nothing is there, or a file's kind is unknown.
@@ -100,38 +120,150 @@ def resolve(specs: Iterable[str]) -> list[Source]:
     return [source for spec in specs for source in _resolve(spec)]
 
 
+def log_what_is_left(specs: Iterable[str]) -> None:
+    """Say of each folder which files were taken as data, and which were left."""
+    for spec in specs:
+        found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)  # noqa: PTH207
+        for folder in sorted(path for path in found if Path(path).is_dir()):
+            taken, left = _inside(folder)
+            logger.info("%s: taken: %s", folder, _named([s.name for s in taken], folder))
+            if left:
+                logger.warning("%s: left: %s", folder, _named(left, folder))
+
+
+def _named(paths: Iterable[str], folder: str) -> str:
+    names = [str(Path(path).relative_to(folder)) for path in paths]
+    return ", ".join("the data set saved there" if name == "." else name for name in names)
+
+
 def _resolve(spec: str) -> list[Source]:
     if glob.has_magic(spec) and not Path(spec).exists():
-        names = sorted(glob.glob(spec, recursive=True))  # noqa: PTH207 (absolute patterns too)
+        names = sorted(_matches(spec))
         if not names:
             raise DataError(f"no file matches {spec!r}")
-        return [_local(name) for name in names]
+        return [source for name in names for source in _local(name)]
     if Path(spec).exists():
-        return [_local(spec)]
+        return _local(spec)
+    folder, _, split = spec.rpartition(":")
+    if folder and (Path(folder) / _SAVED_SPLITS).is_file():
+        return _saved_splits(folder, split)[0]
     suffixes = Path(spec).suffixes
     if _HUB.fullmatch(spec) and not {*suffixes} & {*_KNOWN}:
         return [Source(spec, "hub")]
     raise DataError(f"no such file: {spec!r} (looked in {Path.cwd()})")
 
 
-def _local(name: str) -> Source:
-    path = Path(name)
-    if path.is_dir():
-        return Source(name, "folder")
-    if path.suffix == ".zst" and "zstd" not in available_compressions():
-        raise DataError(f"reading {name!r} needs zstandard: pip install zstandard")
-    suffix = next((s for s in reversed(path.suffixes) if s not in _COMPRESSED), "")
+def _matches(pattern: str) -> list[str]:
+    """Return what matches; a folder on the way that may not be read is no reason for silence."""
+    for parent in Path(pattern).parents:
+        for name in glob.glob(str(parent), recursive=True):  # noqa: PTH207 (absolute ones too)
+            if Path(name).is_dir():
+                _listed(name)
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder!r}: {error.strerror}") from None
+
+
+def _local(name: str) -> list[Source]:
+    if not Path(name).is_dir():
+        return [_file(name)]
+    taken, left = _inside(name)
+    if not taken:
+        found = ", ".join(sorted(Path(path).name for path in left)[:10])
+        raise DataError(
+            f"the folder {name!r} has no data file; expected some of {', '.join(_KNOWN)}, or what "
+            f"`save_to_disk` writes; found {found or 'nothing'}"
+        )
+    return taken
+
+
+def _inside(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[Source], list[str]]:
+    """Return the sources in a folder and the names of the files that are none, both sorted."""
+    if (Path(folder) / _SAVED).is_file() and (Path(folder) / _DESCRIPTIONS[0]).is_file():
+        return [Source(folder, "folder")], []
+    if (Path(folder) / _SAVED_SPLITS).is_file():
+        return _saved_splits(folder, None)
+    taken, left = [], []
+    real = os.path.realpath(folder)
+    for entry in _listed(folder):
+        if entry.is_dir():
+            if entry.name.startswith(".") or os.path.realpath(entry.path) in {*above, real}:
+                left.append(entry.path)
+                continue
+            inner = _inside(entry.path, above | {real})
+            taken += inner[0]
+            left += inner[1]
+        elif entry.name.startswith(".") or entry.name in _DESCRIPTIONS or not _kind(entry.name):
+            left.append(entry.path)
+        else:
+            taken.append(_file(entry.path))
+    return taken, left
+
+
+def _saved_splits(folder: str, wanted: str | None) -> tuple[list[Source], list[str]]:
+    """Return the splits of a `DatasetDict` on disk that are to be taken, and the others' paths.
+
+    To be taken: the one named, `all`, or `train`.
+    """
+    try:
+        names = json.loads((Path(folder) / _SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+        paths = {str(name): f"{folder.rstrip('/')}/{name}" for name in names}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"cannot read the splits of {folder!r}: {error}") from None
+    chosen = _chosen(folder, [*paths], wanted)
+    left = [path for name, path in paths.items() if name not in chosen]
+    return [Source(paths[name], "folder") for name in chosen], left
+
+
+def _chosen(name: str, splits: list[str], wanted: str | None) -> list[str]:
+    """Return the splits to take: the one named, `all`, else `train` or the only one."""
+    if wanted == "all" and "all" not in splits:
+        return splits
+    default = "train" if "train" in splits or len(splits) != 1 else splits[0]
+    if (wanted or default) not in splits:
+        raise DataError(
+            f"{name!r} has the splits {', '.join(splits)}; name one as {name}:SPLIT, or {name}:all"
+        )
+    return [wanted or default]
+
+
+def _kind(name: str) -> Literal["lines", "json", "csv", "parquet"] | None:
+    """Return what a file of this name holds, nothing if it is no data file."""
+    suffixes = Path(name).suffixes
+    suffix = next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
     if suffix in _LINES:
-        return Source(name, "lines")
+        return "lines"
     if suffix == ".json":
-        return Source(name, "json")
+        return "json"
     if suffix in _SEPARATORS:
-        return Source(name, "csv")
-    if path.suffix == ".parquet":
-        return Source(name, "parquet")
-    raise DataError(
-        f"{name!r} is of an unknown kind; expected a folder or one of {', '.join(_KNOWN)}"
-    )
+        return "csv"
+    return "parquet" if Path(name).suffix == ".parquet" else None
+
+
+def _file(name: str) -> Source:
+    """Return a file as a source.
+
+    Raises:
+        DataError: If it is of an unknown kind, or its name or compression cannot be read.
+    """
+    kind = _kind(name)
+    if kind is None:
+        raise DataError(
+            f"{name!r} is of an unknown kind; expected a folder or one of {', '.join(_KNOWN)}"
+        )
+    if Path(name).suffix == ".zst" and "zstd" not in available_compressions():
+        raise DataError(f"reading {name!r} needs zstandard: pip install zstandard")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the file name {name!r} is not UTF-8; rename the file") from None
+    return Source(name, kind)
 
 
 def _read_lines(name: str) -> Iterator[Row]:
@@ -146,22 +278,41 @@ def _read_lines(name: str) -> Iterator[Row]:
 
 def _parse(name: str, number: int, raw: bytes) -> Row:
     try:
-        value = json.loads(raw)
+        # decoded first: JSON readers guess at encodings, and other readers guess differently
+        value = json.loads(raw.decode(), parse_constant=_no_number)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except json.JSONDecodeError as error:
-        return Row(
-            name, number, raw, problem=f"not valid JSON: {error.msg} at column {error.colno}"
-        )
+        problem = f"not valid JSON: {error.msg} at column {error.colno}"
     except UnicodeDecodeError as error:
-        return Row(name, number, raw, problem=f"not valid UTF-8 at byte {error.start}")
+        problem = f"not valid UTF-8 at byte {error.start}"
     except UnicodeEncodeError:
-        return Row(name, number, raw, problem="not valid Unicode: half of a surrogate pair")
-    except (ValueError, RecursionError) as error:
-        return Row(name, number, raw, problem=f"not readable JSON: {error}")
-    if not isinstance(value, dict):
-        problem = f"expected a JSON object, found {type(value).__name__}"
-        return Row(name, number, raw, problem=problem)
-    return Row(name, number, raw, value)
+        problem = "not valid Unicode: half of a surrogate pair"
+    except RecursionError:
+        problem = f"nested deeper than {_DEEPEST} levels"
+    except ValueError as error:
+        problem = f"not readable JSON: {error}"
+    else:
+        if not isinstance(value, dict):
+            problem = f"expected a JSON object, found {type(value).__name__}"
+        elif raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
+            problem = f"nested deeper than {_DEEPEST} levels"
+        else:
+            return Row(name, number, raw, value)
+    return Row(name, number, raw, problem=problem)
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value; write null")
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects lie inside each other, at most."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return depth
 
 
 def _read_json(name: str) -> Iterator[Row]:
@@ -172,13 +323,13 @@ def _read_json(name: str) -> Iterator[Row]:
             yield from _read_lines(name)
             return
         file.seek(0)  # type: ignore[union-attr]
-        try:
-            values = json.load(file)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise DataError(f"{name} is not valid JSON: {error}") from None
+        content: bytes = file.read()  # type: ignore[union-attr, assignment]
+    try:
+        values = json.loads(content.removeprefix(_BYTE_ORDER_MARK).decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not valid JSON: {error}") from None
     for number, value in enumerate(values, start=1):
-        raw = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        yield _parse(name, number, raw)
+        yield _parse(name, number, _as_json(value))
 
 
 def _read_csv(name: str) -> Iterator[Row]:
@@ -198,33 +349,62 @@ def _read_csv(name: str) -> Iterator[Row]:
             raise DataError(f"{name}:{reader.line_num + 1}: {error}") from None
 
 
+def _read_parquet(name: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(name) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield _parse(name, number, _as_json(value))
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {name!r}: {error}") from error
+
+
 def _read_data_set(source: Source) -> Iterator[Row]:
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
     try:
         for number, value in enumerate(_load(source), start=1):
-            raw = json.dumps(value, ensure_ascii=False, default=str).encode()
-            yield Row(source.name, number, raw, value)
-    except (pa.ArrowException, DatasetsError) as error:
+            yield _parse(source.name, number, _as_json(value))
+    except (pa.ArrowException, DatasetsError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(f"cannot read {source.name!r}: {error}") from error
 
 
-def _load(source: Source) -> Iterable[dict[str, Any]]:
+def _load(source: Source) -> Iterator[dict[str, Any]]:
     import datasets
 
-    if source.kind == "parquet":
-        return datasets.load_dataset(
-            "parquet", data_files=glob.escape(source.name), split="train", streaming=True
-        )
-    if source.kind == "folder" and (Path(source.name) / "state.json").exists():
-        return datasets.load_from_disk(source.name)  # type: ignore[return-value]
-    match = _HUB.fullmatch(source.name) if source.kind == "hub" else None
-    name = match["id"] if match else source.name
-    splits = datasets.load_dataset(name, match["config"] if match else None, streaming=True)
-    wanted = (match and match["split"]) or ("train" if "train" in splits else None)
-    if wanted is None and len(splits) == 1:
-        wanted = next(iter(splits))
-    if wanted is None or wanted not in splits:
-        raise DataError(f"{source.name!r} has the splits {[*splits]}; name one as {name}:SPLIT")
-    return splits[wanted]
+    if source.kind == "folder":
+        yield from datasets.load_from_disk(source.name)  # type: ignore[misc]
+        return
+    match = _HUB.fullmatch(source.name)
+    assert match is not None, "only such names are of the Hub"
+    found: dict[str, Any] = datasets.load_dataset(  # type: ignore[assignment]
+        match["id"], match["config"], streaming=True
+    )
+    name = "/".join(filter(None, match.group("id", "config")))
+    chosen = _chosen(name, [*found], match["split"])
+    logger.info("%s: split %s of %s", name, ", ".join(chosen), ", ".join(found))
+    for split in chosen:
+        yield from found[split]
+
+
+def _as_json(value: Any) -> bytes:
+    """Return a value of a table as JSON; what JSON has no form for is null or text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

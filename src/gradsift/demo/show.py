@@ -56,9 +56,9 @@ def run_demo(directory: Path, scale: float = 1.0) -> str:
     `scale` shrinks the numbers of examples, for tests.
     """
     count = {name: max(8, int(number * scale)) for name, number in _PER_SKILL.items()}
-    base = _cached_base(count["base"])
     data = directory / "data"
     data.mkdir(parents=True, exist_ok=True)
+    base = _cached_base(count["base"])
     pool = [e for skill in SKILLS for e in make_examples(skill, count["pool"], seed=1)]
     np.random.default_rng(0).shuffle(pool)  # type: ignore[arg-type]
     files = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.choosing import choose, read_scores
 from gradsift.config import Config, merge, moved
 from gradsift.data import EncodedSet
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, system_faults_told
 from gradsift.evaluation.cells import Bench, Cell, HeldOut
 from gradsift.evaluation.conclusions import Entry, conclude
 from gradsift.evaluation.lds import subset_cells
@@ -27,7 +27,7 @@ from gradsift.exhibits import write_exhibits
 from gradsift.job import Job
 from gradsift.methods import METHODS
 from gradsift.pipeline import check_budgets, encode, encode_sets, measure
-from gradsift.report import has_finished, leave_report
+from gradsift.report import refresh_report
 from gradsift.scores import Ranking, Scores
 from gradsift.stages import Plan, encoding_stages
 from gradsift.store import open_run, read_config, write_atomically
@@ -68,6 +68,7 @@ def evaluate(
     return run_evaluation(run, wanted, engine)
 
 
+@system_faults_told()
 def run_evaluation(
     run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] | None = None
 ) -> Evaluation:
@@ -101,8 +102,7 @@ def run_evaluation(
         own = Plan.of(config)
         selections = {name: stage.fingerprint for name, stage in own.selections.items()}
         write_exhibits(found.path, exhibits(found), selections)
-        if has_finished(folder, own):
-            leave_report(replace(job, inputs=own.inputs), own)
+        refresh_report(replace(job, inputs=own.inputs), own)
         return found
 
 

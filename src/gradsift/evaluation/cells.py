@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from gradsift.data import EncodedSet
@@ -29,6 +29,7 @@ from gradsift.evaluation.settings import EvaluationConfig
 from gradsift.executors import agreed, is_first
 from gradsift.job import Job
 from gradsift.progress import track
+from gradsift.shards import hash_tensors
 from gradsift.store import write_atomically
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Bench:
     ) -> None:
         """Take what all cells have in common."""
         self._job, self._settings, self._tests = job, settings.fine_tuning, tests
-        self._tasks = Harness.of(settings.lm_eval, settings.lm_eval_include)
+        trust = job.config.model.trust_remote_code
+        self._tasks = Harness.of(settings.lm_eval, settings.lm_eval_include, trust)
         self._run, self._folder = job.folder, job.path("evaluation/cells")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {
@@ -143,7 +145,7 @@ class Bench:
                 tensors |= {f"{name}/loss": losses, f"{name}/num_correct": num_correct}
             found = self._tasks.run(model, self._job.config.model, tasks)
         tests = {name: self._tests[name].fingerprint for name in names}
-        facts = {
+        facts: dict[str, Any] = {
             "label": cell.label,
             "num_rows": len(cell.rows),
             "inputs": self._inputs(cell),
@@ -151,7 +153,8 @@ class Bench:
             "lm_eval": stored.get("lm_eval", {}) | found,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        metadata = {"facts": json.dumps(facts)}
+        sealed = facts | {"sha256": hash_tensors(tensors, facts)}
+        metadata = {"facts": json.dumps(sealed)}
         write_atomically(path, lambda path: save_file(tensors, path, metadata))
         self._run.publish(path)
         told = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
@@ -191,11 +194,28 @@ class Bench:
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
     def _stored(self, cell: Cell) -> dict[str, Any]:
+        """Return the facts that are stored of a cell; one that is damaged is done again."""
         path = self._path(cell)
         if not path.exists():
             return {}
-        with safe_open(path, "np") as file:
-            return json.loads(file.metadata()["facts"])
+        facts: dict[str, Any] = {}
+        try:
+            with safe_open(path, "np") as file:
+                facts = json.loads(file.metadata()["facts"])
+                if path in self._run.intact:
+                    return facts
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = facts.pop("sha256")
+            intact = written == hash_tensors(tensors, facts)
+            intact = intact and facts["inputs"] == json.loads(json.dumps(self._inputs(cell)))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            logger.warning("%s is damaged and is done again: %s", path, cell.label)
+            self._run.remove(path)
+            return {}
+        self._run.intact.add(path)
+        return facts
 
     @contextmanager
     def _trained(self, cell: Cell) -> Iterator[nn.Module]:

@@ -30,14 +30,22 @@ class Harness:
     manager: Any
 
     @classmethod
-    def of(cls, names: Sequence[str], include: str | None) -> Harness:
+    def of(cls, names: Sequence[str], include: str | None, trust: bool = False) -> Harness:
         """Return the harness for some tasks, those in the folder `include` among them.
 
+        `trust`: whether code that comes with tasks of that folder may run.
+
         Raises:
-            ConfigError: If it is not installed, or a task is unknown.
+            ConfigError: If it is not installed, a task is unknown, or has code that may not run.
         """
         if not names:
             return cls((), "", None)
+        for path in sorted(Path(include).rglob("*.y*ml")) if include and not trust else ():
+            if b"!function" in path.read_bytes():
+                raise ConfigError(
+                    f"the task file {path} names code (!function), which is not run; if you trust "
+                    "it, set model.trust_remote_code=true in the run"
+                )
         try:
             from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from gradsift.config import MethodName, Section, Sources
+from gradsift.config import MethodName, Section, Seed, Sources
 from gradsift.methods import METHODS
 from gradsift.types import Budget
 
@@ -35,7 +35,7 @@ class LdsConfig(Section):
     subsets: int = Field(default=0, ge=0, description="how many; 0: it is not measured")
     share: float = Field(default=0.5, gt=0, lt=1, description="of the sample in each subset")
     sample: int | None = Field(default=None, ge=4, description="examples; all of the pool if none")
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("subsets")
     @classmethod

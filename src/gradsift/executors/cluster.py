@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from gradsift.config import EngineConfig
 from gradsift.errors import ConfigError, GradsiftError, RunError
 from gradsift.executors import ENVIRONMENT, quieten
+from gradsift.progress import VisibleFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -274,5 +275,6 @@ def _log_to_terminal() -> None:
     if not ours.handlers:
         ours.setLevel(logging.INFO)
         ours.addHandler(logging.StreamHandler(sys.stderr))
+        ours.handlers[0].setFormatter(VisibleFormatter("%(message)s"))
         ours.propagate = False
         quieten()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, ModelConfig, moved
-from gradsift.errors import ConfigError, RunError
+from gradsift.errors import ConfigError, RunError, system_faults_told
 from gradsift.exhibits import write_exhibits
 from gradsift.geometry.figures import exhibits
 from gradsift.geometry.settings import GeometryConfig
 from gradsift.job import Job, open_job
-from gradsift.report import has_finished, leave_report
+from gradsift.pipeline import encode
+from gradsift.report import refresh_report
 from gradsift.stages import Plan
 from gradsift.store import Stage, open_run, read_config, write_atomically
 
@@ -30,6 +31,7 @@ _FOLDER = "geometry"
 _BEFORE = "before warm-up"
 
 
+@system_faults_told()
 def measure_geometry(
     run: str | Path, *, engine: Mapping[str, Any] | None = None, **settings: Any
 ) -> Mapping[str, Any]:
@@ -62,6 +64,8 @@ def measure_geometry(
         folder.prepare([*inputs.data.values(), warmup])
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
+        kept = encode(plan, folder, strict=False)
+        kept.warm_up(warmup, config)
         # what curves little is lost in half precision
         job = open_job(inputs, folder, Models(_in_float32(config.model)))
         found = {}
@@ -73,8 +77,7 @@ def measure_geometry(
         of = {name: inputs.gradients(name) for name in job.targets}
         shown = {name: exhibits(own) for name, own in found.items()}
         write_exhibits(job.path(_FOLDER), shown, of)
-        if has_finished(folder, plan):
-            leave_report(open_job(inputs, folder), plan)
+        refresh_report(kept, plan)
         return found
 
 
@@ -121,18 +124,14 @@ def _measure_target(
     job: Job, name: str, places: Mapping[str, Place], warmup: Stage, settings: GeometryConfig
 ) -> dict[str, Any]:
     """Return what is found of a target at every place, measured now or before."""
-    depends = {
-        "data": job.inputs.target(name).fingerprint,
-        "warmup": warmup.fingerprint,
-        "gist": job.config.gist.model_dump(include={"rank"}),
-    }
+    gist, sources = job.config.gist.model_dump(include={"rank"}), (job.inputs.target(name), warmup)
     result: dict[str, Any] = {"places": {}}
     for number, (label, place) in enumerate(places.items(), start=1):
         last = number == len(places)
         wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
         path = f"{_FOLDER}/{name}/{label.replace(' ', '-')}.json"
-        inputs = depends | wanted | {"place": label}
-        stage = Stage(path.removesuffix(".json"), inputs, (path,), cheap=True)
+        depends = wanted | {"gist": gist, "place": label}
+        stage = Stage(path.removesuffix(".json"), depends, (path,), sources, cheap=True)
         with job.folder.stage(stage) as todo:
             if todo:
                 found = job.call(partial(_measure_at, place, job, name, label, settings, last))

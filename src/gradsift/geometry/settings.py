@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from gradsift.config import Section
+from gradsift.config import Section, Seed
 
 
 class GeometryConfig(Section):
@@ -13,4 +13,4 @@ class GeometryConfig(Section):
     examples: int = Field(default=32, ge=2, description="of each target, for the Hessian")
     eigenvectors: int = Field(default=10, ge=1, description="leading ones of the Hessian")
     probes: int = Field(default=4, ge=3, description="random vectors per LoRA matrix")
-    seed: int = 0
+    seed: Seed = 0

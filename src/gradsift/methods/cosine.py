@@ -24,8 +24,8 @@ _FOLDER = "cosine/pool"
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up and the pass over the pool."""
     warmup = inputs.warmup(inputs.config, "warmup")
-    targets = {name: inputs.target(name).fingerprint for name in inputs.config.data.targets}
-    return warmup, inputs.pool_pass(_FOLDER, warmup=warmup.fingerprint, targets=targets)
+    targets = [inputs.target(name) for name in inputs.config.data.targets]
+    return warmup, inputs.pool_pass(_FOLDER, warmup, *targets)
 
 
 def check(config: Config) -> None:
@@ -46,14 +46,14 @@ def measure(job: Job) -> None:
     """
     warmup, products = stages(job.inputs)
     checkpoints = job.warm_up(warmup, job.config)
-    with job.pool_stage(products) as todo:
+    with job.pool_stage(products, [c.label for c in checkpoints]) as todo:
         if todo:
             for checkpoint in checkpoints:
                 units = {
                     name: job.call(partial(_to_unit_length, job, name, checkpoint))
                     for name in job.targets
                 }
-                project_pool(job, checkpoint, job.path(_FOLDER), units)
+                project_pool(job, checkpoint, _FOLDER, units)
 
 
 def scores(job: Job) -> dict[str, Alignment]:

@@ -11,12 +11,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
-from gradsift.errors import ConfigError, ModelError
+from gradsift.errors import ConfigError
 from gradsift.job import Inputs, Job, Method
 from gradsift.measuring import check_finite
 from gradsift.progress import track
 from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import missing_shards, save_shard
+from gradsift.shards import save_shard
 from gradsift.store import Stage, identity, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,17 @@ Encode = Callable[[list[str]], np.ndarray]
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the embeddings of targets and pool."""
-    encoder = {"name": inputs.config.embed.model, "identity": identity(inputs.config.embed.model)}
+    encoder = {
+        "name": inputs.config.embed.model,
+        "identity": identity(inputs.config.embed.model),
+        "trust_remote_code": inputs.config.model.trust_remote_code,
+    }
     targets = [
         Stage(
             f"embed/targets/{name}",
-            {"data": inputs.target(name).fingerprint, "encoder": encoder},
+            {"encoder": encoder},
             (f"embed/targets/{name}.safetensors",),
+            (inputs.target(name),),
         )
         for name in inputs.config.data.targets
     ]
@@ -88,8 +93,7 @@ METHOD = Method(scores, stages, measure, check=check)
 def _embed_pool(job: Job, encode: Encode) -> None:
     directory = job.path("embed/pool")
     directory.mkdir(parents=True, exist_ok=True)
-    size = job.config.engine.shard_size
-    missing = missing_shards(len(job.pool), size, directory, job.folder.remove)
+    missing = job.missing_shards(job.shards("embed/pool"))
     with track("embedding the pool", sum(map(len, missing))) as advance:
         for shard in missing:
             rows = np.arange(shard.start, shard.stop)
@@ -110,12 +114,15 @@ def _encoder(config: Config) -> Encode:
         SentenceTransformer,
     )
 
-    from gradsift.model import resolve_device
+    from gradsift.model import foreign_faults_told, resolve_device
 
-    try:
-        model = SentenceTransformer(config.embed.model, device=str(resolve_device(config.model)))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the encoder {config.embed.model!r}: {error}") from error
+    with foreign_faults_told(f"the encoder {config.embed.model!r}"):
+        model = SentenceTransformer(
+            config.embed.model,
+            device=str(resolve_device(config.model)),
+            trust_remote_code=config.model.trust_remote_code,
+            model_kwargs={"use_safetensors": True},
+        )
     logger.info(
         "%s reads the first %s tokens of each text", config.embed.model, model.max_seq_length
     )

@@ -34,19 +34,12 @@ logger = logging.getLogger(__name__)
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
     warmup = inputs.warmup(inputs.config, "warmup")
-    subspaces = {name: _subspace_stage(inputs, name, warmup) for name in inputs.config.data.targets}
-    prints = {name: stage.fingerprint for name, stage in subspaces.items()}
-    coordinates = inputs.pool_pass("coordinates", warmup=warmup.fingerprint, targets=prints)
-    return warmup, *subspaces.values(), coordinates
-
-
-def _subspace_stage(inputs: Inputs, name: str, warmup: Stage) -> Stage:
-    depends = {
-        "data": inputs.target(name).fingerprint,
-        "warmup": warmup.fingerprint,
-        **inputs.config.gist.model_dump(include={"rank", "directions"}),
-    }
-    return Stage(f"targets/{name}", depends, (f"targets/{name}",))
+    settings = inputs.config.gist.model_dump(include={"rank", "directions"})
+    subspaces = [
+        Stage(f"targets/{name}", settings, (f"targets/{name}",), (inputs.target(name), warmup))
+        for name in inputs.config.data.targets
+    ]
+    return warmup, *subspaces, inputs.pool_pass("coordinates", warmup, *subspaces)
 
 
 def measure(job: Job) -> None:
@@ -61,12 +54,12 @@ def measure(job: Job) -> None:
         with job.folder.stage(stage) as todo:
             if todo:
                 job.call(partial(_measure_subspaces, job, name, checkpoints), job.path(stage.name))
-    with job.pool_stage(coordinates) as todo:
+    with job.pool_stage(coordinates, [c.label for c in checkpoints]) as todo:
         if todo:
             for checkpoint in checkpoints:
                 found = {name: load_subspace(job, name, checkpoint) for name in job.targets}
                 combinations = {name: subspace.combination for name, subspace in found.items()}
-                project_pool(job, checkpoint, job.path("coordinates"), combinations)
+                project_pool(job, checkpoint, "coordinates", combinations)
 
 
 def scores(job: Job) -> dict[str, Alignment]:

@@ -42,16 +42,12 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the projected gradients of the targets, and those of the pool."""
     config = _with_own_warmup(inputs.config)
     warmup = inputs.warmup(config, "warmup" if config == inputs.config else "less/warmup")
-    depends = {"warmup": warmup.fingerprint, **config.less.model_dump()}
+    settings = config.less.model_dump()
     targets = [
-        Stage(
-            f"less/targets/{name}",
-            {"data": inputs.target(name).fingerprint, **depends},
-            (f"less/targets/{name}",),
-        )
-        for name in config.data.targets
+        Stage(f"less/targets/{n}", settings, (f"less/targets/{n}",), (inputs.target(n), warmup))
+        for n in config.data.targets
     ]
-    return warmup, *targets, inputs.pool_pass("less/pool", **depends)
+    return warmup, *targets, inputs.pool_pass("less/pool", warmup, **settings)
 
 
 def measure(job: Job) -> None:
@@ -70,11 +66,11 @@ def measure(job: Job) -> None:
                     prepare = partial(_prepare, job, checkpoint, moments=False)
                     path = job.path(stage.name) / f"{checkpoint.label}.safetensors"
                     measure_target(job, name, path, prepare)
-    with job.pool_stage(pool) as todo:
+    with job.pool_stage(pool, [c.label for c in checkpoints]) as todo:
         if todo:
             for checkpoint in checkpoints:
                 prepare = partial(_prepare, job, checkpoint)
-                measure_pool(job, job.path("less/pool") / checkpoint.label, prepare)
+                measure_pool(job, "less/pool", prepare, checkpoint.label)
 
 
 def scores(job: Job) -> dict[str, Alignment]:

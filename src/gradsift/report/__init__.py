@@ -10,20 +10,21 @@ import logging
 from pathlib import Path
 
 from gradsift.choosing import candidates, read_scores
-from gradsift.errors import RunError
+from gradsift.errors import RunError, system_faults_told
 from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
 from gradsift.report.contents import overview, target_page
 from gradsift.report.page import render
 from gradsift.report.stability import can_double, measure_sample, sampling_stage
 from gradsift.stages import Plan
-from gradsift.store import Run, open_run, read_config, write_atomically
+from gradsift.store import open_run, read_config, write_atomically
 
 logger = logging.getLogger(__name__)
 
 FILE = "report.html"
 
 
+@system_faults_told()
 def write_report(run: str | Path) -> Path:
     """Write `report.html` anew from what a finished run holds, and return its path.
 
@@ -38,20 +39,30 @@ def write_report(run: str | Path) -> Path:
     plan = Plan.of(config)
     with open_run(run) as folder:
         folder.prepare(plan)
-        if not has_finished(folder, plan):
-            raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-        return leave_report(open_job(plan.inputs, folder), plan)
+        job = open_job(plan.inputs, folder)
+        fault = folder.find_fault(plan)
+        if not fault and _needs_sample(job):
+            fault = folder.find_fault([sampling_stage(plan.scores)])
+        if fault:
+            raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
+        return leave_report(job, plan)
 
 
-def has_finished(folder: Run, plan: Plan) -> bool:
-    """Return whether the folder holds all stages as they are planned."""
-    return all(folder.holds(stage) for stage in plan)
+def refresh_report(job: Job, plan: Plan) -> None:
+    """Write `report.html` anew if the folder holds all stages as planned, or say what is missing.
+
+    For what adds to a run: its picks are made by `select` alone.
+    """
+    if fault := job.folder.find_fault(plan):
+        logger.warning("report.html is as it was: %s; run `gradsift select` again", fault)
+    else:
+        leave_report(job, plan)
 
 
 def leave_report(job: Job, plan: Plan) -> Path:
     """Write `report.html`, measuring first what only it needs, and return its path."""
     path = job.folder.path
-    if job.config.method == "gist" and any(can_double(job, name) for name in job.targets):
+    if _needs_sample(job):
         with job.folder.stage(sampling_stage(plan.scores)) as todo:
             if todo:
                 scores = {name: read_scores(path, "gist", name) for name in job.targets}
@@ -62,3 +73,8 @@ def leave_report(job: Job, plan: Plan) -> Path:
     write_atomically(path / FILE, render(overview(job, plan), pages).encode())
     logger.info("%s explains it", path / FILE)
     return path / FILE
+
+
+def _needs_sample(job: Job) -> bool:
+    """Return whether a part of the pool has to be measured in more directions than were kept."""
+    return job.config.method == "gist" and any(can_double(job, name) for name in job.targets)

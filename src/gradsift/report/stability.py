@@ -100,7 +100,7 @@ def changes(
 
 def sampling_stage(scores: Stage) -> Stage:
     """Return the stage that measures a sample of the pool in twice as many directions."""
-    return Stage("stability", {"scores": scores.fingerprint}, (FILE,), cheap=True)
+    return Stage("stability", {}, (FILE,), (scores, *scores.sources), cheap=True)
 
 
 def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]) -> None:

@@ -82,6 +82,7 @@ def test_what_geometry_cannot_do_is_told(
         .read_text()
         .replace("quantization: none", "quantization: 4bit")
     )
-    (tmp_path / "run/config.yaml").write_text(text)
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized/config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="differentiates twice, which quantized layers do not"):
-        gradsift.measure_geometry(tmp_path / "run")
+        gradsift.measure_geometry(tmp_path / "quantized")

@@ -131,7 +131,9 @@ def test_an_adapter_with_its_optimizer_is_taken_as_the_only_checkpoint(
     assert (tmp_path / "again/warmup/adapter/optimizer.safetensors").exists()
     last = sorted((tmp_path / "run/less/pool/epoch-2").glob("*"))
     kept = sorted((tmp_path / "again/less/pool/adapter").glob("*"))
-    assert [p.read_bytes() for p in last] == [p.read_bytes() for p in kept]
+    assert len(last) == len(kept) == 2
+    for one, other in zip(last, kept, strict=True):
+        assert (load_file(one)["gradient"] == load_file(other)["gradient"]).all()
     assert again.num_pool == 40
 
 

@@ -164,7 +164,7 @@ def check_model_files(config: ModelConfig) -> None:
             )
     if config.trust_remote_code:
         return
-    named = str(_config_of(config).to_dict().get("attn_implementation") or "")
+    named = str(getattr(_config_of(config), "_attn_implementation", None) or "")
     for attention in (config.attention, named):
         if "/" in attention:
             raise ModelError(

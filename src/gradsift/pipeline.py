@@ -107,7 +107,8 @@ def run(
     with open_run(output_dir) as folder:
         folder.prepare(plan, overwrite)
         if damage := folder.config_damage():
-            logger.info("%s: it is written", damage)
+            logger.warning("%s: it is written anew", damage)
+        if damage or not (folder.path / "config.yaml").exists():
             folder.write_config(config)
         job = encode(plan, folder, strict)
         check_budgets(job, [config.policy.budget])

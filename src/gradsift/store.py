@@ -216,9 +216,7 @@ class Run:
         self._write_manifest(_CONFIG, done)
 
     def config_damage(self) -> str:
-        """Return what is wrong with the configuration that is kept, nothing if nothing is."""
-        if not (self.path / _CONFIG).is_file():
-            return f"{self.path / _CONFIG} is gone"
+        """Return what is wrong with the configuration that was kept, nothing if nothing is."""
         manifest = self._manifest(_CONFIG)
         return self._damage(manifest) if manifest else ""
 
@@ -422,8 +420,8 @@ def room_for(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path.parent).free
         raise RunError(
-            f"the disk is full, or can hold no more files: cannot write {path} ({free / 2**20:.1f} "
-            "MiB are free); make room and run the same command again: what is finished is kept"
+            f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free, or it can hold "
+            "no more files); make room and run the same command again: what is finished is kept"
         ) from error
 
 

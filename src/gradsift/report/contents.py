@@ -53,6 +53,7 @@ class Overview:
     run: str
     method: str
     model: str
+    trust_remote_code: bool
     pool: Sequence[str]
     num_pool: int
     num_tokens: int
@@ -137,6 +138,7 @@ def overview(job: Job, plan: Plan) -> Overview:
         run=str(path),
         method=config.method,
         model=config.model.name,
+        trust_remote_code=config.model.trust_remote_code,
         pool=config.data.pool,
         num_pool=len(job.pool),
         num_tokens=int(job.pool.column("num_tokens").to_numpy().sum()),

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gradsift.errors import RunError
-from gradsift.store import write_atomically
+from gradsift.store import Run, Stage, write_atomically
 
-FILE = "exhibits.json"
+_NAME = "exhibits"
+FILE = f"{_NAME}.json"
 """In the folder of whatever has something to show."""
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
@@ -28,48 +28,40 @@ class Exhibit:
 
 
 def write_exhibits(
-    folder: Path, exhibits: Mapping[str, Sequence[Exhibit]], of: Mapping[str, str]
+    folder: Run, part: str, exhibits: Mapping[str, Sequence[Exhibit]], of: Mapping[str, str]
 ) -> None:
-    """Leave the exhibits of each target in a folder; `of` tells what each target's are about."""
+    """Leave the exhibits of each target in a part of a run; `of` tells what each's are about."""
     content = {
         name: {"of": of[name], "exhibits": [asdict(exhibit) for exhibit in own]}
         for name, own in exhibits.items()
     }
-    text = json.dumps(content)
-    sealed = {"sha256": _digest(text), "targets": text}
-    write_atomically(folder / FILE, json.dumps(sealed).encode())
+    text = json.dumps(content).encode()
+    depends = {"content": hashlib.sha256(text).hexdigest()}
+    stage = Stage(f"{part}/{_NAME}", depends, (f"{part}/{FILE}",), cheap=True)
+    with folder.stage(stage) as todo:
+        if todo:
+            write_atomically(folder.path / part / FILE, text)
 
 
-def read_exhibits(folder: Path, target: str, of: str) -> list[Exhibit]:
-    """Return what a folder has to show of a target: nothing if there is no such thing.
+def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]:
+    """Return what a part of a run has to show of a target: nothing if there is no such thing.
 
     What is about something else than `of` says so in its text.
 
     Raises:
-        RunError: If the file is not what was written.
+        RunError: If they are not what was written.
     """
-    path = folder / FILE
-    if not path.exists():
-        return []
-    text, intact = "", False
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        text, intact = sealed["targets"], sealed["sha256"] == _digest(sealed["targets"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # as damaged as with another hash
-    if not intact:
+    if damage := folder.damage(f"{part}/{_NAME}"):
         raise RunError(
-            f"{path} is damaged; run `gradsift {folder.name} {folder.parent}` again, or remove it"
+            f"{damage}; run `gradsift {part} {folder.path}` again, or remove "
+            f"manifests/{part}/{_NAME}.json too"
         )
-    content = json.loads(text).get(target)
+    path = folder.path / part / FILE
+    content = json.loads(path.read_text(encoding="utf-8")).get(target) if path.exists() else None
     if content is None:
         return []
     found = [Exhibit(**exhibit) for exhibit in content["exhibits"]]
     return found if content["of"] == of else [replace(e, text=_STALE + e.text) for e in found]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plotly_json(figure: Any) -> dict[str, Any]:

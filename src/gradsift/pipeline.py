@@ -28,7 +28,7 @@ from gradsift.policies import check_policy
 from gradsift.report import leave_report
 from gradsift.scores import Scores
 from gradsift.stages import Plan, data_sets, scores_file
-from gradsift.store import Run, Stage, open_run, room_for, write_atomically
+from gradsift.store import CONFIG, Run, Stage, open_run, room_for, write_atomically
 from gradsift.types import RunResult
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,9 @@ def run(
     choose_executor(config.engine)  # before the work: is it there?
     with open_run(output_dir) as folder:
         folder.prepare(plan, overwrite)
-        if damage := folder.config_damage():
+        if damage := folder.damage(CONFIG):
             logger.warning("%s: it is written anew", damage)
-        if damage or not (folder.path / "config.yaml").exists():
+        if damage or not (folder.path / CONFIG).exists():
             folder.write_config(config)
         job = encode(plan, folder, strict)
         check_budgets(job, [config.policy.budget])

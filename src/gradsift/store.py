@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_STATE = "optimizer.safetensors"
 """Where Adam's moments lie in the folder of an adapter."""
-_MANIFESTS, _CONFIG, _OWNER = "manifests", "config.yaml", ".owner"
+CONFIG = "config.yaml"
+_MANIFESTS, _OWNER = "manifests", ".owner"
 _THREADS = min(8, os.cpu_count() or 1)  # that hash files
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
 
@@ -139,7 +140,7 @@ class Run:
                 raise RunError(
                     f"{self.path} holds the stage {stage.name!r} made with other settings "
                     f"({reason}). To keep its settings but for some, start from its own with "
-                    f"--config {self.path / _CONFIG}; else use another --output-dir, or "
+                    f"--config {self.path / CONFIG}; else use another --output-dir, or "
                     "--overwrite to do it again"
                 )
 
@@ -209,16 +210,16 @@ class Run:
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration."""
-        write_atomically(self.path / _CONFIG, config.to_yaml().encode())
-        hashes = self._seal((_CONFIG,))
-        self.publish(self.path / _CONFIG)
+        write_atomically(self.path / CONFIG, config.to_yaml().encode())
+        hashes = self._seal((CONFIG,))
+        self.publish(self.path / CONFIG)
         done = {"inputs": {}, "made_from": {}, "complete": True, "outputs": hashes}
-        self._write_manifest(_CONFIG, done)
+        self._write_manifest(CONFIG, done)
 
-    def config_damage(self) -> str:
-        """Return what is wrong with the configuration that was kept, nothing if nothing is."""
-        manifest = self._manifest(_CONFIG)
-        return self._damage(manifest) if manifest else ""
+    def damage(self, name: str) -> str:
+        """Return what is wrong with what was kept under this name, nothing if nothing is."""
+        manifest = self._manifest(name)
+        return self._damage(manifest) if manifest and manifest["complete"] else ""
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         """Return what a stage's manifest says; one that cannot be read is none."""
@@ -370,14 +371,14 @@ def read_config(location: str | Path) -> Config:
         RunError: If the folder is not a run, or its configuration is not as it was written.
     """
     path = local_folder(location)
-    if not (path / _CONFIG).exists():
-        raise RunError(f"{location} is not a gradsift run: it has no {_CONFIG}")
-    if damage := Run(path).config_damage():
+    if not (path / CONFIG).exists():
+        raise RunError(f"{location} is not a gradsift run: it has no {CONFIG}")
+    if damage := Run(path).damage(CONFIG):
         raise RunError(
             f"{damage}, or was edited; run `gradsift select` with its settings again (an edited "
-            f"one: with --config {path / _CONFIG}): what is finished is kept"
+            f"one: with --config {path / CONFIG}): what is finished is kept"
         )
-    return Config.build(read_yaml(path / _CONFIG))
+    return Config.build(read_yaml(path / CONFIG))
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:
@@ -420,8 +421,8 @@ def room_for(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(path.parent).free
         raise RunError(
-            f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free, or it can hold "
-            "no more files); make room and run the same command again: what is finished is kept"
+            f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free, or no more "
+            "files can be made); make room and run the same command again: what is finished is kept"
         ) from error
 
 
@@ -529,7 +530,14 @@ def _content(manifest: Mapping[str, Any] | None) -> str | None:
 
 def _told(manifest: Mapping[str, Any], stage: Stage) -> str:
     """Return how a stage differs from the one that was done; nothing if it does not."""
-    return "; ".join(_differences(manifest["inputs"], stage.inputs))
+    old, new = dict(manifest["inputs"]), dict(stage.inputs)
+    before, now = old.pop("sources", {}), new.pop("sources", {})
+    told = [*_differences(old, new)]
+    if not told:
+        told = [
+            f"{name} changed" for name in {**before, **now} if before.get(name) != now.get(name)
+        ]
+    return "; ".join(told)
 
 
 def _replaced(manifest: Mapping[str, Any], made_from: Mapping[str, str | None]) -> str:

@@ -101,7 +101,7 @@ def run_evaluation(
         found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
         own = Plan.of(config)
         selections = {name: stage.fingerprint for name, stage in own.selections.items()}
-        write_exhibits(found.path, exhibits(found), selections)
+        write_exhibits(folder, _FOLDER, exhibits(found), selections)
         refresh_report(replace(job, inputs=own.inputs), own)
         return found
 

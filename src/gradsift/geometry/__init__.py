@@ -76,7 +76,7 @@ def measure_geometry(
         write_atomically(job.path(_FOLDER) / "geometry.json", content)
         of = {name: inputs.gradients(name) for name in job.targets}
         shown = {name: exhibits(own) for name, own in found.items()}
-        write_exhibits(job.path(_FOLDER), shown, of)
+        write_exhibits(folder, _FOLDER, shown, of)
         refresh_report(kept, plan)
         return found
 

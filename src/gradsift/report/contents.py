@@ -201,8 +201,8 @@ def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scor
         spectra=_spectra(path, name) if is_gist else {},
         directions=_directions(job, name) if is_gist else (),
         exhibits=[
-            *read_exhibits(path / "evaluation", name, plan.selections[name].fingerprint),
-            *read_exhibits(path / "geometry", name, job.inputs.gradients(name)),
+            *read_exhibits(job.folder, "evaluation", name, plan.selections[name].fingerprint),
+            *read_exhibits(job.folder, "geometry", name, job.inputs.gradients(name)),
         ],
     )
 

@@ -28,7 +28,7 @@ from gradsift.config import Config, merge
 from gradsift.data.encoded import _SCHEMA
 from gradsift.shards import plan_shards, save_shard
 from gradsift.stages import Plan
-from gradsift.store import open_run, write_atomically, write_checkpoints
+from gradsift.store import Run, open_run, write_atomically, write_checkpoints
 from gradsift.subspace import fit_subspace
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -239,7 +239,7 @@ def _subspace(folder: Path, rng: np.random.Generator) -> None:
 def _coordinates(folder: Path, rng: np.random.Generator) -> None:
     directory = folder / "coordinates" / "fresh"
     directory.mkdir(parents=True)
-    for shard in plan_shards(ROWS, 65536, directory):
+    for shard in plan_shards(ROWS, 65536, directory, Run(folder).key("coordinates")):
         values = rng.normal(size=(len(shard), COORDINATES)).astype(np.float32)
         norms = np.linalg.norm(values, axis=1) * 2
         tensors = {"coordinates/t": values, "gradient_norm": norms, "loss": norms}

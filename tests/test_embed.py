@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +69,29 @@ def test_a_folder_that_is_no_encoder_is_named(
         method="embed", embed={"model": str(tmp_path / "empty")},
     )  # fmt: skip
     with pytest.raises(ModelError, match=r"cannot load the encoder '.*empty'"):
+        run(config, tmp_path / "run")
+
+
+def test_an_encoder_with_code_or_pickles_is_refused(
+    base: Path, encoder: Path, write: Write, pool_rows: Rows, tmp_path: Path
+) -> None:
+    config = configure(
+        base, write("pool.jsonl", pool_rows[:20]), {"t": write("t.jsonl", pool_rows[:2])},
+        method="embed", embed={"model": str(encoder)},
+    )  # fmt: skip
+    parts = json.loads((encoder / "modules.json").read_text())
+    mark = tmp_path / "mark"
+    (encoder / "theirs.py").write_text(
+        f"open({str(mark)!r}, 'w').write('it ran')\n"
+        "from sentence_transformers.models import Pooling as Theirs\n"
+    )
+    theirs = [parts[0], parts[1] | {"type": "theirs.Theirs"}, *parts[2:]]
+    (encoder / "modules.json").write_text(json.dumps(theirs))
+    with pytest.raises(ModelError, match=r"the encoder .* code of its own, which is not run"):
+        run(config, tmp_path / "run")
+    assert not mark.exists()
+    (encoder / "modules.json").write_text(json.dumps(parts))
+    weights = next(path for path in encoder.rglob("*.safetensors"))
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(ModelError, match=r"the encoder .* are pickled"):
         run(config, tmp_path / "run")

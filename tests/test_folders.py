@@ -214,3 +214,22 @@ def test_what_may_not_be_read_is_named(
             assert "Permission denied" in found.stderr
     finally:
         (tmp_path / hidden).chmod(0o755)
+
+
+@pytest.mark.parametrize("hidden", ["manifests/data/pool.json", "data/pool.parquet", "config.yaml"])
+def test_what_may_not_be_read_of_a_run_folder_is_named(
+    folder: Path, base: Path, tmp_path: Path, hidden: str
+) -> None:
+    target = put(tmp_path / "t.jsonl", *rows("t"))
+    made = tmp_path / "run"
+    select = [
+        sys.executable, "-m", "gradsift", "select", "--model", base, "--pool", folder,
+        "--target", target, "--output-dir", made, "--method", "length",
+    ]  # fmt: skip
+    assert as_an_ordinary_user(*select).returncode == 0
+    (made / hidden).chmod(0)
+    for command in (select, [*select[:3], "report", made], [*select[:3], "explain", made, "0"]):
+        found = as_an_ordinary_user(*command)
+        assert found.returncode == 2, found.stderr
+        assert "Traceback" not in found.stderr
+        assert str(made / hidden) in found.stderr

@@ -116,7 +116,7 @@ def test_trust_stands_in_the_configuration_and_the_report(
 def test_pickled_weights_are_not_read(copy: Path) -> None:
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"pickled \(pytorch_model.bin\), which can run code"):
+    with pytest.raises(ModelError, match=r"pickled \(.*/pytorch_model.bin\), which can run code"):
         load_base(on(copy))
 
 

@@ -146,6 +146,21 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def refuse_pickled_weights(folder: Path, what: str) -> None:
+    """Make sure that a folder's weights are no pickle, which could run code.
+
+    Raises:
+        ModelError: If it has no others.
+    """
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled and not [*folder.glob("*.safetensors")]:
+        raise ModelError(
+            f"the weights of {what} are pickled ({folder / pickled[0]}), which can run code; they "
+            "are not read. Convert them where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
+        )
+
+
 def check_model_files(config: ModelConfig) -> None:
     """Make sure that loading the model reads no pickle and fetches no code.
 
@@ -153,15 +168,7 @@ def check_model_files(config: ModelConfig) -> None:
         ModelError: If its folder has pickled weights alone, or its attention is to come from the
             Hub without `trust_remote_code`.
     """
-    folder = Path(config.name)
-    if folder.is_dir() and not [*folder.glob("*.safetensors")]:
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        if pickled:
-            raise ModelError(
-                f"the weights of {config.name!r} are pickled ({pickled[0]}), which can run code; "
-                "they are not read. Convert them where you trust them: "
-                "AutoModelForCausalLM.from_pretrained(…).save_pretrained(FOLDER)"
-            )
+    refuse_pickled_weights(Path(config.name), repr(config.name))
     if config.trust_remote_code:
         return
     named = str(getattr(_config_of(config), "_attn_implementation", None) or "")

@@ -113,7 +113,7 @@ class _Trainer(Trainer):
     """The HF Trainer, but for how an optimizer step's examples go through the model.
 
     Examples of like length share a forward pass, and logits are formed only where there is a label.
-    Of processes that train together each has all examples of a step and takes every so-manieth.
+    Of processes that train together each has all examples of a step and takes an equal share.
     The loss is what it always is: the mean over all supervised tokens of the step.
     """
 

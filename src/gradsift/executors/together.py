@@ -23,7 +23,7 @@ class Together:
     """All processes of a launch, of which this is the first."""
 
     def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-        """Do every so-manieth task here, and the others' meanwhile over there."""
+        """Do every n-th task here, n being the number of processes, and the others over there."""
         _send(partial(_share, open_worker, tasks))
         yield from open_worker()(_own(tasks))
         yield from _gather(tasks)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -114,8 +115,10 @@ def _encoder(config: Config) -> Encode:
         SentenceTransformer,
     )
 
-    from gradsift.model import foreign_faults_told, resolve_device
+    from gradsift.model import foreign_faults_told, refuse_pickled_weights, resolve_device
 
+    for path in [Path(config.embed.model), *Path(config.embed.model).glob("*/")]:
+        refuse_pickled_weights(path, f"the encoder {config.embed.model!r}")
     with foreign_faults_told(f"the encoder {config.embed.model!r}"):
         model = SentenceTransformer(
             config.embed.model,

@@ -5,6 +5,7 @@ Every stage of a method is named, with all that its result depends on, before an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from gradsift.model import Models
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -140,7 +143,11 @@ class Job:
         missing: list[Shard] = []
         if not self.folder.find_fault([stage]):
             for label in labels:  # of all, so that all that is damaged is told at once
-                missing += self.missing_shards(self.shards(stage.name, label))
+                shards = self.shards(stage.name, label)
+                for shard in shards:
+                    if not shard.path.exists():
+                        logger.warning("%s is gone and is measured again", shard.path)
+                missing += self.missing_shards(shards)
         return self.folder.stage(stage, whole=not missing)
 
     def shards(self, stage: str, label: str = "") -> list[Shard]:

@@ -83,6 +83,7 @@ class Run:
     def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = path
         self.intact: set[Path] = set()  # what was checked, or written, by this process
+        self._unreadable: set[Path] = set()  # manifests, each told once
         self._mirror = mirror
         self._opened_on = platform.node()
 
@@ -213,8 +214,8 @@ class Run:
         write_atomically(self.path / CONFIG, config.to_yaml().encode())
         hashes = self._seal((CONFIG,))
         self.publish(self.path / CONFIG)
-        done = {"inputs": {}, "made_from": {}, "complete": True, "outputs": hashes}
-        self._write_manifest(CONFIG, done)
+        done = {"stage": CONFIG, "inputs": {}, "made_from": {}, "complete": True}
+        self._write_manifest(CONFIG, done | {"outputs": hashes})
 
     def damage(self, name: str) -> str:
         """Return what is wrong with what was kept under this name, nothing if nothing is."""
@@ -222,19 +223,19 @@ class Run:
         return self._damage(manifest) if manifest and manifest["complete"] else ""
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
-        """Return what a stage's manifest says; one that cannot be read is none."""
+        """Return what a stage's manifest says; one that is not as it was written is none."""
         path = self.path / _MANIFESTS / f"{name}.json"
         if not path.exists():
             return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest.pop("sha256") == _digest(manifest):
+            if manifest.pop("sha256") == _digest(manifest) and manifest["stage"] == name:
                 return manifest
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             pass
-        if path not in self.intact:
+        if path not in self._unreadable:
             logger.warning("%s is damaged and counts as not there", path)
-            self.intact.add(path)  # it is told once
+            self._unreadable.add(path)
         return None
 
     def _write_manifest(self, name: str, manifest: Mapping[str, Any]) -> None:

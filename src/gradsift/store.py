@@ -234,7 +234,7 @@ class Run:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             pass
         if path not in self._unreadable:
-            logger.warning("%s is damaged and counts as not there", path)
+            logger.warning("%s is damaged, or of an earlier version: it counts as not there", path)
             self._unreadable.add(path)
         return None
 

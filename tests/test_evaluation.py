@@ -24,6 +24,7 @@ from gradsift.evaluation.statistics import Interval
 from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
 from gradsift.stages import Plan
+from gradsift.store import Run
 
 Rows = list[dict[str, Any]]
 TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
@@ -95,10 +96,10 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert f"- {found.verdicts[0]}" in page
     assert "Overlap for t: Jaccard of the picks / Spearman of the scores" in page
     of = Plan.of(gradsift.Config.build(_config(folder))).selections["t"].fingerprint
-    shown = read_exhibits(folder / "evaluation", "t", of)
+    shown = read_exhibits(Run(folder), "evaluation", "t", of)
     assert [e.title for e in shown] == ["Does it help? (10%)", "Overlap of the methods"]
     assert shown[0].text.startswith(found.verdicts[0])
-    [stale, *_] = read_exhibits(folder / "evaluation", "t", "of another selection")
+    [stale, *_] = read_exhibits(Run(folder), "evaluation", "t", "of another selection")
     assert stale.text.startswith("Measured before this folder's picks")
     assert shown[0].figure is not None
     assert shown[0].figure["data"][0]["x"] == methods

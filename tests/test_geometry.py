@@ -14,6 +14,7 @@ from conftest import Write, configure
 from gradsift.errors import ConfigError, RunError
 from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
+from gradsift.store import Run
 
 Rows = list[dict[str, Any]]
 SMALL = {"examples": 5, "eigenvectors": 3, "probes": 3}
@@ -59,7 +60,7 @@ def test_what_geometry_leaves(base: Path, files: dict[str, Path], tmp_path: Path
     matrix = np.array(coupling["entries"]["matrix"])
     np.testing.assert_allclose(matrix, matrix.T)
     assert "Measured before this folder's" not in (folder / "report.html").read_text("utf-8")
-    titles = [exhibit.title for exhibit in read_exhibits(folder / "geometry", "t", "")]
+    titles = [exhibit.title for exhibit in read_exhibits(Run(folder), "geometry", "t", "")]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(titles) == 6
     assert all(title in page for title in titles)

@@ -34,7 +34,8 @@ from gradsift.data.conversations import (
     to_tools,
 )
 from gradsift.data.encoding import Encoded, Encoder, Tools
-from gradsift.data.sources import Row, Source
+from gradsift.data.readers import Row
+from gradsift.data.sources import Source
 from gradsift.errors import DataError, shorten
 
 logger = logging.getLogger(__name__)

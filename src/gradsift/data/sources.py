@@ -1,20 +1,12 @@
-"""Rows of files, folders and Hub data sets, each with the place it came from and its bytes.
-
-JSON Lines are read here, line by line, because a broken line must be named and the others kept, and
-because picks are written back byte for byte; CSV by the standard library, because there text must
-stay text ("007" is no number, "NA" no gap); Parquet by PyArrow; what `save_to_disk` wrote and the
-Hub through `datasets`, which runs no code of a data set since its version 4.
-"""
+"""Files, folders and Hub data sets that hold a pool or target, in the order of their rows."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
 import logging
 import lzma
-import math
 import os
 import re
 import zlib
@@ -23,37 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 from fsspec.compression import available_compressions
 
+from gradsift.data.readers import (
+    SEPARATORS,
+    Row,
+    read_csv,
+    read_json,
+    read_lines,
+    read_parquet,
+    read_table,
+)
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LINES = (".jsonl", ".ndjson")
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_KNOWN = (*_LINES, ".json", *_SEPARATORS, ".parquet")
+_KNOWN = (*_LINES, ".json", *SEPARATORS, ".parquet")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of data sets, beside their files
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
-_DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
-_ROWS_AT_ONCE = 1024
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it came in: `value` where it is a JSON object, else `problem`.
-
-    `line` counts from 1; `raw` holds the row's own bytes (JSON Lines) or its JSON.
-    """
-
-    file: str
-    line: int
-    raw: bytes
-    value: dict[str, Any] | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +74,10 @@ class Source:
             DataError: If the whole source cannot be read.
         """
         readers = {
-            "lines": _read_lines,
-            "json": _read_json,
-            "csv": _read_csv,
-            "parquet": _read_parquet,
+            "lines": read_lines,
+            "json": read_json,
+            "csv": read_csv,
+            "parquet": read_parquet,
         }
         try:
             if self.kind in readers:
@@ -199,11 +181,17 @@ def _inside(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[Sour
             inner = _inside(entry.path, above | {real})
             taken += inner[0]
             left += inner[1]
-        elif entry.name.startswith(".") or entry.name in _DESCRIPTIONS or not _kind(entry.name):
-            left.append(entry.path)
-        else:
+        elif _is_data(entry):
             taken.append(_file(entry.path))
+        else:
+            left.append(entry.path)
     return taken, left
+
+
+def _is_data(entry: os.DirEntry[str]) -> bool:
+    """Return whether a file of a folder is one of its data files; a pipe, say, is none."""
+    hidden = entry.name.startswith(".") or entry.name in _DESCRIPTIONS
+    return entry.is_file() and not hidden and _kind(entry.name) is not None
 
 
 def _saved_splits(folder: str, wanted: str | None) -> tuple[list[Source], list[str]]:
@@ -241,7 +229,7 @@ def _kind(name: str) -> Literal["lines", "json", "csv", "parquet"] | None:
         return "lines"
     if suffix == ".json":
         return "json"
-    if suffix in _SEPARATORS:
+    if suffix in SEPARATORS:
         return "csv"
     return "parquet" if Path(name).suffix == ".parquet" else None
 
@@ -266,111 +254,12 @@ def _file(name: str) -> Source:
     return Source(name, kind)
 
 
-def _read_lines(name: str) -> Iterator[Row]:
-    with fsspec.open(name, "rb", compression="infer") as file:
-        for number, line in enumerate(file, start=1):  # type: ignore[arg-type]
-            raw = line.removesuffix(b"\n")
-            if number == 1:
-                raw = raw.removeprefix(_BYTE_ORDER_MARK)
-            if raw.strip():
-                yield _parse(name, number, raw)
-
-
-def _parse(name: str, number: int, raw: bytes) -> Row:
-    try:
-        # decoded first: JSON readers guess at encodings, and other readers guess differently
-        value = json.loads(raw.decode(), parse_constant=_no_number)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON: {error.msg} at column {error.colno}"
-    except UnicodeDecodeError as error:
-        problem = f"not valid UTF-8 at byte {error.start}"
-    except UnicodeEncodeError:
-        problem = "not valid Unicode: half of a surrogate pair"
-    except RecursionError:
-        problem = f"nested deeper than {_DEEPEST} levels"
-    except ValueError as error:
-        problem = f"not readable JSON: {error}"
-    else:
-        if not isinstance(value, dict):
-            problem = f"expected a JSON object, found {type(value).__name__}"
-        elif raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
-            problem = f"nested deeper than {_DEEPEST} levels"
-        else:
-            return Row(name, number, raw, value)
-    return Row(name, number, raw, problem=problem)
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value; write null")
-
-
-def _depth(value: Any) -> int:
-    """Return how many lists and objects lie inside each other, at most."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return depth
-
-
-def _read_json(name: str) -> Iterator[Row]:
-    """Yield the elements of a JSON array, or the lines of a JSON Lines file under another name."""
-    with fsspec.open(name, "rb", compression="infer") as file:
-        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()  # type: ignore[union-attr]
-        if not start.startswith(b"["):
-            yield from _read_lines(name)
-            return
-        file.seek(0)  # type: ignore[union-attr]
-        content: bytes = file.read()  # type: ignore[union-attr, assignment]
-    try:
-        values = json.loads(content.removeprefix(_BYTE_ORDER_MARK).decode())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is not valid JSON: {error}") from None
-    for number, value in enumerate(values, start=1):
-        yield _parse(name, number, _as_json(value))
-
-
-def _read_csv(name: str) -> Iterator[Row]:
-    separator = next(mark for suffix, mark in _SEPARATORS.items() if suffix in Path(name).suffixes)
-    csv.field_size_limit(1 << 30)  # the default of 128 KB is less than many a document
-    with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=separator, strict=True)  # type: ignore[arg-type]
-        try:
-            for value in reader:
-                raw = json.dumps(value, ensure_ascii=False, default=str).encode()
-                if None in value or None in value.values():
-                    problem = f"expected {len(reader.fieldnames or ())} fields as in the header"
-                    yield Row(name, reader.line_num, raw, problem=problem)
-                else:
-                    yield Row(name, reader.line_num, raw, value)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{name}:{reader.line_num + 1}: {error}") from None
-
-
-def _read_parquet(name: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(name) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield _parse(name, number, _as_json(value))
-    except pa.ArrowException as error:
-        raise DataError(f"cannot read {name!r}: {error}") from error
-
-
 def _read_data_set(source: Source) -> Iterator[Row]:
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
     try:
-        for number, value in enumerate(_load(source), start=1):
-            yield _parse(source.name, number, _as_json(value))
+        yield from read_table(source.name, _load(source))
     except (pa.ArrowException, DatasetsError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(f"cannot read {source.name!r}: {error}") from error
 
@@ -391,20 +280,3 @@ def _load(source: Source) -> Iterator[dict[str, Any]]:
     logger.info("%s: split %s of %s", name, ", ".join(chosen), ", ".join(found))
     for split in chosen:
         yield from found[split]
-
-
-def _as_json(value: Any) -> bytes:
-    """Return a value of a table as JSON; what JSON has no form for is null or text."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

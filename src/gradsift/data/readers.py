@@ -1,0 +1,176 @@
+"""The rows of files, one reader for each kind, each row with the place it came from and its bytes.
+
+JSON Lines are read line by line, because a broken line must be named and the others kept, and
+because picks are written back byte for byte; CSV by the standard library, because there text must
+stay text ("007" is no number, "NA" no gap); Parquet by PyArrow; what `save_to_disk` wrote and the
+Hub through `datasets`, which runs no code of a data set since its version 4.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from gradsift.errors import DataError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it came in: `value` where it is a JSON object, else `problem`.
+
+    `line` counts from 1; `raw` holds the row's own bytes (JSON Lines) or its JSON.
+    """
+
+    file: str
+    line: int
+    raw: bytes
+    value: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+def read_lines(name: str) -> Iterator[Row]:
+    """Yield the lines of a file of JSON objects, blank ones left out."""
+    with fsspec.open(name, "rb", compression="infer") as file:
+        for number, line in enumerate(file, start=1):  # type: ignore[arg-type]
+            raw = line.removesuffix(b"\n")
+            if number == 1:
+                raw = raw.removeprefix(_BYTE_ORDER_MARK)
+            if raw.strip():
+                yield _parse(name, number, raw)
+
+
+def _parse(name: str, number: int, raw: bytes) -> Row:
+    try:
+        # decoded first: JSON readers guess at encodings, and other readers guess differently
+        value = json.loads(raw.decode(), parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON: {error.msg} at column {error.colno}"
+    except UnicodeDecodeError as error:
+        problem = f"not valid UTF-8 at byte {error.start}"
+    except UnicodeEncodeError:
+        problem = "not valid Unicode: half of a surrogate pair"
+    except RecursionError:
+        problem = f"nested deeper than {_DEEPEST} levels"
+    except ValueError as error:
+        problem = f"not readable JSON: {error}"
+    else:
+        if not isinstance(value, dict):
+            problem = f"expected a JSON object, found {type(value).__name__}"
+        elif raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
+            problem = f"nested deeper than {_DEEPEST} levels"
+        else:
+            return Row(name, number, raw, value)
+    return Row(name, number, raw, problem=problem)
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value; write null")
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects lie inside each other, at most."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return depth
+
+
+def read_json(name: str) -> Iterator[Row]:
+    """Yield the elements of a JSON array, or the lines of a JSON Lines file under another name.
+
+    Raises:
+        DataError: If it is an array, but no valid JSON.
+    """
+    with fsspec.open(name, "rb", compression="infer") as file:
+        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()  # type: ignore[union-attr]
+        if not start.startswith(b"["):
+            yield from read_lines(name)
+            return
+        file.seek(0)  # type: ignore[union-attr]
+        content: bytes = file.read()  # type: ignore[union-attr, assignment]
+    try:
+        values = json.loads(content.removeprefix(_BYTE_ORDER_MARK).decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not valid JSON: {error}") from None
+    for number, value in enumerate(values, start=1):
+        yield _parse(name, number, _as_json(value))
+
+
+def read_csv(name: str) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file, all values as text.
+
+    Raises:
+        DataError: If it is no such file.
+    """
+    separator = next(mark for suffix, mark in SEPARATORS.items() if suffix in Path(name).suffixes)
+    csv.field_size_limit(1 << 30)  # the default of 128 KB is less than many a document
+    with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=separator, strict=True)  # type: ignore[arg-type]
+        try:
+            for value in reader:
+                raw = json.dumps(value, ensure_ascii=False, default=str).encode()
+                if None in value or None in value.values():
+                    problem = f"expected {len(reader.fieldnames or ())} fields as in the header"
+                    yield Row(name, reader.line_num, raw, problem=problem)
+                else:
+                    yield Row(name, reader.line_num, raw, value)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{name}:{reader.line_num + 1}: {error}") from None
+
+
+def read_parquet(name: str) -> Iterator[Row]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        DataError: If it is no such file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(name) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield _parse(name, number, _as_json(value))
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {name!r}: {error}") from error
+
+
+def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """Yield the rows of a data set that is read by somebody else."""
+    for number, value in enumerate(values, start=1):
+        yield _parse(name, number, _as_json(value))
+
+
+def _as_json(value: Any) -> bytes:
+    """Return a value of a table as JSON; what JSON has no form for is null or text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(value), ensure_ascii=False, default=str)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

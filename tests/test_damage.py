@@ -35,7 +35,7 @@ _WRITTEN_EACH_TIME = {
     "rejected.jsonl", "report.html", "selected/dataset_info.json", "selected/axolotl.yaml",
     "evaluation/config.yaml", "evaluation/report.md", "evaluation/table.parquet",
     "evaluation/trainings.parquet", "evaluation/overlap.parquet", "evaluation/lds.parquet",
-    "geometry/geometry.json",
+    "geometry/geometry.json", "manifests/config.yaml.json",
 }  # fmt: skip
 _NEITHER_READ_NOR_KEPT = {"log.txt", ".owner", ".lock"}
 

@@ -136,9 +136,11 @@ def test_what_save_to_disk_wrote_is_read_as_such(
     assert prompts(f"{folder}:all") == ["train 0", "train 1", "test 0", "test 1"]
     assert prompts(tmp_path / "saved*") == ["train 0", "train 1"]
     with caplog.at_level("INFO", "gradsift"):
-        log_what_is_left([str(folder)])
+        log_what_is_left([str(folder), f"{folder}:test"])
     assert f"{folder}: taken: train" in caplog.text
     assert f"{folder}: left: test" in caplog.text
+    assert f"{folder}: taken: test" in caplog.text
+    assert f"{folder}: left: train" in caplog.text
     with pytest.raises(DataError, match=r"saved' has the splits train, test; name one as .*:SPLIT"):
         resolve([f"{folder}:validation"])
     (folder / "dataset_dict.json").write_text("[]")
@@ -150,10 +152,47 @@ def test_what_save_to_disk_wrote_is_read_as_such(
         encode(tmp_path, folder / "train")
 
 
+def test_a_saved_data_set_is_read_as_it_is_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pa.Table.from_pylist(
+        [{**row, "picture": {"bytes": b"none", "path": None}} for row in rows("x", 3)]
+    )
+    features = datasets.Features.from_arrow_schema(table.schema) | {"picture": datasets.Image()}
+    schema = datasets.Features(features).arrow_schema
+    data = datasets.Dataset(table.cast(schema))
+    data.with_format(columns=["prompt", "completion"]).save_to_disk(tmp_path / "columns")
+    data.select([2, 0]).with_format("numpy").save_to_disk(tmp_path / "some")
+    data.select([]).save_to_disk(tmp_path / "none")
+    assert encode(tmp_path, tmp_path / "columns").table(["id"])["id"].to_pylist() == [
+        "0", "1", "2",
+    ]  # fmt: skip
+    assert encode(tmp_path, tmp_path / "some").table(["id"])["id"].to_pylist() == ["2", "0"]
+    with pytest.raises(DataError, match=r"cannot read '.*none'"):
+        encode(tmp_path, tmp_path / "none")
+    put(tmp_path / "some/more.jsonl", *rows("more"))
+    with caplog.at_level("INFO", "gradsift"):
+        log_what_is_left([str(tmp_path / "some")])
+    assert f"{tmp_path}/some: taken: the data set saved there" in caplog.text
+    assert f"{tmp_path}/some: left: more.jsonl" in caplog.text
+    (tmp_path / "some/dataset_info.json").write_text("[]")
+    with pytest.raises(DataError, match=r"cannot read '.*some'"):
+        encode(tmp_path, tmp_path / "some")
+
+
+def test_a_pipe_in_a_folder_is_no_file(tmp_path: Path) -> None:
+    put(tmp_path / "pool/a.jsonl", *rows("a"))
+    os.mkfifo(tmp_path / "pool/b.jsonl")
+    assert len(encode(tmp_path, tmp_path / "pool")) == 2
+
+
 def test_of_a_hub_data_set_the_splits_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hub = {name: rows(name) for name in ("validation", "train", "test")}
+    hub = {
+        name: datasets.Dataset.from_list(rows(name)).to_iterable_dataset()
+        for name in ("validation", "train", "test")
+    }
     asked: list[Any] = []
 
     def load(name: str, config: str | None, streaming: bool) -> Any:
@@ -178,7 +217,9 @@ def test_a_data_set_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="cannot read 'org/name': Dataset scripts are no longer"):
+    with pytest.raises(
+        DataError, match="cannot read 'org/name': RuntimeError: Dataset scripts are no"
+    ):
         encode(tmp_path, "org/name")
 
 

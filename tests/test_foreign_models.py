@@ -198,6 +198,28 @@ def test_whatever_is_wrong_with_a_model_folder_is_told(
             load(on(copy))
 
 
+def test_a_model_folder_with_an_adapter_in_it_is_refused(copy: Path, adapter: Path) -> None:
+    for path in adapter.iterdir():  # transformers would load the base model that it names
+        shutil.copyfile(path, copy / path.name)
+    with pytest.raises(ModelError, match=r"holds an adapter; name its base model with --model, an"):
+        load_base(on(copy))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"chat_template": [{"name": "rag", "template": "x"}]}, {"model_max_length": "x"}],
+    ids=str,
+)
+def test_tokenizer_settings_of_the_wrong_kind_are_told(
+    copy: Path, write: Write, pool_rows: Rows, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    edit(copy / "tokenizer_config.json", **change)
+    pool, target = write("pool.jsonl", pool_rows[:20]), write("t.jsonl", pool_rows[:3])
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer of '.*model'"):
+        run(configure(copy, pool, {"t": target}, method="length"), tmp_path / "run")
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq"])
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_that_change_the_base_are_refused(
@@ -241,6 +263,7 @@ def test_the_base_is_bit_for_bit_what_it_was_after_any_adapter(
         ({"target_modules": ["nothing"]}, "does not fit"),
         ({"peft_type": "NONSENSE"}, "cannot load the adapter"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeated layers"),
+        ({"base_model_name_or_path": 5, "r": 7}, "belongs to another base model"),
     ],
     ids=str,
 )

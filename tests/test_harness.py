@@ -52,12 +52,13 @@ def test_tasks_are_run_with_each_adapter(
         "tests": {"t": str(write("test.jsonl", pool_rows[40:44]))}, "methods": ["length"],
         "fine_tuning": {"steps": 1, "batch_size": 4}, "lm_eval_include": str(tasks),
     }  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"can run code, .*trust all .*--set trust_remote_code=true"
+    ):
+        gradsift.evaluate(tmp_path / "run", lm_eval=["colours"], **given)
+    given["trust_remote_code"] = True
     with pytest.raises(ConfigError, match=r"knows no task 'flavours'; see lm-eval ls tasks"):
         gradsift.evaluate(tmp_path / "run", lm_eval=["flavours"], **given)
-    (tasks / "theirs.yaml").write_text("task: theirs\ndoc_to_text: !function theirs.run\n")
-    with pytest.raises(ConfigError, match=r"theirs\.yaml names code \(!function\), which is not"):
-        gradsift.evaluate(tmp_path / "run", lm_eval=["colours"], **given)
-    (tasks / "theirs.yaml").unlink()
     found = gradsift.evaluate(tmp_path / "run", lm_eval=["colours"], **given)
     for row in found.rows:
         assert row.tasks["colours acc,none"] in (0, 0.25, 0.5, 0.75, 1)

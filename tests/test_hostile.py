@@ -111,11 +111,51 @@ def test_tables_hold_what_json_does_not(tmp_path: Path) -> None:
     [raw] = encoded.take([0], ["raw"])["raw"].to_pylist()
     assert json.loads(raw) == {**GOOD, "x": None, "y": [1.0, None], "z": "b'bytes'"}
     assert b"NaN" not in raw
-    array = b'[{"prompt": "q", "completion": "a", "x": NaN}, ' + b"[" * 150 + b"]" * 150 + b"]"
-    encoded = encode(tmp_path, array, "pool.json")
-    assert json.loads(encoded.take([0], ["raw"])["raw"][0].as_py())["x"] is None
+    array = b" " * 5000 + b'[{"x": NaN}, {"prompt": "q", "completion": "a"}, ' + b"[" * 150
+    encoded = encode(tmp_path, array + b"]" * 151, "pool.json")
+    assert encoded.table(["line"])["line"].to_pylist() == [2]
+    assert reasons(tmp_path) == {
+        1: "NaN or Infinity is no JSON value; write null",
+        3: "expected a JSON object, found list",
+    }
     with pytest.raises(DataError, match="is not valid JSON"):
         encode(tmp_path, b"[" * 9999 + b"]" * 9999, "pool.json")
+
+
+def test_names_that_stand_twice_are_told(tmp_path: Path) -> None:
+    twice = '{"prompt": "lost", "prompt": "q", "completion": "a"}'
+    assert len(encode(tmp_path, f"{twice}\n{LINE}\n".encode())) == 1
+    assert reasons(tmp_path)[1].endswith("the key 'prompt' stands twice in an object")
+    with pytest.raises(DataError, match="the key 'prompt' stands twice"):
+        encode(tmp_path, f"[{twice}]".encode(), "pool.json")
+    with pytest.raises(DataError, match=r"pool\.csv has the column 'prompt' twice; rename or"):
+        encode(tmp_path, b"prompt,prompt,completion\nlost,q,a\n", "pool.csv")
+    table = pa.table([["lost"], ["q"], ["a"]], names=["prompt", "prompt", "completion"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"pool\.parquet has the column 'prompt' twice"):
+        encode(tmp_path, (tmp_path / "twice.parquet").read_bytes(), "pool.parquet")
+
+
+def test_dates_beyond_those_of_python_are_told(tmp_path: Path) -> None:
+    for values in (pa.array([2**51], pa.timestamp("s")), pa.array([2**30], pa.date32())):
+        table = pa.table({"prompt": ["q"], "completion": ["a"], "day": values})
+        pq.write_table(table, tmp_path / "day.parquet")
+        with pytest.raises(DataError, match=r"cannot read '.*pool\.parquet' after row 0"):
+            encode(tmp_path, (tmp_path / "day.parquet").read_bytes(), "pool.parquet")
+
+
+def test_the_last_ending_tells_the_separator(tmp_path: Path) -> None:
+    assert len(encode(tmp_path, b"prompt\tcompletion\nq\ta\n", "export.csv.tsv")) == 1
+
+
+def test_a_mapped_column_that_a_file_lacks_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "pool.jsonl").write_text(LINE)
+    encoder, sources = Encoder(models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
+    with caplog.at_level("INFO", "gradsift"):
+        encode_set("pool", sources, encoder, {"messages": "nope"}, tmp_path / "data")
+    assert "prompt-completion (no column nope as mapped)" in caplog.text
 
 
 def test_a_role_of_50_megabytes_is_cut_wherever_it_is_told(tmp_path: Path) -> None:
@@ -187,6 +227,13 @@ def test_what_is_visible_stays() -> None:
         ("policy.budget='" + "9" * 5000 + "'", "expected a share (5%)"),
         ("data.pool=[\udcff]", "data.pool"),
         ("x" * 9999 + ".y=1", "unknown setting"),
+        ("policy.source_cap=1e999999999999%", "expected a share above 0%"),
+        ('data.template="a\\0b"', "has a NUL character in it"),
+        ("lora.rank=1000000000000000000000000000000", "less than or equal to 2147483647"),
+        ("warmup.epochs=100000000000000000000000000", "less than or equal to 2147483647"),
+        ("warmup.batch_size=10000000000000000000000", "less than or equal to 2147483647"),
+        ("gist.norm_power=.inf", "Input should be a finite number"),
+        ("lora.alpha=.nan", "lora.alpha: Input should be"),
     ],
     ids=lambda text: text[:30].encode(errors="replace").decode(),
 )

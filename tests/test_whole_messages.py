@@ -118,6 +118,12 @@ CONTENT_ALONE = models.CHATML.replace("m['content']", "(m['content'] or '')")
          "does not render tool call 2 of turn 2"),
         (QWEN.replace("'tool' %", "'none' %"), {"messages": ASKED},
          "does not render the content of turn 3 (tool)"),
+        (QWEN.replace("'tool' %", "'none' %"),
+         {"messages": [*ASKED[:2], {"role": "tool", "content": "42"},
+                       {"role": "assistant", "content": "the answer is 42"}]},
+         "does not render the content of turn 4 (assistant)"),  # the 42 is taken for the tool's
+        (models.CHATML, {"messages": [ASKED[0], ASKED[3] | {"function_call": {"name": "weather"}}]},
+         "does not render the function_call of turn 2"),
         (models.CHATML, {"messages": [ASKED[0], ASKED[3] | {"reasoning_content": "because"}]},
          "does not render the reasoning of turn 2"),
         (models.CHATML, {"messages": [ASKED[0] | {"content": [{"type": "text", "text": "x"}]},
@@ -191,6 +197,32 @@ def test_parts_that_are_no_text_cost_the_row(content: Any, reason: str) -> None:
         to_messages({"messages": [{"role": "user", "content": content}, ASKED[3]]}, "messages")
     assert reason in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_the_system_turn_may_stand_anywhere() -> None:
+    template = (  # as Mistral has it: before the last user turn
+        "{% for m in messages if m['role'] != 'system' %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if loop.index == 3 %}{{ messages[0]['content'] }}{% endif %}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "system", "content": "of the"}, ASKED[0], ASKED[3], ASKED[0], ASKED[3]]
+    found = encoded(template, {"messages": turns})
+    assert not isinstance(found, str), found
+    assert found[1] == ["one two<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("calls", ['[{"name": "x"}]', {"name": "x"}, 5, ["x"], "junk"])
+def test_tool_calls_that_are_no_list_cost_the_row(calls: Any) -> None:
+    row = {"messages": [ASKED[0], ASKED[3] | {"tool_calls": calls}]}
+    with pytest.raises(UnusableRowError, match=r"tool_calls of turn 2 is .*, expected a list"):
+        to_messages(row, "messages")
+
+
+def test_functions_of_the_older_form_cost_the_row() -> None:
+    with pytest.raises(UnusableRowError, match="'functions' are not read; give them as 'tools'"):
+        to_tools({"functions": [{"name": "weather"}]})
 
 
 @pytest.mark.parametrize(

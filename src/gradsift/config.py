@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -36,6 +36,8 @@ Source = Annotated[str, Field(min_length=1)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _LONGEST_NAME = 100  # of a target: file names are made of it
 
@@ -48,7 +50,7 @@ def parse_share(text: str) -> Decimal:
     """
     try:
         share = Decimal(text.removesuffix("%").strip()) / 100
-    except InvalidOperation:
+    except ArithmeticError:
         share = Decimal(0)
     if not text.endswith("%") or not share.is_finite() or not 0 < share <= 1:
         raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {text!r}")
@@ -74,7 +76,9 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """Frozen settings under one name; unknown keys are refused with the nearest match."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def build(cls: type[S], values: Mapping[str, Any]) -> S:
@@ -84,10 +88,13 @@ class Section(BaseModel):
             ConfigError: Naming each unknown key with its nearest match, and each wrong value.
         """
         try:
-            return cls.model_validate(values)
+            built = cls.model_validate(values)
         except ValidationError as error:
             told = (_explain(dict(item), cls) for item in error.errors())
             raise ConfigError("\n".join(told)) from None
+        if "\0" in built.model_dump_json().replace("\\u0000", "\0"):
+            raise ConfigError("a setting has a NUL character in it, which no name or path can have")
+        return built
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that `read_yaml` and `build` take back."""
@@ -114,7 +121,7 @@ class DataConfig(Section):
 
     pool: Sources
     targets: dict[str, Sources] = Field(min_length=1)
-    max_length: int = Field(default=2048, ge=2)
+    max_length: int = Field(default=2048, ge=2, le=MOST)
     columns: dict[str, str] = Field(default={}, description="field to column, where no schema fits")
     template: str | None = Field(
         default=None, description="'tulu' or the path of a Jinja chat template"
@@ -143,7 +150,7 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """The adapter whose gradients are measured."""
 
-    rank: int = Field(default=128, ge=1)
+    rank: Count = 128
     alpha: float = Field(default=512, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: Literal["attention", "all-linear"] | LayerNames = "attention"
@@ -157,13 +164,11 @@ class WarmupConfig(Section):
         default=None, description="an existing PEFT LoRA adapter, used as it is"
     )
     fraction: Share = 0.05
-    epochs: int = Field(default=1, ge=1)
-    checkpoints: int = Field(
-        default=1, ge=1, description="how many of the last epochs are measured"
-    )
+    epochs: Count = 1
+    checkpoints: Count = Field(default=1, description="how many of the last epochs are measured")
     learning_rate: float = Field(default=2e-5, gt=0)
-    batch_size: int = Field(default=128, ge=1, description="examples per optimizer step")
-    micro_batch_size: int = Field(default=8, ge=1, description="examples per forward pass")
+    batch_size: Count = Field(default=128, description="examples per optimizer step")
+    micro_batch_size: Count = Field(default=8, description="examples per forward pass")
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     keep_optimizer: bool = False
@@ -213,8 +218,8 @@ class GistConfig(Section):
 class LessConfig(Section):
     """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
 
-    checkpoints: int = Field(default=4, ge=1)
-    dimension: int = Field(default=8192, ge=64, multiple_of=64)
+    checkpoints: Count = 4
+    dimension: int = Field(default=8192, ge=64, le=MOST, multiple_of=64)
     seed: Seed = Field(default=0, description="of the projection")
 
 
@@ -275,24 +280,20 @@ class EngineConfig(Section):
     ray_address: str | None = Field(
         default=None, description="of a Ray cluster, or 'auto'; none: one is started here"
     )
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    workers: Literal["auto"] | Count = Field(
         default="auto", description="of the pool pass on Ray: one per GPU, else one per machine"
     )
-    train_workers: int = Field(
-        default=1, ge=1, description="processes that share each training on Ray"
-    )
-    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    train_workers: Count = Field(default=1, description="processes that share each training on Ray")
+    batch_tokens: Literal["auto"] | Count = Field(
         default="auto", description="padded tokens per forward pass"
     )
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
         default="auto", description="bytes for target gradients and bases on the device"
     )
-    window: int = Field(
-        default=1024, ge=1, description="consecutive examples among which batches are formed"
+    window: Count = Field(
+        default=1024, description="consecutive examples among which batches are formed"
     )
-    shard_size: int = Field(
-        default=1024, ge=1, description="examples per stored shard: whole windows"
-    )
+    shard_size: Count = Field(default=1024, description="examples per stored shard: whole windows")
 
     @model_validator(mode="after")
     def _whole_windows(self) -> EngineConfig:

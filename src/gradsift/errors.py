@@ -84,4 +84,5 @@ def system_faults_told() -> Iterator[None]:
             raise RunError(f"the operating system refuses: {reason}") from error
         if is_full(error):
             reason = "the disk is full; make room: what is finished is kept"
-        raise RunError(f"cannot use {str(error.filename)!r}: {reason}") from error
+        name = str(error.filename2 or error.filename)  # of a renaming, what it was to be
+        raise RunError(f"cannot use {name!r}: {reason}") from error

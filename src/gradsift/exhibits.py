@@ -14,6 +14,7 @@ from gradsift.store import Run, Stage, write_atomically
 _NAME = "exhibits"
 FILE = f"{_NAME}.json"
 """In the folder of whatever has something to show."""
+_VERBS = {"evaluation": "evaluate", "geometry": "geometry"}
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
 
@@ -53,7 +54,7 @@ def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]
     """
     if damage := folder.damage(f"{part}/{_NAME}"):
         raise RunError(
-            f"{damage}; run `gradsift {part} {folder.path}` again, or remove "
+            f"{damage}; run `gradsift {_VERBS[part]} {folder.path}` again, or remove "
             f"manifests/{part}/{_NAME}.json too"
         )
     path = folder.path / part / FILE

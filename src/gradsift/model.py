@@ -168,7 +168,13 @@ def check_model_files(config: ModelConfig) -> None:
         ModelError: If its folder has pickled weights alone, or its attention is to come from the
             Hub without `trust_remote_code`.
     """
-    refuse_pickled_weights(Path(config.name), repr(config.name))
+    folder = Path(config.name)
+    refuse_pickled_weights(folder, repr(config.name))
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{config.name!r} holds an adapter; name its base model with --model, and this folder "
+            "with --adapter"
+        )
     if config.trust_remote_code:
         return
     named = str(getattr(_config_of(config), "_attn_implementation", None) or "")
@@ -304,7 +310,7 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     assert isinstance(model, peft.PeftModel)
     _check_fit(path, peft.get_peft_model_state_dict(model), name)
-    if trained_on and Path(trained_on).name != Path(name).name:
+    if isinstance(trained_on, str) and Path(trained_on).name != Path(name).name:
         logger.warning(
             "the adapter %s says it was trained on %r and is used on %r; their shapes agree",
             path,
@@ -459,7 +465,7 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
 
 def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str) -> None:
     weights = path / "adapter_model.safetensors"
-    if not weights.exists():
+    if not weights.is_file():
         raise ModelError(f"{path} has no adapter_model.safetensors (pickled weights are not read)")
     try:
         with safe_open(weights, "pt") as file:

@@ -205,7 +205,7 @@ def encode_sets(
 
 
 def _encoder(config: Config) -> Encoder:
-    from gradsift.model import known_sizes, load_tokenizer, resolve_device
+    from gradsift.model import foreign_faults_told, known_sizes, load_tokenizer, resolve_device
 
     resolve_device(config.model)  # before the work, not after it
     sizes, length = known_sizes(config.model), config.data.max_length
@@ -213,7 +213,8 @@ def _encoder(config: Config) -> Encoder:
         length = sizes.positions
         logger.info("examples are cut to the model's %d positions", length)
     tokenizer = load_tokenizer(config.model)
-    return Encoder(tokenizer, length, config.data.template, sizes.embeddings)
+    with foreign_faults_told(f"the tokenizer of {config.model.name!r}"):
+        return Encoder(tokenizer, length, config.data.template, sizes.embeddings)
 
 
 def _write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str, Scores]) -> None:

@@ -161,6 +161,9 @@ class Run:
                 log("%s is done again: %s", stage.name, told or damage)
                 self._remove(stage, manifest)
                 manifest = None
+        elif any((self.path / output).exists() for output in stage.outputs):
+            gone = self.path / _MANIFESTS / f"{stage.name}.json"
+            logger.warning("%s is gone or damaged: %s is done again", gone, stage.name)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             yield False

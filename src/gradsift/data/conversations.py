@@ -122,6 +122,8 @@ def to_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     Raises:
         UnusableRowError: If they are neither.
     """
+    if row.get("functions"):
+        raise UnusableRowError("the row's 'functions' are not read; give them as 'tools'")
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -199,7 +201,9 @@ def _message(
     # tables fill what a turn does not have with nothing
     others = {key: value for key, value in turn.items() if value is not None}
     others.pop(role_key)
-    content = others.pop(content_key, None)
+    content, calls = others.pop(content_key, None), others.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UnusableRowError(f"tool_calls of turn {number} is {_kind(calls)}, expected a list")
     _check_content(content, f"{content_key} of turn {number}", bool(others.get("tool_calls")))
     return others | {"role": role, "content": content}
 

@@ -227,7 +227,9 @@ def _candidates(
                         f"{row.file}:{row.line}: no known schema; expected {EXPECTED}; "
                         f"found the columns {found or '(none)'}{told}"
                     )
-                logger.info("%s: %s", source.name, schema)
+                lacking = [c for c in columns.values() if c not in row.value]
+                told = f" (no column {', '.join(lacking)} as mapped)" if lacking else ""
+                logger.info("%s: %s%s", source.name, schema, told)
             fields = rename(row.value, columns)
             try:
                 messages, tools = to_messages(fields, schema), to_tools(fields)

@@ -34,7 +34,10 @@ TULU = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+_OTHER_PARTS = {
+    "reasoning": ("reasoning_content", "reasoning", "thinking"),
+    "function_call": ("function_call",),
+}
 Tools = list[dict[str, Any]] | None
 
 
@@ -150,27 +153,24 @@ class Encoder:
         Texts are looked for; of tools, calls and reasoning it is tried whether the text is the same
         without them.
         """
-        for number, message in enumerate(messages, start=1):
-            content = message["content"] or ""
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
-            as_python = isinstance(content, list) and repr(content) in text
-            if as_python or not all(_is_shown(part, text) for part in parts):
-                yield f"the content of turn {number} ({message['role']})"
+        for number in _turns_not_in(messages, text):
+            yield f"the content of turn {number + 1} ({messages[number]['role']})"
         if tools and self._same(messages, None, text):
             yield "the row's tools"
         for turn, message in enumerate(messages):
-            calls = message.get("tool_calls") or []
-            for number in range(len(calls) if isinstance(calls, list) else 0):
+            calls = message.get("tool_calls", [])
+            for number in range(len(calls)):
                 others = [call for i, call in enumerate(calls) if i != number]
                 fewer = message | {"tool_calls": others}
                 if not others:
                     del fewer["tool_calls"]
                 if self._same([*messages[:turn], fewer, *messages[turn + 1 :]], tools, text):
                     yield f"tool call {number + 1} of turn {turn + 1}"
-            if any(message.get(key) for key in _REASONING):
-                silent = {key: value for key, value in message.items() if key not in _REASONING}
-                if self._same([*messages[:turn], silent, *messages[turn + 1 :]], tools, text):
-                    yield f"the reasoning of turn {turn + 1}"
+            for what, keys in _OTHER_PARTS.items():
+                if any(message.get(key) for key in keys):
+                    less = {key: value for key, value in message.items() if key not in keys}
+                    if self._same([*messages[:turn], less, *messages[turn + 1 :]], tools, text):
+                        yield f"the {what} of turn {turn + 1}"
 
     def _same(self, messages: list[Message], tools: Tools, text: str) -> bool:
         """Return whether this conversation has the same text; not if the template refuses it."""
@@ -227,13 +227,32 @@ class Encoder:
         return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marked else []
 
 
-def _is_shown(content: str, text: str) -> bool:
-    """Return whether a content stands in a text, whatever was done to white space, or as JSON."""
-    return (
-        content.strip() in text
-        or "".join(content.split()) in "".join(text.split())
-        or json.dumps(content, ensure_ascii=False) in text
-    )
+def _turns_not_in(messages: Sequence[Message], text: str) -> list[int]:
+    """Return the turns whose texts do not stand in a text: as they are, or as JSON.
+
+    Those of the system anywhere, the others one after the other: a short one that was left out may
+    well stand in a later one. If not all do, white space is left out of account.
+    """
+    lost: list[int] = []
+    for squeeze in (str.strip, lambda part: "".join(part.split())):
+        whole, start, lost = squeeze(text), 0, []
+        for turn, message in enumerate(messages):
+            content = message["content"] or ""
+            in_order = message["role"] not in ("system", "developer")
+            if isinstance(content, list) and repr(content) in text:
+                lost.append(turn)  # printed as Python shows it
+                continue
+            for part in [content] if isinstance(content, str) else [p["text"] for p in content]:
+                forms = squeeze(part), squeeze(json.dumps(part, ensure_ascii=False))
+                places = [(whole.find(form, start if in_order else 0), form) for form in forms]
+                ends = [place + len(form) for place, form in places if place >= 0]
+                if not ends:
+                    lost.append(turn)
+                elif in_order:
+                    start = min(ends)
+        if not lost:
+            break
+    return lost
 
 
 def _end_of_turn(text: str, start: int, content: Any) -> int:

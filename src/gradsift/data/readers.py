@@ -11,14 +11,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from gradsift.errors import DataError
+from gradsift.errors import DataError, shorten
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -54,7 +54,9 @@ def read_lines(name: str) -> Iterator[Row]:
 def _parse(name: str, number: int, raw: bytes) -> Row:
     try:
         # decoded first: JSON readers guess at encodings, and other readers guess differently
-        value = json.loads(raw.decode(), parse_constant=_no_number)
+        value = json.loads(
+            raw.decode(), parse_constant=_no_number, object_pairs_hook=_each_key_once
+        )
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg} at column {error.colno}"
@@ -80,6 +82,15 @@ def _no_number(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON value; write null")
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shorten(repr(twice), 60)} stands twice in an object")
+    return value
+
+
 def _depth(value: Any) -> int:
     """Return how many lists and objects lie inside each other, at most."""
     depth, level = 0, [value]
@@ -97,18 +108,27 @@ def read_json(name: str) -> Iterator[Row]:
         DataError: If it is an array, but no valid JSON.
     """
     with fsspec.open(name, "rb", compression="infer") as file:
-        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()  # type: ignore[union-attr]
+        start = b""
+        while not start and (piece := file.read(4096)):  # type: ignore[union-attr]
+            start = piece.removeprefix(_BYTE_ORDER_MARK).lstrip()  # type: ignore[union-attr]
         if not start.startswith(b"["):
             yield from read_lines(name)
             return
         file.seek(0)  # type: ignore[union-attr]
         content: bytes = file.read()  # type: ignore[union-attr, assignment]
     try:
-        values = json.loads(content.removeprefix(_BYTE_ORDER_MARK).decode())
+        text = content.removeprefix(_BYTE_ORDER_MARK).decode()
+        values = json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} is not valid JSON: {error}") from None
     for number, value in enumerate(values, start=1):
-        yield _parse(name, number, _as_json(value))
+        try:
+            raw = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raw = _as_json(value)
+            yield Row(name, number, raw, problem="NaN or Infinity is no JSON value; write null")
+        else:
+            yield _parse(name, number, raw.encode("utf-8", "surrogatepass"))
 
 
 def read_csv(name: str) -> Iterator[Row]:
@@ -117,11 +137,12 @@ def read_csv(name: str) -> Iterator[Row]:
     Raises:
         DataError: If it is no such file.
     """
-    separator = next(mark for suffix, mark in SEPARATORS.items() if suffix in Path(name).suffixes)
+    separator = next(SEPARATORS[s] for s in reversed(Path(name).suffixes) if s in SEPARATORS)
     csv.field_size_limit(1 << 30)  # the default of 128 KB is less than many a document
     with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=separator, strict=True)  # type: ignore[arg-type]
         try:
+            _check_names(name, reader.fieldnames or ())
             for value in reader:
                 raw = json.dumps(value, ensure_ascii=False, default=str).encode()
                 if None in value or None in value.values():
@@ -145,12 +166,19 @@ def read_parquet(name: str) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(name) as file:
+            _check_names(name, file.schema_arrow.names)
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1
                     yield _parse(name, number, _as_json(value))
-    except pa.ArrowException as error:
-        raise DataError(f"cannot read {name!r}: {error}") from error
+    except (pa.ArrowException, OverflowError) as error:  # dates beyond Python's
+        raise DataError(f"cannot read {name!r} after row {number}: {error}") from error
+
+
+def _check_names(name: str, columns: Sequence[str]) -> None:
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise DataError(f"{name} has the column {twice[0]!r} twice; rename or remove one of them")
 
 
 def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:

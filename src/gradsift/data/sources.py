@@ -30,6 +30,8 @@ from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+_ROWS_AT_ONCE = 1024
+
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")
 _KNOWN = (*_LINES, ".json", *SEPARATORS, ".parquet")
@@ -106,11 +108,14 @@ def log_what_is_left(specs: Iterable[str]) -> None:
     """Say of each folder which files were taken as data, and which were left."""
     for spec in specs:
         found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)  # noqa: PTH207
-        for folder in sorted(path for path in found if Path(path).is_dir()):
-            taken, left = _inside(folder)
-            logger.info("%s: taken: %s", folder, _named([s.name for s in taken], folder))
+        parts = {path: _inside(path) for path in sorted(found) if Path(path).is_dir()}
+        folder, _, split = spec.rpartition(":")
+        if not found and folder and Path(folder).is_dir():
+            parts[folder] = _saved_splits(folder, split)
+        for name, (taken, left) in parts.items():
+            logger.info("%s: taken: %s", name, _named([s.name for s in taken], name))
             if left:
-                logger.warning("%s: left: %s", folder, _named(left, folder))
+                logger.warning("%s: left: %s", name, _named(left, name))
 
 
 def _named(paths: Iterable[str], folder: str) -> str:
@@ -168,7 +173,9 @@ def _local(name: str) -> list[Source]:
 def _inside(folder: str, above: frozenset[str] = frozenset()) -> tuple[list[Source], list[str]]:
     """Return the sources in a folder and the names of the files that are none, both sorted."""
     if (Path(folder) / _SAVED).is_file() and (Path(folder) / _DESCRIPTIONS[0]).is_file():
-        return [Source(folder, "folder")], []
+        known = (_SAVED, _DESCRIPTIONS[0])
+        left = [e.path for e in _listed(folder) if e.name not in known and e.name[-6:] != ".arrow"]
+        return [Source(folder, "folder")], left
     if (Path(folder) / _SAVED_SPLITS).is_file():
         return _saved_splits(folder, None)
     taken, left = [], []
@@ -205,7 +212,7 @@ def _saved_splits(folder: str, wanted: str | None) -> tuple[list[Source], list[s
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"cannot read the splits of {folder!r}: {error}") from None
     chosen = _chosen(folder, [*paths], wanted)
-    left = [path for name, path in paths.items() if name not in chosen]
+    left = [e.path for e in _listed(folder) if e.name not in (*chosen, _SAVED_SPLITS)]
     return [Source(paths[name], "folder") for name in chosen], left
 
 
@@ -255,28 +262,36 @@ def _file(name: str) -> Source:
 
 
 def _read_data_set(source: Source) -> Iterator[Row]:
-    import pyarrow as pa
-    from datasets.exceptions import DatasetsError
+    """Yield the rows of what `datasets` reads, as they are stored: no picture is decoded.
 
+    Raises:
+        DataError: If they cannot be read, for whatever reason.
+    """
     try:
-        yield from read_table(source.name, _load(source))
-    except (pa.ArrowException, DatasetsError, RuntimeError, TypeError, KeyError) as error:
-        raise DataError(f"cannot read {source.name!r}: {error}") from error
+        values = (
+            value
+            for part in _load(source)
+            for table in part.with_format("arrow").iter(_ROWS_AT_ONCE)
+            for value in table.to_pylist()
+        )
+        yield from read_table(source.name, values)
+    except DataError:
+        raise
+    except Exception as error:  # files of somebody else can be wrong in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot read {source.name!r}: {reason}") from error
 
 
-def _load(source: Source) -> Iterator[dict[str, Any]]:
+def _load(source: Source) -> list[Any]:
+    """Return the splits of a source that are to be read."""
     import datasets
 
     if source.kind == "folder":
-        yield from datasets.load_from_disk(source.name)  # type: ignore[misc]
-        return
+        return [datasets.load_from_disk(source.name)]
     match = _HUB.fullmatch(source.name)
     assert match is not None, "only such names are of the Hub"
-    found: dict[str, Any] = datasets.load_dataset(  # type: ignore[assignment]
-        match["id"], match["config"], streaming=True
-    )
+    found: Any = datasets.load_dataset(match["id"], match["config"], streaming=True)
     name = "/".join(filter(None, match.group("id", "config")))
     chosen = _chosen(name, [*found], match["split"])
     logger.info("%s: split %s of %s", name, ", ".join(chosen), ", ".join(found))
-    for split in chosen:
-        yield from found[split]
+    return [found[split] for split in chosen]

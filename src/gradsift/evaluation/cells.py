@@ -98,8 +98,9 @@ class Bench:
     ) -> None:
         """Take what all cells have in common."""
         self._job, self._settings, self._tests = job, settings.fine_tuning, tests
-        trust = job.config.model.trust_remote_code
-        self._tasks = Harness.of(settings.lm_eval, settings.lm_eval_include, trust)
+        self._tasks = Harness.of(
+            settings.lm_eval, settings.lm_eval_include, settings.trust_remote_code
+        )
         self._run, self._folder = job.folder, job.path("evaluation/cells")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {

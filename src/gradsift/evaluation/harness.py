@@ -33,19 +33,18 @@ class Harness:
     def of(cls, names: Sequence[str], include: str | None, trust: bool = False) -> Harness:
         """Return the harness for some tasks, those in the folder `include` among them.
 
-        `trust`: whether code that comes with tasks of that folder may run.
+        `trust`: whether the code of that folder may run.
 
         Raises:
-            ConfigError: If it is not installed, a task is unknown, or has code that may not run.
+            ConfigError: If it is not installed, a task is unknown, or `include` is not trusted.
         """
         if not names:
             return cls((), "", None)
-        for path in sorted(Path(include).rglob("*.y*ml")) if include and not trust else ():
-            if b"!function" in path.read_bytes():
-                raise ConfigError(
-                    f"the task file {path} names code (!function), which is not run; if you trust "
-                    "it, set model.trust_remote_code=true in the run"
-                )
+        if include and not trust:
+            raise ConfigError(
+                f"tasks of your own ({include}) can run code, in functions and in templates; if "
+                "you trust all that is in the folder, say --set trust_remote_code=true"
+            )
         try:
             from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

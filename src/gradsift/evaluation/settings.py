@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from gradsift.config import MethodName, Section, Seed, Sources
+from gradsift.config import MOST, Count, MethodName, Section, Seed, Sources
 from gradsift.methods import METHODS
 from gradsift.types import Budget
 
@@ -18,10 +18,10 @@ _TASK = re.compile(r"[\w.:/-]+")
 class FineTuningConfig(Section):
     """The same LoRA fine-tuning for every selection; its adapter is the run's `lora`."""
 
-    steps: int = Field(default=100, ge=1, description="optimizer steps of every fine-tuning")
+    steps: Count = Field(default=100, description="optimizer steps of every fine-tuning")
     learning_rate: float = Field(default=2e-5, gt=0)
-    batch_size: int = Field(default=128, ge=1)
-    micro_batch_size: int = Field(default=8, ge=1)
+    batch_size: Count = 128
+    micro_batch_size: Count = 8
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -32,7 +32,7 @@ class LdsConfig(Section):
     Park et al., 2023, arXiv 2303.14186.
     """
 
-    subsets: int = Field(default=0, ge=0, description="how many; 0: it is not measured")
+    subsets: int = Field(default=0, ge=0, le=MOST, description="how many; 0: it is not measured")
     share: float = Field(default=0.5, gt=0, lt=1, description="of the sample in each subset")
     sample: int | None = Field(default=None, ge=4, description="examples; all of the pool if none")
     seed: Seed = 0
@@ -53,13 +53,18 @@ class EvaluationConfig(Section):
         default=_WITHOUT_EXTRAS, description="embed only where asked for: it needs an extra"
     )
     budgets: tuple[str, ...] = Field(default=(), description="those of the run if none is given")
-    seeds: int = Field(default=2, ge=2, description="fine-tunings of each selection")
-    random_seeds: int = Field(default=3, ge=3, description="random selections, one training each")
+    seeds: int = Field(default=2, ge=2, le=MOST, description="fine-tunings of each selection")
+    random_seeds: int = Field(
+        default=3, ge=3, le=MOST, description="random selections, one training each"
+    )
     full: bool = Field(default=False, description="also one pass over the whole pool")
     fine_tuning: FineTuningConfig = FineTuningConfig()
     lds: LdsConfig = LdsConfig()
     lm_eval: tuple[str, ...] = Field(default=(), description="lm-evaluation-harness tasks")
     lm_eval_include: str | None = Field(default=None, description="a folder of more tasks")
+    trust_remote_code: bool = Field(
+        default=False, description="run what comes with the tasks of lm_eval_include"
+    )
 
     @field_validator("budgets")
     @classmethod

@@ -25,7 +25,9 @@ import gradsift
 from conftest import Write, configure
 from gradsift.config import Config
 from gradsift.errors import GradsiftError, RunError
+from gradsift.exhibits import Exhibit, write_exhibits
 from gradsift.pipeline import run
+from gradsift.store import open_run
 
 Rows = list[dict[str, Any]]
 Damage = Callable[[Path, list[Path]], None]
@@ -312,10 +314,11 @@ def test_a_run_folder_that_was_removed_in_mid_run(
     def remove(*arguments: Any, **named: Any) -> None:
         shutil.rmtree(folder)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("gradsift.pipeline.check_budgets", remove)
-        with pytest.raises(RunError, match=r"was removed while it was worked in; run the same"):
-            picked.select(folder)
+    for place in ("gradsift.pipeline.check_budgets", "gradsift.measuring.check_finite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, remove)
+            with pytest.raises(RunError, match=r"was removed while it was worked in; run the sam"):
+                picked.select(folder)
     (folder / "manifests/data").mkdir(parents=True, exist_ok=True)  # a half-made one
     picked.select(folder)
     assert contents(folder)["selected/t.jsonl"] == contents(picked.folder)["selected/t.jsonl"]
@@ -328,11 +331,43 @@ def test_what_a_killed_process_left_is_cleared(picked: Made, tmp_path: Path) -> 
         folder / "scores/gist.parquet.1234.partial",
         folder / "coordinates/epoch-1/0000000000.safetensors.abcd.partial",
         folder / "data/pool.parquet.partial",
+        folder / "targets/t/.tmpAbC123",  # as safetensors names it
     ]
     for path in left:
         path.write_bytes(b"half")
     picked.select(folder)
     assert not [path for path in left if path.exists()]
+
+
+def test_what_an_earlier_attempt_left_is_no_output(picked: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(picked.folder, folder)
+    (folder / "manifests/targets/t.json").unlink()
+    (folder / "targets/t/epoch-9.safetensors").write_bytes(b"of another time")
+    picked.select(folder)
+    assert not (folder / "targets/t/epoch-9.safetensors").exists()
+    assert contents(folder) == contents(picked.folder)
+
+
+def test_damaged_exhibits_are_left_out_by_select_and_named(
+    picked: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(picked.folder, folder)
+    shown = {"t": [Exhibit("An exhibit of this test", "What it says")]}
+    (folder / "geometry").mkdir()
+    with open_run(folder) as run_folder:
+        write_exhibits(run_folder, "geometry", shown, {"t": "x"})
+    picked.select(folder)
+    assert "An exhibit of this test" in (folder / "report.html").read_text()
+    flip(folder / "geometry/exhibits.json", [])
+    picked.select(folder)
+    assert "An exhibit of this test" not in (folder / "report.html").read_text()
+    assert f"left out of the report: {folder / 'geometry/exhibits.json'} is damaged" in caplog.text
+    for change in (lambda: None, (folder / "manifests/geometry/exhibits.json").unlink):
+        change()
+        with pytest.raises(RunError, match=r"run `gradsift geometry .*` again, or remove"):
+            gradsift.write_report(folder)
 
 
 def test_explaining_while_another_process_picks_is_told(

@@ -223,6 +223,29 @@ def test_a_data_set_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         encode(tmp_path, "org/name")
 
 
+def test_folders_above_a_glob_need_not_be_listed(tmp_path: Path) -> None:
+    put(tmp_path / "above/data/a.jsonl", *rows("a"))
+    code = (
+        "import sys; from gradsift.data import resolve\n"
+        "print(len(resolve(sys.argv[1:])), [source.name for source in resolve(sys.argv[1:])])"
+    )
+    (tmp_path / "above").chmod(0o111)
+    try:
+        for pattern in ("*.jsonl", "**/*.jsonl"):
+            found = as_an_ordinary_user(
+                sys.executable, "-c", code, tmp_path / "above/data" / pattern
+            )
+            assert found.stdout == f"1 ['{tmp_path}/above/data/a.jsonl']\n", found.stderr
+    finally:
+        (tmp_path / "above").chmod(0o755)
+
+
+def test_a_split_of_a_folder_that_has_none_is_told(tmp_path: Path) -> None:
+    put(tmp_path / "org/name/a.jsonl", *rows("a"))
+    with pytest.raises(DataError, match=r"the folder '.*org/name' has no splits"):
+        resolve([f"{tmp_path}/org/name:train"])
+
+
 def as_an_ordinary_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a command without the right to read what its owner may not."""
     command = [str(argument) for argument in arguments]

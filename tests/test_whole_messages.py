@@ -213,6 +213,13 @@ def test_the_system_turn_may_stand_anywhere() -> None:
     assert found[1] == ["one two<|im_end|>"] * 2
 
 
+def test_no_calls_are_as_if_they_were_not_there() -> None:
+    turns = [ASKED[0], ASKED[3] | {"tool_calls": []}]
+    found = encoded(LLAMA, {"messages": turns})
+    assert not isinstance(found, str), found
+    assert found == encoded(LLAMA, {"messages": [ASKED[0], ASKED[3]]})
+
+
 @pytest.mark.parametrize("calls", ['[{"name": "x"}]', {"name": "x"}, 5, ["x"], "junk"])
 def test_tool_calls_that_are_no_list_cost_the_row(calls: Any) -> None:
     row = {"messages": [ASKED[0], ASKED[3] | {"tool_calls": calls}]}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gradsift.errors import RunError
 from gradsift.store import Run, Stage, write_atomically
+
+logger = logging.getLogger(__name__)
 
 _NAME = "exhibits"
 FILE = f"{_NAME}.json"
 """In the folder of whatever has something to show."""
+PARTS = ("evaluation", "geometry")
+"""Of a run, that have something to show."""
 _VERBS = {"evaluation": "evaluate", "geometry": "geometry"}
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
@@ -44,19 +48,28 @@ def write_exhibits(
             write_atomically(folder.path / part / FILE, text)
 
 
+def exhibits_fault(folder: Run, part: str) -> str:
+    """Return why the exhibits of a part of a run cannot be shown; nothing if they can, or none are.
+
+    Says what makes them again.
+    """
+    name, again = f"{part}/{_NAME}", f"run `gradsift {_VERBS[part]} {folder.path}` again"
+    if damage := folder.damage(name):
+        return f"{damage}; {again}, or remove manifests/{name}.json too"
+    if (folder.path / part / FILE).exists() and not folder.has_manifest(name):
+        return f"{folder.path / part / FILE} has no manifest; {again}, or remove it"
+    return ""
+
+
 def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]:
     """Return what a part of a run has to show of a target: nothing if there is no such thing.
 
-    What is about something else than `of` says so in its text.
-
-    Raises:
-        RunError: If they are not what was written.
+    What is about something else than `of` says so in its text; what cannot be shown is named in
+    the log.
     """
-    if damage := folder.damage(f"{part}/{_NAME}"):
-        raise RunError(
-            f"{damage}; run `gradsift {_VERBS[part]} {folder.path}` again, or remove "
-            f"manifests/{part}/{_NAME}.json too"
-        )
+    if fault := exhibits_fault(folder, part):
+        logger.warning("left out of the report: %s", fault)
+        return []
     path = folder.path / part / FILE
     content = json.loads(path.read_text(encoding="utf-8")).get(target) if path.exists() else None
     if content is None:

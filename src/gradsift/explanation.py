@@ -95,7 +95,7 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
     try:
         return _explain_all(open_job(plan.inputs, folder), run, example_id)
-    except (OSError, pa.ArrowException, SafetensorError) as error:
+    except (OSError, pa.ArrowException, SafetensorError, LookupError) as error:
         raise RunError(
             f"{run} changed while it was read, perhaps by another `gradsift select`: {error}"
         ) from error

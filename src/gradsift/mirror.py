@@ -117,7 +117,12 @@ class Mirror:
         path = self.path / name
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             found = file.relative_to(self.path)
-            if not file.is_file() or found.parts[0] in _LOCAL or file.suffix == ".partial":
+            if (
+                not file.is_file()
+                or found.parts[0] in _LOCAL
+                or file.suffix == ".partial"
+                or file.name.startswith(".tmp")
+            ):
                 continue
             mark, state = self._mark(found.as_posix()), _state(file)
             if mark is None or mark[1] != state:

@@ -74,7 +74,7 @@ def find_damage(shard: Shard) -> str | None:
             facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = facts.pop(_HASH, None)
-    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         return f"it cannot be read ({error})"
     if written != _hash(shard, tensors, facts):
         return "it is not what was written for these rows of this run"

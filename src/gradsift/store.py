@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_STATE = "optimizer.safetensors"
 """Where Adam's moments lie in the folder of an adapter."""
 CONFIG = "config.yaml"
+_READ_BY_NONE = ("/log.json", ".rejected.jsonl")  # outputs on which no later stage depends
 _MANIFESTS, _OWNER = "manifests", ".owner"
 _THREADS = min(8, os.cpu_count() or 1)  # that hash files
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
@@ -84,11 +85,13 @@ class Run:
         self.path = path
         self.intact: set[Path] = set()  # what was checked, or written, by this process
         self._unreadable: set[Path] = set()  # manifests, each told once
+        self._relied_on: set[str] = set()  # stages that were found whole or done
         self._mirror = mirror
         self._opened_on = platform.node()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _at_another_process, (self.path, self._mirror, self._opened_on)
+        given = (self.path, self._mirror, self._opened_on, self._relied_on)
+        return _at_another_process, given
 
     def publish(self, path: Path) -> None:
         """Let other machines see what lies at this path."""
@@ -104,10 +107,14 @@ class Run:
         """Bring what a worker begins with, on another machine than that which opened the folder."""
         if self._mirror and self._opened_on != platform.node():
             self._mirror.fetch(shards=False)
-            for path in sorted((self.path / _MANIFESTS).rglob("*.json")):
-                name = path.relative_to(self.path / _MANIFESTS).as_posix().removesuffix(".json")
+            for name in sorted(self._relied_on):
                 manifest = self._manifest(name)
-                if manifest and manifest["complete"] and (damage := self._damage(manifest)):
+                if manifest is None:
+                    continue
+                for path in self._damaged(manifest):  # perhaps here alone
+                    path.unlink(missing_ok=True)
+                    self._mirror.fetch(self._name(path))
+                if damage := self._damage(manifest):
                     raise RunError(f"{damage} on {platform.node()}; run the same command again")
 
     def remove(self, path: Path) -> None:
@@ -157,7 +164,8 @@ class Run:
             told = _told(manifest, stage) or _replaced(manifest, made_from)
             damage = "" if told or not manifest["complete"] else self._damage(manifest)
             if told or damage:
-                log = logger.warning if damage else logger.info
+                chosen = not damage and _told(manifest, stage)  # by the user
+                log = logger.info if chosen else logger.warning
                 log("%s is done again: %s", stage.name, told or damage)
                 self._remove(stage, manifest)
                 manifest = None
@@ -166,10 +174,14 @@ class Run:
             logger.warning("%s is gone or damaged: %s is done again", gone, stage.name)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
+            self._relied_on.add(stage.name)
             yield False
             return
         begun = {"stage": stage.name, "inputs": stage.inputs, "made_from": made_from}
         self._write_manifest(stage.name, begun | {"complete": False, "outputs": {}})
+        for output in () if stage.keeps_parts else stage.outputs:
+            if (self.path / output).exists():
+                self.remove(self.path / output)
         started = time.perf_counter()
         yield True
         seconds = time.perf_counter() - started
@@ -185,6 +197,7 @@ class Run:
             "versions": _versions(),
         }
         self._write_manifest(stage.name, begun | done)
+        self._relied_on.add(stage.name)
         logger.info("%s: %.1f s", stage.name, seconds)
 
     def find_fault(self, stages: Iterable[Stage]) -> str:
@@ -224,6 +237,10 @@ class Run:
         """Return what is wrong with what was kept under this name, nothing if nothing is."""
         manifest = self._manifest(name)
         return self._damage(manifest) if manifest and manifest["complete"] else ""
+
+    def has_manifest(self, name: str) -> bool:
+        """Return whether something was kept under this name, and its manifest can be read."""
+        return self._manifest(name) is not None
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         """Return what a stage's manifest says; one that is not as it was written is none."""
@@ -267,17 +284,18 @@ class Run:
 
     def _damage(self, manifest: Mapping[str, Any]) -> str:
         """Return which outputs of a stage are not as they were written, nothing if none."""
+        damaged = self._damaged(manifest)
+        return "; ".join(f"{path} is {'damaged' if path.is_file() else 'gone'}" for path in damaged)
+
+    def _damaged(self, manifest: Mapping[str, Any]) -> list[Path]:
         expected = {self.path / name: digest for name, digest in manifest["outputs"].items()}
         looked_at = [path for path in expected if path not in self.intact]
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(lambda path: _hash(path) if path.is_file() else None, looked_at)
-            told = []
-            for path, digest in zip(looked_at, found, strict=True):
-                if digest == expected[path]:
-                    self.intact.add(path)
-                else:
-                    told.append(f"{path} is {'gone' if digest is None else 'damaged'}")
-        return "; ".join(told)
+            found = [*threads.map(lambda p: _hash(p) if p.is_file() else None, looked_at)]
+        pairs = zip(looked_at, found, strict=True)
+        damaged = [path for path, digest in pairs if digest != expected[path]]
+        self.intact |= {*looked_at} - {*damaged}
+        return damaged
 
     def _remove(self, stage: Stage, manifest: Mapping[str, Any]) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""
@@ -337,8 +355,9 @@ def _locked(path: Path, is_copy: bool = False) -> Iterator[Path]:
         raise RunError(f"cannot write to the run folder {path}: {error}") from None
     try:
         (path / _OWNER).write_text(f"process {os.getpid()} on {platform.node()}")
-        for partial in path.rglob("*.partial"):  # of a process that was killed while writing
-            partial.unlink(missing_ok=True)
+        for pattern in ("*.partial", ".tmp??????"):  # of a process that was killed while writing
+            for partial in path.rglob(pattern):
+                partial.unlink(missing_ok=True)
         yield path
     except OSError:
         if (path / _OWNER).exists():
@@ -422,8 +441,10 @@ def room_for(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if not is_full(error):
+            if isinstance(error, SafetensorError):  # an error of the system, in its words
+                raise OSError(str(error)) from error
             raise
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(next(p for p in path.parents if p.is_dir())).free
         raise RunError(
             f"the disk is full: cannot write {path} ({free / 2**20:.1f} MiB are free, or no more "
             "files can be made); make room and run the same command again: what is finished is kept"
@@ -492,10 +513,12 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
-def _at_another_process(path: Path, mirror: Mirror | None, opened_on: str) -> Run:
+def _at_another_process(
+    path: Path, mirror: Mirror | None, opened_on: str, relied_on: set[str]
+) -> Run:
     """Return a run folder for a worker, which has checked nothing yet."""
     run = Run(path, mirror)
-    run._opened_on = opened_on
+    run._opened_on, run._relied_on = opened_on, relied_on
     return run
 
 
@@ -512,8 +535,10 @@ def _hash(path: Path) -> str:
 
 def _synced_hash(path: Path) -> str:
     """Bring a file and its name to the disk, and return its hash."""
-    for place in (path, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    with suppress(OSError):  # not every file system lets a folder be brought there
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -529,7 +554,8 @@ def _content(manifest: Mapping[str, Any] | None) -> str | None:
     """Return what tells the outputs of a stage from others of the same settings."""
     if manifest is None:
         return None
-    return _digest(manifest["outputs"] or [manifest["inputs"], manifest["made_from"]])[:16]
+    outputs = {n: h for n, h in manifest["outputs"].items() if not n.endswith(_READ_BY_NONE)}
+    return _digest(outputs or [manifest["inputs"], manifest["made_from"]])[:16]
 
 
 def _told(manifest: Mapping[str, Any], stage: Stage) -> str:

@@ -198,8 +198,10 @@ def _message(
         raise UnusableRowError(
             f"unknown role {found} in turn {number}, expected one of {_listed(roles)}"
         )
-    # tables fill what a turn does not have with nothing
+    # tables fill what a turn does not have with nothing, some exports with no calls
     others = {key: value for key, value in turn.items() if value is not None}
+    if others.get("tool_calls") == []:
+        del others["tool_calls"]
     others.pop(role_key)
     content, calls = others.pop(content_key, None), others.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

@@ -24,6 +24,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
 _ROWS_AT_ONCE = 1024
+_NO_VALUE = "it has NaN or Infinity, which are no JSON, or a key that stands twice in an object"
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _marked_if_twice(pairs: list[tuple[str, Any]]) -> Any:
+    """Return the object, or what JSON has no form for, so that its row alone is rejected."""
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else math.nan
+
+
 def _depth(value: Any) -> int:
     """Return how many lists and objects lie inside each other, at most."""
     depth, level = 0, [value]
@@ -118,7 +125,7 @@ def read_json(name: str) -> Iterator[Row]:
         content: bytes = file.read()  # type: ignore[union-attr, assignment]
     try:
         text = content.removeprefix(_BYTE_ORDER_MARK).decode()
-        values = json.loads(text, object_pairs_hook=_each_key_once)
+        values = json.loads(text, object_pairs_hook=_marked_if_twice)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name} is not valid JSON: {error}") from None
     for number, value in enumerate(values, start=1):
@@ -126,7 +133,7 @@ def read_json(name: str) -> Iterator[Row]:
             raw = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except ValueError:
             raw = _as_json(value)
-            yield Row(name, number, raw, problem="NaN or Infinity is no JSON value; write null")
+            yield Row(name, number, raw, problem=_NO_VALUE)
         else:
             yield _parse(name, number, raw.encode("utf-8", "surrogatepass"))
 
@@ -176,7 +183,7 @@ def read_parquet(name: str) -> Iterator[Row]:
 
 
 def _check_names(name: str, columns: Sequence[str]) -> None:
-    twice = sorted({column for column in columns if columns.count(column) > 1})
+    twice = sorted({column for column in columns if column and columns.count(column) > 1})
     if twice:
         raise DataError(f"{name} has the column {twice[0]!r} twice; rename or remove one of them")
 

@@ -110,7 +110,7 @@ def log_what_is_left(specs: Iterable[str]) -> None:
         found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)  # noqa: PTH207
         parts = {path: _inside(path) for path in sorted(found) if Path(path).is_dir()}
         folder, _, split = spec.rpartition(":")
-        if not found and folder and Path(folder).is_dir():
+        if not found and folder and (Path(folder) / _SAVED_SPLITS).is_file():
             parts[folder] = _saved_splits(folder, split)
         for name, (taken, left) in parts.items():
             logger.info("%s: taken: %s", name, _named([s.name for s in taken], name))
@@ -134,6 +134,11 @@ def _resolve(spec: str) -> list[Source]:
     folder, _, split = spec.rpartition(":")
     if folder and (Path(folder) / _SAVED_SPLITS).is_file():
         return _saved_splits(folder, split)[0]
+    if folder and Path(folder).is_dir():
+        raise DataError(
+            f"no such file: {spec!r}; the folder {folder!r} has no splits: `save_to_disk` wrote "
+            "none there"
+        )
     suffixes = Path(spec).suffixes
     if _HUB.fullmatch(spec) and not {*suffixes} & {*_KNOWN}:
         return [Source(spec, "hub")]
@@ -142,11 +147,14 @@ def _resolve(spec: str) -> list[Source]:
 
 def _matches(pattern: str) -> list[str]:
     """Return what matches; a folder on the way that may not be read is no reason for silence."""
-    for parent in Path(pattern).parents:
-        for name in glob.glob(str(parent), recursive=True):  # noqa: PTH207 (absolute ones too)
-            if Path(name).is_dir():
-                _listed(name)
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207
+    parts = Path(pattern).parts
+    for number, part in enumerate(parts):
+        if glob.has_magic(part):  # what is in the folders before it is looked at
+            before = parts[: number + 1] if part == "**" else parts[:number]
+            for name in glob.glob(str(Path(*before)), recursive=True):  # noqa: PTH207
+                if Path(name).is_dir():
+                    _listed(name)
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute ones too)
 
 
 def _listed(folder: str) -> list[os.DirEntry[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradsift.choosing import candidates, read_scores
 from gradsift.errors import RunError, system_faults_told
+from gradsift.exhibits import PARTS, exhibits_fault
 from gradsift.job import Job, open_job
 from gradsift.methods import METHODS
 from gradsift.report.contents import overview, target_page
@@ -45,6 +46,8 @@ def write_report(run: str | Path) -> Path:
             fault = folder.find_fault([sampling_stage(plan.scores)])
         if fault:
             raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
+        for fault in filter(None, (exhibits_fault(folder, part) for part in PARTS)):
+            raise RunError(fault)
         return leave_report(job, plan)
 
 
@@ -53,10 +56,14 @@ def refresh_report(job: Job, plan: Plan) -> None:
 
     For what adds to a run: its picks are made by `select` alone.
     """
-    if fault := job.folder.find_fault(plan):
+    fault = job.folder.find_fault(plan)
+    if not fault:
+        try:
+            leave_report(job, plan)
+        except RunError as error:  # a shard, say: what this command is for is done
+            fault = str(error)
+    if fault:
         logger.warning("report.html is as it was: %s; run `gradsift select` again", fault)
-    else:
-        leave_report(job, plan)
 
 
 def leave_report(job: Job, plan: Plan) -> Path:

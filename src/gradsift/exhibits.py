@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 _NAME = "exhibits"
 FILE = f"{_NAME}.json"
 """In the folder of whatever has something to show."""
-PARTS = ("evaluation", "geometry")
-"""Of a run, that have something to show."""
 _VERBS = {"evaluation": "evaluate", "geometry": "geometry"}
+PARTS = tuple(_VERBS)
+"""Of a run, that have something to show."""
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradsift.store import write_atomically
+from gradsift.store import HASH_THREADS, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def damaged_shards(shards: Sequence[Shard], intact: set[Path]) -> dict[Shard, st
     `intact` has the paths of those that need not be looked at again, and is added to.
     """
     looked_at = [shard for shard in shards if shard.path not in intact and shard.path.exists()]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
         found = [*zip(looked_at, threads.map(find_damage, looked_at), strict=True)]
     intact.update(shard.path for shard, damage in found if damage is None)
     return {shard: damage for shard, damage in found if damage is not None}

@@ -43,7 +43,7 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 CONFIG = "config.yaml"
 _READ_BY_NONE = ("/log.json", ".rejected.jsonl")  # outputs on which no later stage depends
 _MANIFESTS, _OWNER = "manifests", ".owner"
-_THREADS = min(8, os.cpu_count() or 1)  # that hash files
+HASH_THREADS = min(8, os.cpu_count() or 1)
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "datasets", "numpy", "pyarrow")
 
 
@@ -277,7 +277,7 @@ class Run:
     def _seal(self, outputs: Iterable[str]) -> dict[str, str]:
         """Bring outputs to the disk for good, and return the hash of each of their files."""
         paths = [path for output in outputs for path in _files(self.path / output)]
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
             hashes = [*threads.map(_synced_hash, paths)]
         self.intact |= {*paths}
         return {self._name(path): digest for path, digest in zip(paths, hashes, strict=True)}
@@ -290,7 +290,7 @@ class Run:
     def _damaged(self, manifest: Mapping[str, Any]) -> list[Path]:
         expected = {self.path / name: digest for name, digest in manifest["outputs"].items()}
         looked_at = [path for path in expected if path not in self.intact]
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
             found = [*threads.map(lambda p: _hash(p) if p.is_file() else None, looked_at)]
         pairs = zip(looked_at, found, strict=True)
         damaged = [path for path, digest in pairs if digest != expected[path]]

@@ -31,15 +31,15 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from gradsift.basis import Basis
-from gradsift.batches import lengths_of
 from gradsift.config import EngineConfig, LoraConfig
-from gradsift.data import Encoded
-from gradsift.gradients import blocks
-from gradsift.memory import find_batch_tokens
-from gradsift.model import attach_lora
-from gradsift.passes import project
-from gradsift.store import peak_memory
+from gradsift.data.encoding import Encoded
+from gradsift.gradients.basis import Basis
+from gradsift.gradients.batch_size import find_batch_tokens
+from gradsift.gradients.per_example import blocks
+from gradsift.gradients.projection import project
+from gradsift.models.batches import lengths_of
+from gradsift.models.lora import attach_lora
+from gradsift.runs.manifests import peak_memory
 
 SHARED = Path(__file__).parents[2] / "shared"
 # tokens, and the share of them that is supervised, of a real pool: every 5 % of its examples

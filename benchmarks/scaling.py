@@ -24,12 +24,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import gradsift
-from gradsift.config import Config, merge
+from gradsift.config import Config
 from gradsift.data.encoded import _SCHEMA
-from gradsift.shards import plan_shards, save_shard
-from gradsift.stages import Plan
-from gradsift.store import Run, open_run, write_atomically, write_checkpoints
-from gradsift.subspace import fit_subspace
+from gradsift.gradients.subspace import fit_subspace
+from gradsift.models.checkpoints import write_checkpoints
+from gradsift.pool.shards import plan_shards, save_shard
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.folder import Run
+from gradsift.runs.opening import open_run
+from gradsift.sections import merge
+from gradsift.selection.stages import Plan
 
 SHARED = Path(__file__).parents[2] / "shared"
 SIZES = (10_000, 100_000, 1_000_000)
@@ -224,8 +228,8 @@ def _warmup(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _subspace(folder: Path, rng: np.random.Generator) -> None:
+    from gradsift.gradients.subspace import describe
     from gradsift.methods.gist import _save_subspace
-    from gradsift.subspace import describe
 
     rows = rng.normal(size=(QUERIES, 4096))
     gram = rows @ rows.T

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import gradsift
-from gradsift.config import Config, merge, parse_assignment
+from gradsift.config import Config
+from gradsift.sections import merge, parse_assignment
 
 SHARED = Path(__file__).parents[2] / "shared"
 TARGETS = ("gsm8k", "sql", "emotion", "bbh")

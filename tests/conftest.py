@@ -16,7 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with two threads each w
 
 import pytest
 
-from gradsift.config import Config, merge
+from gradsift.config import Config
+from gradsift.sections import merge
 
 Write = Callable[..., Path]
 QUICK = {

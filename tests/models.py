@@ -11,8 +11,8 @@ import transformers as tf
 from transformers import PreTrainedModel
 
 from gradsift.config import LoraConfig
-from gradsift.data import Encoded
-from gradsift.model import attach_lora
+from gradsift.data.encoding import Encoded
+from gradsift.models.lora import attach_lora
 
 VOCABULARY = 97
 _SHAPE = {

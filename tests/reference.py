@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradsift.data import Encoded
+from gradsift.data.encoding import Encoded
 
 
 def loss(model: nn.Module, example: Encoded) -> Tensor:

@@ -16,7 +16,7 @@ import gradsift
 from conftest import Write
 from gradsift.cli import app, main
 from gradsift.errors import DataError, RunError
-from gradsift.explanation import explain
+from gradsift.selection.explanation import explain
 
 Rows = list[dict[str, Any]]
 
@@ -70,7 +70,7 @@ def test_select_and_explain(
 
 
 def _config(tmp_path: Path) -> dict[str, Any]:
-    from gradsift.config import read_yaml
+    from gradsift.sections import read_yaml
 
     return read_yaml(tmp_path / "run" / "config.yaml")
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from gradsift.config import Config, merge, parse_assignment, read_yaml
+from gradsift.config import Config
 from gradsift.errors import ConfigError
+from gradsift.sections import merge, parse_assignment, read_yaml
 from gradsift.types import Budget
 
 MINIMAL = {"model": {"name": "m"}, "data": {"pool": "p.jsonl", "targets": {"t": "t.jsonl"}}}

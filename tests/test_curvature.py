@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import models
-from gradsift.curvature import Hessian, entries, leading_eigenpairs, measure_coupling, sines
-from gradsift.data import Encoded
-from gradsift.gradients import blocks
-from gradsift.model import lora_pairs
+from gradsift.data.encoding import Encoded
+from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
+from gradsift.gradients.per_example import blocks
+from gradsift.models.lora import lora_pairs
 
 EXAMPLES = models.examples(5, longest=12)
 WEIGHTS = np.array([0.4, 0.1, 0.2, 0.2, 0.1])

@@ -25,9 +25,9 @@ import gradsift
 from conftest import Write, configure
 from gradsift.config import Config
 from gradsift.errors import GradsiftError, RunError
-from gradsift.exhibits import Exhibit, write_exhibits
 from gradsift.pipeline import run
-from gradsift.store import open_run
+from gradsift.report.exhibits import Exhibit, write_exhibits
+from gradsift.runs.opening import open_run
 
 Rows = list[dict[str, Any]]
 Damage = Callable[[Path, list[Path]], None]

@@ -16,9 +16,10 @@ import pytest
 
 import models
 from conftest import Write
-from gradsift.data import Encoded, EncodedSet, Encoder, encode_set, resolve
 from gradsift.data.conversations import UnusableRowError, detect, rename, to_messages
-from gradsift.data.encoding import TULU
+from gradsift.data.encoded import EncodedSet, encode_set
+from gradsift.data.encoding import TULU, Encoded, Encoder
+from gradsift.data.sources import resolve
 from gradsift.errors import DataError
 
 QA = [{"role": "user", "content": "the what"}, {"role": "assistant", "content": "one two"}]

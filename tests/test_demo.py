@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradsift.demo import run_demo
+from gradsift.demo.run_demo import run_demo
 from gradsift.demo.skills import SKILLS, make_examples
 
 

@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM
 import gradsift
 import reference
 from conftest import Write, configure
-from gradsift.data import EncodedSet
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, NumericsError
 from gradsift.evaluation.cells import Bench, Cell
+from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig, LdsConfig
 from gradsift.evaluation.lds import linear_datamodeling_scores, subset_cells
 from gradsift.evaluation.results import Row, interval, verdicts
-from gradsift.evaluation.settings import EvaluationConfig, FineTuningConfig, LdsConfig
 from gradsift.evaluation.statistics import Interval
-from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
-from gradsift.stages import Plan
-from gradsift.store import Run
+from gradsift.report.exhibits import read_exhibits
+from gradsift.runs.folder import Run
+from gradsift.selection.stages import Plan
 
 Rows = list[dict[str, Any]]
 TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
@@ -118,7 +118,7 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    from gradsift.config import read_yaml
+    from gradsift.sections import read_yaml
 
     return read_yaml(folder / "config.yaml")
 

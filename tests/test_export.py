@@ -11,8 +11,8 @@ import yaml
 from datasets import load_dataset
 
 from conftest import Write, configure
-from gradsift.export import export_entries
 from gradsift.pipeline import run
+from gradsift.selection.export import export_entries
 
 Rows = list[dict[str, Any]]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import models
 import reference
-from gradsift.batches import Batch
-from gradsift.data import Encoded
-from gradsift.gradients import PerExampleGradients
+from gradsift.data.encoding import Encoded
+from gradsift.gradients.per_example import PerExampleGradients
+from gradsift.models.batches import Batch
 
 EXPERTS = "qwen3_moe"
 ATTENTIONS = {

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import models
-from gradsift.data import EncodedSet, Encoder, encode_set, log_what_is_left, resolve
+from gradsift.data.encoded import EncodedSet, encode_set
+from gradsift.data.encoding import Encoder
+from gradsift.data.sources import log_what_is_left, resolve
 from gradsift.errors import DataError
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 import models
 from conftest import Write, configure
 from gradsift.config import Config, ModelConfig
-from gradsift.data import EncodedSet
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import DataError, ModelError
-from gradsift.model import Models, known_sizes, load_adapter, load_base, load_tokenizer
+from gradsift.models.adapters import load_adapter
+from gradsift.models.cache import Models
+from gradsift.models.files import known_sizes, load_tokenizer
+from gradsift.models.loading import load_base
 from gradsift.pipeline import run
 
 Rows = list[dict[str, Any]]
@@ -331,7 +334,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it lies in the cache of the Hub: no code is run, nothing but config.json is read."""
-    from gradsift.store import identity
+    from gradsift.models.identity import identity
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "hub/models--org--name"

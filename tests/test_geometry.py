@@ -12,9 +12,9 @@ import pytest
 import gradsift
 from conftest import Write, configure
 from gradsift.errors import ConfigError, RunError
-from gradsift.exhibits import read_exhibits
 from gradsift.pipeline import run
-from gradsift.store import Run
+from gradsift.report.exhibits import read_exhibits
+from gradsift.runs.folder import Run
 
 Rows = list[dict[str, Any]]
 SMALL = {"examples": 5, "eigenvectors": 3, "probes": 3}

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 
 import models
 import reference
-from gradsift.batches import Batch, plan_batches
-from gradsift.gradients import PerExampleGradients, blocks, token_losses
-from gradsift.passes import build_basis, gram_matrix, project
-from gradsift.subspace import fit_subspace
+from gradsift.gradients.basis import build_basis
+from gradsift.gradients.gram import gram_matrix
+from gradsift.gradients.per_example import PerExampleGradients, blocks
+from gradsift.gradients.projection import project
+from gradsift.gradients.subspace import fit_subspace
+from gradsift.models.batches import Batch, plan_batches
+from gradsift.models.losses import token_losses
 
 MEMORY = 10**9
 CASES = [

@@ -20,13 +20,17 @@ import gradsift
 import models
 from conftest import Write, configure
 from gradsift.cli import main
-from gradsift.config import Config, ModelConfig, parse_assignment, read_yaml
-from gradsift.data import EncodedSet, Encoder, encode_set, resolve
+from gradsift.config import Config, ModelConfig
+from gradsift.data.encoded import EncodedSet, encode_set
+from gradsift.data.encoding import Encoder
+from gradsift.data.sources import resolve
 from gradsift.errors import ConfigError, DataError, RunError, system_faults_told, visible
-from gradsift.model import load_adapter, load_base, save_adapter
+from gradsift.models.adapters import load_adapter, save_adapter
+from gradsift.models.loading import load_base
 from gradsift.pipeline import run
 from gradsift.progress import LogFile
-from gradsift.store import open_run
+from gradsift.runs.opening import open_run
+from gradsift.sections import parse_assignment, read_yaml
 from gradsift.types import Budget
 
 Rows = list[dict[str, Any]]

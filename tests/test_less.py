@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 import reference
 from conftest import Write, configure
 from gradsift.config import Config, ModelConfig
-from gradsift.data import EncodedSet
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, ModelError
+from gradsift.gradients.random_projection import Projection
 from gradsift.methods.less import load_moments
-from gradsift.model import load_adapter, load_base
+from gradsift.models.adapters import load_adapter
+from gradsift.models.loading import load_base
 from gradsift.pipeline import run
-from gradsift.projection import Projection
 
 Rows = list[dict[str, Any]]
 CPU = torch.device("cpu")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import models
-from gradsift.batches import ahead, lengths_of
 from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
-from gradsift.memory import memory_budget, probe, start_tokens, within_memory
+from gradsift.gradients.batch_size import probe, start_tokens, within_memory
+from gradsift.gradients.memory import memory_budget
+from gradsift.models.batches import ahead, lengths_of
 
 CPU = torch.device("cpu")
 

@@ -18,13 +18,14 @@ import gradsift
 import reference
 from conftest import Write, configure
 from gradsift.config import Config, ModelConfig
-from gradsift.data import EncodedSet
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, ModelError, NumericsError
-from gradsift.explanation import explain
-from gradsift.methods import METHODS
-from gradsift.model import load_adapter, load_base
-from gradsift.pipeline import run
-from gradsift.types import MethodName, RunResult
+from gradsift.methods.registry import METHODS
+from gradsift.models.adapters import load_adapter
+from gradsift.models.loading import load_base
+from gradsift.pipeline import RunResult, run
+from gradsift.selection.explanation import explain
+from gradsift.types import MethodName
 
 Rows = list[dict[str, Any]]
 COMPARING = ("gist", "less", "cosine", "rds", "bm25")

@@ -18,9 +18,9 @@ import gradsift
 from conftest import Write, configure
 from gradsift import mirror
 from gradsift.errors import BusyError, RunError
-from gradsift.mirror import Mirror
 from gradsift.pipeline import run
-from gradsift.store import open_run
+from gradsift.runs.opening import open_run
+from gradsift.runs.remote import Mirror
 
 pytest.importorskip("moto", reason="moto, which plays the S3 server, is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")

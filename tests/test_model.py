@@ -13,19 +13,15 @@ import transformers as tf
 from transformers import AutoModelForCausalLM
 
 import models
-from gradsift.batches import Batch
 from gradsift.config import LoraConfig, ModelConfig
-from gradsift.data import Encoded
+from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
-from gradsift.gradients import PerExampleGradients
-from gradsift.model import (
-    Models,
-    attach_lora,
-    check_servable,
-    load_adapter,
-    load_base,
-    lora_pairs,
-)
+from gradsift.gradients.per_example import PerExampleGradients
+from gradsift.models.adapters import load_adapter
+from gradsift.models.batches import Batch
+from gradsift.models.cache import Models
+from gradsift.models.loading import check_servable, load_base
+from gradsift.models.lora import attach_lora, lora_pairs
 
 
 def on(base: Path) -> ModelConfig:

@@ -13,10 +13,11 @@ import torch
 
 import models
 import reference
-from gradsift.basis import Basis, choose_waiting
 from gradsift.errors import ModelError
-from gradsift.gradients import blocks
-from gradsift.passes import build_basis, gram_matrix, project, row_bytes
+from gradsift.gradients.basis import Basis, build_basis, choose_waiting
+from gradsift.gradients.gram import gram_matrix, row_bytes
+from gradsift.gradients.per_example import blocks
+from gradsift.gradients.projection import project
 
 AMPLE = 10**9
 

@@ -22,12 +22,13 @@ import gradsift
 import models
 import reference
 from conftest import QUICK, Write, configure
-from gradsift.config import ModelConfig, merge
-from gradsift.data import EncodedSet
+from gradsift.config import ModelConfig
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, DataError, ModelError, NumericsError, RunError
-from gradsift.model import load_adapter, load_base
-from gradsift.pipeline import run
-from gradsift.types import RunResult
+from gradsift.models.adapters import load_adapter
+from gradsift.models.loading import load_base
+from gradsift.pipeline import RunResult, run
+from gradsift.sections import merge
 
 Rows = list[dict[str, Any]]
 
@@ -189,8 +190,10 @@ def test_equal_examples_tie_and_the_first_is_picked(
 
 
 def test_padding_changes_nothing(base: Path, adapter: Path) -> None:
-    from gradsift.passes import build_basis, gram_matrix, project
-    from gradsift.subspace import fit_subspace
+    from gradsift.gradients.basis import build_basis
+    from gradsift.gradients.gram import gram_matrix
+    from gradsift.gradients.projection import project
+    from gradsift.gradients.subspace import fit_subspace
 
     model = load_adapter(load_base(ModelConfig(name=str(base), device="cpu")), adapter)
     examples = models.examples(12, seed=4)

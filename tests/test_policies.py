@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsift.config import PolicyConfig
-from gradsift.data import Message
+from gradsift.data.conversations import Message
+from gradsift.data.duplicates import Texts, shingles
 from gradsift.errors import ConfigError
-from gradsift.policies import Candidates, Picks, check_policy, pick
-from gradsift.repeats import Texts, shingles
+from gradsift.selection.policies import Candidates, Picks, check_policy, pick
 
 
 def texts(contents: Sequence[str], prefix: str = "p") -> Texts:

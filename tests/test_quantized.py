@@ -10,13 +10,14 @@ import torch
 
 import models
 import reference
-from gradsift.batches import Batch
 from gradsift.config import LoraConfig, ModelConfig, WarmupConfig
 from gradsift.errors import ModelError
-from gradsift.forward import run_forward
-from gradsift.gradients import PerExampleGradients, blocks
-from gradsift.model import attach_lora, load_base
-from gradsift.training import train
+from gradsift.gradients.per_example import PerExampleGradients, blocks
+from gradsift.models.batches import Batch
+from gradsift.models.forward import run_forward
+from gradsift.models.loading import load_base
+from gradsift.models.lora import attach_lora
+from gradsift.models.training import train
 
 
 @pytest.fixture

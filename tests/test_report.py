@@ -16,18 +16,24 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift.choosing import SourceShare, candidates, read_scores
-from gradsift.config import Config, read_yaml
+from gradsift.config import Config
 from gradsift.errors import RunError
-from gradsift.job import Job, open_job
-from gradsift.methods import METHODS, gist
+from gradsift.methods import gist
+from gradsift.methods.job import Job, open_job
+from gradsift.methods.registry import METHODS
 from gradsift.pipeline import run
 from gradsift.report import figures, stability
-from gradsift.report.contents import TargetPage, overview, target_page
-from gradsift.report.stability import doubled, measure_sample, noise_at_cut
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.stages import Plan
-from gradsift.store import Run
+from gradsift.report.overview import overview
+from gradsift.report.target_page import TargetPage, target_page
+from gradsift.runs.folder import Run
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
+from gradsift.sections import read_yaml
+from gradsift.selection.picks import candidates
+from gradsift.selection.score_table import read_scores
+from gradsift.selection.source_shares import SourceShare
+from gradsift.selection.stability import doubled, measure_sample, noise_at_cut
+from gradsift.selection.stages import Plan
 
 Rows = list[dict[str, Any]]
 

@@ -9,7 +9,9 @@ import pytest
 
 from gradsift.config import GistConfig, PolicyConfig
 from gradsift.errors import ConfigError
-from gradsift.scores import Alignment, Cosines, Ranking, Table, View
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.ranking import Ranking
+from gradsift.scores.similarity import Cosines, Table, View
 
 RNG = np.random.default_rng(0)
 POOL = RNG.normal(size=(30, 5)).astype(np.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradsift.shards import Shard, Stored, find_damage, plan_shards, save_shard
+from gradsift.pool.shards import Shard, Stored, find_damage, plan_shards, save_shard
 
 VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
 

@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 
 from gradsift.errors import ModelError, RunError
-from gradsift.store import (
-    Run,
-    Stage,
-    identity,
-    open_run,
-    read_checkpoints,
-    read_config,
-    write_atomically,
-    write_checkpoints,
-)
+from gradsift.models.checkpoints import read_checkpoints, write_checkpoints
+from gradsift.models.identity import identity
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.folder import Run
+from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.stage import Stage
 
 STAGE = Stage("warmup", {"lora": {"rank": 8}, "seed": 0}, ("warmup",))
 

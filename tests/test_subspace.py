@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradsift.errors import NumericsError
-from gradsift.subspace import fit_subspace, rank_of_share
+from gradsift.gradients.subspace import fit_subspace, rank_of_share
 
 
 def rows(count: int, width: int = 50, seed: int = 0) -> np.ndarray:

@@ -8,11 +8,11 @@ import torch
 
 import models
 import reference
-from gradsift.batches import Batch
 from gradsift.config import LoraConfig, WarmupConfig
-from gradsift.forward import run_forward
-from gradsift.model import attach_lora
-from gradsift.training import steps_per_epoch, train
+from gradsift.models.batches import Batch
+from gradsift.models.forward import run_forward
+from gradsift.models.lora import attach_lora
+from gradsift.models.training import steps_per_epoch, train
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])

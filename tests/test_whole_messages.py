@@ -12,8 +12,10 @@ import pytest
 
 import models
 from conftest import Write
-from gradsift.data import Encoded, EncodedSet, Encoder, as_text, encode_set, resolve, text_of
-from gradsift.data.conversations import UnusableRowError, to_messages, to_tools
+from gradsift.data.conversations import UnusableRowError, as_text, text_of, to_messages, to_tools
+from gradsift.data.encoded import EncodedSet, encode_set
+from gradsift.data.encoding import Encoded, Encoder
+from gradsift.data.sources import resolve
 
 # In the form of Qwen 2.5: tools in the system turn, calls and answers in tags
 QWEN = (

@@ -14,31 +14,34 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gradsift.config import Config
     from gradsift.errors import GradsiftError
-    from gradsift.evaluation import Evaluation, EvaluationConfig, evaluate
-    from gradsift.explanation import Explanation, explain
+    from gradsift.evaluation.config import EvaluationConfig
+    from gradsift.evaluation.evaluate import evaluate
+    from gradsift.evaluation.results import Evaluation
     from gradsift.forecast import Forecast, plan
-    from gradsift.geometry import measure_geometry
-    from gradsift.pipeline import run, select
-    from gradsift.report import write_report
-    from gradsift.types import Budget, RunResult, Selection
+    from gradsift.geometry.measure import measure_geometry
+    from gradsift.pipeline import RunResult, run, select
+    from gradsift.report.write import write_report
+    from gradsift.selection.explanation import Explanation, explain
+    from gradsift.selection.picks import Selection
+    from gradsift.types import Budget
 
 _HOME = {
     "Budget": "types",
     "Config": "config",
-    "Evaluation": "evaluation",
-    "EvaluationConfig": "evaluation",
-    "Explanation": "explanation",
+    "Evaluation": "evaluation.results",
+    "EvaluationConfig": "evaluation.config",
+    "Explanation": "selection.explanation",
     "Forecast": "forecast",
     "GradsiftError": "errors",
-    "RunResult": "types",
-    "Selection": "types",
-    "evaluate": "evaluation",
-    "explain": "explanation",
-    "measure_geometry": "geometry",
+    "RunResult": "pipeline",
+    "Selection": "selection.picks",
+    "evaluate": "evaluation.evaluate",
+    "explain": "selection.explanation",
+    "measure_geometry": "geometry.measure",
     "plan": "forecast",
     "run": "pipeline",
     "select": "pipeline",
-    "write_report": "report",
+    "write_report": "report.write",
 }
 __all__ = [
     "Budget",

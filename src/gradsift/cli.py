@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gradsift.config import Config
-    from gradsift.evaluation import Evaluation
+    from gradsift.evaluation.results import Evaluation
     from gradsift.forecast import Forecast
-    from gradsift.types import RunResult
+    from gradsift.pipeline import RunResult
 
 _SOURCES_SHOWN = 8
 
@@ -167,7 +167,7 @@ def evaluate(
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Find out which method helps: the same fine-tuning on what each picks, against random."""
-    from gradsift.config import merge, parse_assignment, read_yaml
+    from gradsift.sections import merge, parse_assignment, read_yaml
 
     flags = {
         "tests": _targets(test),
@@ -181,7 +181,8 @@ def evaluate(
     given = read_yaml(config) if config else {}
     assigned = map(parse_assignment, settings)
     with _logged(run):
-        from gradsift.evaluation import EvaluationConfig, run_evaluation
+        from gradsift.evaluation.config import EvaluationConfig
+        from gradsift.evaluation.evaluate import run_evaluation
 
         merged = merge(given, _given(flags), *assigned, replaced=("tests",))
         place = _engine(engine, ray_address)
@@ -196,7 +197,7 @@ def explain(
 ) -> None:
     """Say how one pool example fared: scores, ranks, what it is like, why it was picked or not."""
     from gradsift.errors import visible
-    from gradsift.explanation import explain as explained
+    from gradsift.selection.explanation import explain as explained
 
     console = _console()
     for explanation in explained(run, example):
@@ -207,7 +208,7 @@ def explain(
 def report(run: RunFolder) -> None:
     """Write report.html anew: the page that explains a selection; it needs no network."""
     with _logged(run):
-        from gradsift.report import write_report
+        from gradsift.report.write import write_report
 
         path = write_report(run)
     typer.echo(f"→ {_place(run, path.name)}")
@@ -231,7 +232,7 @@ def geometry(
     """Measure the paper's claims here: spectrum, curvature, and what a diagonal cannot hold."""
     given = {"examples": examples, "eigenvectors": eigenvectors, "probes": probes}
     with _logged(run):
-        from gradsift.geometry import measure_geometry
+        from gradsift.geometry.measure import measure_geometry
 
         found = measure_geometry(run, engine=_engine(engine, ray_address), **_given(given))
     _show_geometry(run, found)
@@ -242,7 +243,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/demo"),
 ) -> None:
     """Show on made-up skills that the picks are the right ones and help: no network, 5 minutes."""
-    from gradsift.demo import run_demo
+    from gradsift.demo.run_demo import run_demo
 
     with _logged(None):
         table = run_demo(output_dir)
@@ -263,8 +264,8 @@ def _main(
 def main() -> None:
     """Run the command line, with one line for a fault that the user can mend."""
     from gradsift.errors import GradsiftError, system_faults_told, visible
-    from gradsift.executors import quieten
-    from gradsift.executors.together import company
+    from gradsift.executors.base import quieten
+    from gradsift.executors.torchrun import company
 
     quieten()
     try:
@@ -303,7 +304,8 @@ def _flags(
 
 
 def _resolve(file: Path | None, flags: dict[str, Any], settings: list[str]) -> Config:
-    from gradsift.config import Config, merge, parse_assignment, read_yaml
+    from gradsift.config import Config
+    from gradsift.sections import merge, parse_assignment, read_yaml
 
     given = _given(flags)
     return Config.build(
@@ -339,7 +341,7 @@ def _logged(location: str | None) -> Iterator[None]:
     console.setFormatter(VisibleFormatter("%(message)s"))
     handlers: list[logging.Handler] = [console]
     if location is not None:  # opened with the first line, when the folder is known to be ours
-        from gradsift.store import local_folder
+        from gradsift.runs.opening import local_folder
 
         folder = local_folder(location, fetch=False)
         handlers.append(LogFile(folder / "log.txt", delay=True, encoding="utf-8"))
@@ -375,8 +377,8 @@ def _show(result: RunResult, location: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from gradsift.choosing import source_shares
     from gradsift.errors import visible
+    from gradsift.selection.source_shares import source_shares
 
     console, in_pool = _console(), result.scores(["source"])["source"]
     for name, selection in result.selections.items():

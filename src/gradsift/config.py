@@ -2,103 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
-from decimal import Decimal
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
     ByteSize,
-    ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from gradsift.errors import ConfigError, shorten
+from gradsift.errors import shorten
+from gradsift.sections import MOST, Count, Section, Seed, Share, Sources, merge, parse_share
 from gradsift.types import Budget, MethodName
 
-
-def _as_texts(value: Any) -> Any:
-    values = (value,) if isinstance(value, str | Path) else value
-    if not isinstance(values, list | tuple):
-        return values  # the model says what it expected
-    return [str(v) if isinstance(v, Path) else v for v in values]
-
-
-Source = Annotated[str, Field(min_length=1)]
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-MOST = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 _LONGEST_NAME = 100  # of a target: file names are made of it
 
 
-def parse_share(text: str) -> Decimal:
-    """Return `"5%"` as `Decimal("0.05")`.
-
-    Raises:
-        ValueError: If the text is not a percentage above 0 and up to 100.
-    """
-    try:
-        share = Decimal(text.removesuffix("%").strip()) / 100
-    except ArithmeticError:
-        share = Decimal(0)
-    if not text.endswith("%") or not share.is_finite() or not 0 < share <= 1:
-        raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {text!r}")
-    return share
-
-
 _FIELDS = ("messages", "prompt", "completion", "system", "tools", "id", "source", "task")
-
-
-_FLAGS = {
-    "model": "--model",
-    "model.name": "--model",
-    "data": "--pool and --target",
-    "data.pool": "--pool",
-    "data.targets": "--target",
-    "tests": "--test NAME=FILE",
-}
-
-
-S = TypeVar("S", bound="Section")
-
-
-class Section(BaseModel):
-    """Frozen settings under one name; unknown keys are refused with the nearest match."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
-
-    @classmethod
-    def build(cls: type[S], values: Mapping[str, Any]) -> S:
-        """Return the validated settings of a nested mapping.
-
-        Raises:
-            ConfigError: Naming each unknown key with its nearest match, and each wrong value.
-        """
-        try:
-            built = cls.model_validate(values)
-        except ValidationError as error:
-            told = (_explain(dict(item), cls) for item in error.errors())
-            raise ConfigError("\n".join(told)) from None
-        if "\0" in built.model_dump_json().replace("\\u0000", "\0"):
-            raise ConfigError("a setting has a NUL character in it, which no name or path can have")
-        return built
-
-    def to_yaml(self) -> str:
-        """Return the settings as YAML that `read_yaml` and `build` take back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class ModelConfig(Section):
@@ -334,84 +259,3 @@ def moved(config: Config, engine: Mapping[str, Any]) -> Config:
         ConfigError: If one is unknown or not allowed.
     """
     return Config.build(merge(config.model_dump(), {"engine": dict(engine)}))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        ConfigError: If the file is missing or holds no mapping.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ConfigError(f"cannot read the configuration {path}: nested too deep") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    if not isinstance(values, dict):
-        found = shorten(repr(values))
-        raise ConfigError(f"expected sections such as 'warmup:' in {path}, found {found}")
-    return values
-
-
-def merge(
-    base: Mapping[str, Any], *overlays: Mapping[str, Any], replaced: Iterable[str] = ("targets",)
-) -> dict[str, Any]:
-    """Return `base` with the overlays laid over it, section by section, the last one winning.
-
-    Mappings under a key in `replaced` are taken whole instead of being mixed.
-
-    >>> merge({"lora": {"rank": 8, "alpha": 16}}, {"lora": {"rank": 4}})
-    {'lora': {'rank': 4, 'alpha': 16}}
-    """
-    result = dict(base)
-    for overlay in overlays:
-        for key, value in overlay.items():
-            old = result.get(key)
-            mixed = isinstance(old, dict) and isinstance(value, Mapping) and key not in replaced
-            result[key] = merge(old or {}, value, replaced=replaced) if mixed else value
-    return result
-
-
-def parse_assignment(text: str) -> dict[str, Any]:
-    """Return `"lora.rank=8"` as `{"lora": {"rank": 8}}`, the value read as YAML.
-
-    Raises:
-        ConfigError: If the text has no `=` or the key no section.
-    """
-    key, equals, value = text.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not equals or not section or bool(dot) != bool(name):
-        raise ConfigError(f"expected SECTION.KEY=VALUE such as lora.rank=16, found {text!r}")
-    try:
-        result: Any = yaml.safe_load(value)
-    except RecursionError:
-        raise ConfigError(f"cannot read the value of {key!r}: nested too deep") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the value of {shorten(repr(text))}: {error}") from None
-    for part in reversed([section, *filter(None, name.split("."))]):
-        result = {part: result}
-    return result
-
-
-def _explain(error: dict[str, Any], model: type[Section]) -> str:
-    path = [str(part) for part in error["loc"]]
-    where = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _keys_of(path[:-1], model)
-        nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or known[:1]
-        return (
-            f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
-        )
-    if error["type"] == "missing":
-        flag = _FLAGS.get(where)
-        return f"missing setting {where!r}" + (f": give {flag}" if flag else "")
-    message = error["msg"].removeprefix("Value error, ")
-    found = "" if "found " in message else f" (found {shorten(repr(error['input']))})"
-    return f"{where}: {message}{found}" if path else message
-
-
-def _keys_of(path: list[str], model: Any) -> list[str]:
-    for part in path:
-        model = model.model_fields[part].annotation
-    return [".".join([*path, name]) for name in model.model_fields]

@@ -20,13 +20,16 @@ import numpy as np
 import psutil
 
 from gradsift.config import Config
-from gradsift.data import Encoded, EncodedSet
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, system_faults_told
+from gradsift.gradients.subspace import fit_subspace
 from gradsift.pipeline import configure, encode
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.stages import Plan
-from gradsift.store import open_run, peak_memory
-from gradsift.subspace import fit_subspace
+from gradsift.runs.manifests import peak_memory
+from gradsift.runs.opening import open_run
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
+from gradsift.selection.stages import Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -128,8 +131,10 @@ class _Measured:
 
 def _try_warm_up(config: Config, pool: EncodedSet, scratch: Path) -> tuple[float, Path]:
     """Return the seconds that the warm-up will take, and an adapter to go on with."""
-    from gradsift.model import attach_lora, load_base, save_adapter
-    from gradsift.training import steps_per_epoch, train
+    from gradsift.models.adapters import save_adapter
+    from gradsift.models.loading import load_base
+    from gradsift.models.lora import attach_lora
+    from gradsift.models.training import steps_per_epoch, train
 
     warmup = config.warmup
     if warmup.adapter is not None:
@@ -163,9 +168,13 @@ def _try_passes(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.memory import find_batch_tokens, fitting_basis, memory_budget, probe
-    from gradsift.model import load_adapter, load_base
-    from gradsift.passes import project, row_bytes
+    from gradsift.gradients.basis import fitting_basis
+    from gradsift.gradients.batch_size import find_batch_tokens, probe
+    from gradsift.gradients.gram import row_bytes
+    from gradsift.gradients.memory import memory_budget
+    from gradsift.gradients.projection import project
+    from gradsift.models.adapters import load_adapter
+    from gradsift.models.loading import load_base
 
     model = load_adapter(load_base(config.model), adapter)
     rng, checkpoints = np.random.default_rng(0), config.warmup.checkpoints
@@ -205,7 +214,7 @@ def _try_target(
     config: Config, model: PeftModel, examples: Sequence[Encoded], num_examples: int
 ) -> tuple[int, float]:
     """Return the rank that a target is expected to have, and the seconds for this part of it."""
-    from gradsift.memory import fitting_gram
+    from gradsift.gradients.gram import fitting_gram
 
     started = time.perf_counter()
     gram = fitting_gram(model, examples, config.engine)
@@ -224,8 +233,8 @@ def _try_target(
 
 def _tokens_per_second(model: PeftModel, pool: EncodedSet, basis: Any, max_tokens: int) -> float:
     """Return the speed of the pool pass over batches drawn from the whole pool."""
-    from gradsift.batches import lengths_of, plan_batches
-    from gradsift.passes import project
+    from gradsift.gradients.projection import project
+    from gradsift.models.batches import lengths_of, plan_batches
 
     rng = np.random.default_rng(0)
     examples = pool.examples(rng.permutation(len(pool))[:_POOL_SAMPLE])

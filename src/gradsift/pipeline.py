@@ -8,28 +8,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradsift.choosing import read_selection, write_selection
-from gradsift.config import Config, merge
-from gradsift.data import Encoder, encode_set, log_what_is_left, resolve
+from gradsift.config import Config
+from gradsift.data.encoded import encode_set
+from gradsift.data.encoding import Encoder
+from gradsift.data.sources import log_what_is_left, resolve
+from gradsift.data.stages import data_sets
 from gradsift.errors import DataError, system_faults_told
-from gradsift.executors import choose_executor
-from gradsift.export import export_entries
-from gradsift.job import Job, open_job
-from gradsift.methods import METHODS
-from gradsift.policies import check_policy
-from gradsift.report import leave_report
-from gradsift.scores import Scores
-from gradsift.stages import Plan, data_sets, scores_file
-from gradsift.store import CONFIG, Run, Stage, open_run, room_for, write_atomically
-from gradsift.types import RunResult
+from gradsift.executors.base import choose_executor
+from gradsift.methods.job import Job, open_job
+from gradsift.methods.registry import METHODS
+from gradsift.report.write import leave_report
+from gradsift.runs.atomic import room_for, write_atomically
+from gradsift.runs.folder import Run
+from gradsift.runs.layout import CONFIG
+from gradsift.runs.opening import open_run
+from gradsift.runs.stage import Stage
+from gradsift.scores.ranking import Scores
+from gradsift.sections import merge
+from gradsift.selection.export import export_entries
+from gradsift.selection.picks import Selection, read_selection, write_selection
+from gradsift.selection.policies import check_policy
+from gradsift.selection.score_table import write_scores
+from gradsift.selection.stages import Plan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +158,7 @@ def measure(job: Job, plan: Plan) -> Callable[[], Mapping[str, Scores]]:
 
     with job.folder.stage(plan.scores) as todo:
         if todo:
-            _write_scores(job, method.facts(job), scored())
+            write_scores(job, method.facts(job), scored())
     return scored
 
 
@@ -205,7 +216,8 @@ def encode_sets(
 
 
 def _encoder(config: Config) -> Encoder:
-    from gradsift.model import foreign_faults_told, known_sizes, load_tokenizer, resolve_device
+    from gradsift.models.files import foreign_faults_told, known_sizes, load_tokenizer
+    from gradsift.models.loading import resolve_device
 
     resolve_device(config.model)  # before the work, not after it
     sizes, length = known_sizes(config.model), config.data.max_length
@@ -217,26 +229,6 @@ def _encoder(config: Config) -> Encoder:
         return Encoder(tokenizer, length, config.data.template, sizes.embeddings)
 
 
-def _write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str, Scores]) -> None:
-    """Write a row per pool example: what it is, what the method knows of it, its scores."""
-    table = job.pool.table(["row", "id", "source", "num_tokens", "num_supervised"])
-    for name, values in facts.items():
-        table = table.append_column(name, pa.array(values))
-    for name, target in job.targets.items():
-        score, best = scored[name].scores()
-        table = table.append_column(f"{name}/score", pa.array(score))
-        projected = scored[name].projected_norms(slice(None))
-        if projected is not None:
-            table = table.append_column(f"{name}/projected_norm", pa.array(projected))
-        if best is not None:
-            ids = target.column("id").dictionary_encode()  # a number for each row, not a text
-            won = pa.DictionaryArray.from_arrays(ids.indices.take(pa.array(best)), ids.dictionary)
-            table = table.append_column(f"{name}/best", won)
-    path = job.path(scores_file(job.config.method))
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, partial(pq.write_table, table))
-
-
 def _export(job: Job) -> None:
     """Write beside the picks the entries by which other trainers find them."""
     schemas = {}
@@ -244,3 +236,24 @@ def _export(job: Job) -> None:
         rows = read_selection(job.folder.path, name).picks["row"].to_numpy()
         schemas[name] = set(job.pool.take(rows, ["schema"])["schema"].to_pylist())
     export_entries(job.path("selected"), schemas, job.config.data.columns)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left in its folder: selections by target, seconds by stage.
+
+    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
+    """
+
+    path: Path
+    method: str
+    selections: Mapping[str, Selection]
+    num_pool: int
+    num_rejected: int
+    seconds: Mapping[str, float]
+    peak_memory: int
+
+    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
+        wanted = list(columns) if columns is not None else None
+        return pq.read_table(self.path / "scores" / f"{self.method}.parquet", columns=wanted)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 MethodName = Literal[
     "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
 ]
 """The ways to score a pool; `gradsift.methods` has one file for each."""
 
+
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(%|[kKMG]?tok)?")
+
+
 _SCALE = {"tok": 1, "ktok": 10**3, "Ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
 
 
@@ -69,43 +71,3 @@ class Checkpoint:
     label: str
     path: Path
     weight: float
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The picks for one target.
-
-    `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
-    `projected_share`, `best` (id of the target example that won), `task` (of that example); the
-    last three are null where the method knows no such thing.
-    `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
-    """
-
-    target: str
-    path: Path
-    picks: pa.Table = field(repr=False)
-    refused: pa.Table = field(repr=False)
-    shortfall: str | None = None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left in its folder: selections by target, seconds by stage.
-
-    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
-    """
-
-    path: Path
-    method: str
-    selections: Mapping[str, Selection]
-    num_pool: int
-    num_rejected: int
-    seconds: Mapping[str, float]
-    peak_memory: int
-
-    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
-        import pyarrow.parquet as pq
-
-        wanted = list(columns) if columns is not None else None
-        return pq.read_table(self.path / "scores" / f"{self.method}.parquet", columns=wanted)

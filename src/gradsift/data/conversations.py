@@ -51,6 +51,8 @@ class UnusableRowError(ValueError):
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -63,6 +65,8 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
+
+
 # what a file's columns must hold for each schema, the most telling first
 _SCHEMAS = {
     "messages": {"messages"},
@@ -70,6 +74,8 @@ _SCHEMAS = {
     "prompt-completion": {"prompt", "completion"},
     "alpaca": {"instruction", "output"},
 }
+
+
 EXPECTED = (
     "messages; prompt + completion; instruction (+ input) + output; conversations; or map your "
     "columns, for example --set data.columns.prompt=question --set data.columns.completion=answer"

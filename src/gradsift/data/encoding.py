@@ -33,11 +33,17 @@ TULU = (
     "{{ '\n' }}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
 _OTHER_PARTS = {
     "reasoning": ("reasoning_content", "reasoning", "thinking"),
     "function_call": ("function_call",),
 }
+
+
 Tools = list[dict[str, Any]] | None
 
 

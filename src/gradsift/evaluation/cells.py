@@ -22,15 +22,15 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from gradsift.data import EncodedSet
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import NumericsError
-from gradsift.evaluation.harness import Harness
-from gradsift.evaluation.settings import EvaluationConfig
-from gradsift.executors import agreed, is_first
-from gradsift.job import Job
+from gradsift.evaluation.config import EvaluationConfig
+from gradsift.evaluation.lm_eval import Harness
+from gradsift.executors.base import agreed, is_first
+from gradsift.methods.job import Job
+from gradsift.pool.shards import hash_tensors
 from gradsift.progress import track
-from gradsift.shards import hash_tensors
-from gradsift.store import write_atomically
+from gradsift.runs.atomic import write_atomically
 
 if TYPE_CHECKING:
     from torch import nn
@@ -224,7 +224,7 @@ class Bench:
         if not cell.rows:
             yield self._job.models.base()
             return
-        from gradsift.training import train
+        from gradsift.models.training import train
 
         examples = self._job.pool.examples(cell.rows)
         with self._job.models.fresh(self._job.config.lora, cell.seed) as model:
@@ -235,9 +235,9 @@ class Bench:
             yield model.eval()
 
     def _measure(self, model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
-        from gradsift.batches import lengths_of
-        from gradsift.forward import run_forward
-        from gradsift.memory import start_tokens, within_memory
+        from gradsift.gradients.batch_size import start_tokens, within_memory
+        from gradsift.models.batches import lengths_of
+        from gradsift.models.forward import run_forward
 
         test = self._tests[name].examples
         examples = test.examples(range(len(test)))

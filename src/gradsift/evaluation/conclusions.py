@@ -17,7 +17,7 @@ from gradsift.evaluation.lds import linear_datamodeling_scores
 from gradsift.evaluation.overlap import Overlap, overlaps
 from gradsift.evaluation.results import Evaluation, Row, verdicts
 from gradsift.evaluation.statistics import paired_difference
-from gradsift.store import write_atomically
+from gradsift.runs.atomic import write_atomically
 
 ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
 """Scores of the whole pool, by target and method."""

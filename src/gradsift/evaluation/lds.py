@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradsift.evaluation.cells import Cell
-from gradsift.evaluation.settings import FineTuningConfig, LdsConfig
+from gradsift.evaluation.config import FineTuningConfig, LdsConfig
 from gradsift.evaluation.statistics import Interval, rank_correlation
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from gradsift.exhibits import Exhibit, plotly_json
+from gradsift.report.exhibits import Exhibit, plotly_json
 from gradsift.report.figures import colour, spectrum
 
 _LAYERS = 40  # bars

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from gradsift.errors import DataError
-from gradsift.job import Job, Method
-from gradsift.scores import Alignment, Table
+from gradsift.methods.base import Method
+from gradsift.methods.job import Job
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Table
 
 
 def scores(job: Job) -> dict[str, Alignment]:

@@ -11,11 +11,14 @@ import numpy as np
 
 from gradsift.config import Config
 from gradsift.errors import ConfigError
-from gradsift.job import Inputs, Job, Method
-from gradsift.measuring import not_finite
-from gradsift.poolpass import distinct_examples, project_pool
-from gradsift.scores import Alignment, Table
-from gradsift.store import Stage
+from gradsift.gradients.distinct import distinct_examples
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.pool.coordinates import project_pool
+from gradsift.pool.examples import not_finite
+from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Table
 from gradsift.types import Checkpoint
 
 _FOLDER = "cosine/pool"
@@ -101,7 +104,7 @@ class _Cosines:
 
 def _to_unit_length(job: Job, name: str, checkpoint: Checkpoint) -> np.ndarray:
     """Return the diagonal matrix that brings a target's gradients to length 1."""
-    from gradsift.memory import fitting_gram
+    from gradsift.gradients.gram import fitting_gram
 
     target = job.targets[name]
     examples, inverse = distinct_examples(target)

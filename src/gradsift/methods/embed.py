@@ -13,12 +13,16 @@ from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
 from gradsift.errors import ConfigError
-from gradsift.job import Inputs, Job, Method
-from gradsift.measuring import check_finite
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.models.identity import identity
+from gradsift.pool.examples import check_finite
+from gradsift.pool.shards import save_shard
 from gradsift.progress import track
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.shards import save_shard
-from gradsift.store import Stage, identity, write_atomically
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +119,8 @@ def _encoder(config: Config) -> Encode:
         SentenceTransformer,
     )
 
-    from gradsift.model import foreign_faults_told, refuse_pickled_weights, resolve_device
+    from gradsift.models.files import foreign_faults_told, refuse_pickled_weights
+    from gradsift.models.loading import resolve_device
 
     for path in [Path(config.embed.model), *Path(config.embed.model).glob("*/")]:
         refuse_pickled_weights(path, f"the encoder {config.embed.model!r}")

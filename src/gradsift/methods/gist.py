@@ -20,12 +20,16 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
-from gradsift.job import Inputs, Job, Method
-from gradsift.measuring import not_finite
-from gradsift.poolpass import distinct_examples, project_pool
-from gradsift.scores import Alignment, Cosines, Rows, RowStore, View
-from gradsift.store import Stage, write_atomically
-from gradsift.subspace import Subspace, describe, fit_subspace
+from gradsift.gradients.distinct import distinct_examples
+from gradsift.gradients.subspace import Subspace, describe, fit_subspace
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.pool.coordinates import project_pool
+from gradsift.pool.examples import not_finite
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, Rows, RowStore, View
 from gradsift.types import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -149,7 +153,7 @@ def _align(job: Job, name: str, views: Sequence[View], aggregation: str) -> Alig
 
 def _measure_subspaces(job: Job, name: str, checkpoints: list[Checkpoint]) -> None:
     """Leave each checkpoint's subspace of a target, and `spectrum.json`."""
-    from gradsift.memory import fitting_gram
+    from gradsift.gradients.gram import fitting_gram
 
     config, target, directory = job.config.gist, job.targets[name], job.path("targets") / name
     examples, inverse = distinct_examples(target)

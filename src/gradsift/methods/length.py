@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsift.job import Job, Method
-from gradsift.scores import Ranking
+from gradsift.methods.base import Method
+from gradsift.methods.job import Job
+from gradsift.scores.ranking import Ranking
 
 
 def scores(job: Job) -> dict[str, Ranking]:

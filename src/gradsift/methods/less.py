@@ -21,12 +21,16 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from gradsift.config import Config
-from gradsift.data import Encoded
+from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
-from gradsift.job import Inputs, Job, Method
-from gradsift.measuring import Measure, measure_pool, measure_target
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.store import OPTIMIZER_STATE, Stage
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.pool.examples import Measure, measure_target
+from gradsift.pool.pool_pass import measure_pool
+from gradsift.runs.layout import OPTIMIZER_STATE
+from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -105,7 +109,7 @@ def load_moments(model: PeftModel, path: Path) -> dict[str, tuple[Tensor, Tensor
         ModelError: If there are none, or those of a parameter are missing, superfluous, or of
             another shape.
     """
-    from gradsift.gradients import blocks
+    from gradsift.gradients.per_example import blocks
 
     file = path / OPTIMIZER_STATE
     if not file.exists():
@@ -159,9 +163,9 @@ def _prepare(
     job: Job, checkpoint: Checkpoint, moments: bool = True
 ) -> tuple[Measure, torch.device]:
     """Return what projects the gradients of examples, as Adam's directions or as they are."""
-    from gradsift.memory import memory_budget
-    from gradsift.passes import row_bytes
-    from gradsift.projection import Projection
+    from gradsift.gradients.gram import row_bytes
+    from gradsift.gradients.memory import memory_budget
+    from gradsift.gradients.random_projection import Projection
 
     model = job.models.at(checkpoint.path)
     adam = load_moments(model, checkpoint.path) if moments else None
@@ -191,8 +195,8 @@ def _project(
     """Return the projected directions at length 1, in float16: half the disk, cosines to 1e-4."""
     import torch
 
-    from gradsift.passes import gradient_rows
-    from gradsift.projection import Projection
+    from gradsift.gradients.per_example import gradient_rows
+    from gradsift.gradients.random_projection import Projection
 
     assert isinstance(projection, Projection)
     into = torch.zeros(len(examples), projection.dimension, device=model.device)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsift.basepass import pool_stage, run_over_pool, stored_pool
-from gradsift.job import Inputs, Job, Method
-from gradsift.scores import Ranking
-from gradsift.store import Stage
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.pool.hidden_states import pool_stage, run_over_pool, stored_pool
+from gradsift.runs.stage import Stage
+from gradsift.scores.ranking import Ranking
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:

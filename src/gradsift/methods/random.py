@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gradsift.config import Config
-from gradsift.job import Job, Method
-from gradsift.scores import Ranking
+from gradsift.methods.base import Method
+from gradsift.methods.job import Job
+from gradsift.scores.ranking import Ranking
 
 
 def scores(job: Job) -> dict[str, Ranking]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsift.basepass import (
+from gradsift.methods.base import Inputs, Method
+from gradsift.methods.job import Job
+from gradsift.pool.hidden_states import (
     pool_stage,
     run_over_pool,
     run_over_target,
@@ -16,9 +18,9 @@ from gradsift.basepass import (
     stored_target,
     target_stage,
 )
-from gradsift.job import Inputs, Job, Method
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.store import Stage
+from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:

@@ -10,9 +10,9 @@ import numpy as np
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from gradsift.choosing import SourceShare
-from gradsift.exhibits import plotly_json
-from gradsift.report.contents import Histogram
+from gradsift.report.exhibits import plotly_json
+from gradsift.report.target_page import Histogram
+from gradsift.selection.source_shares import SourceShare
 
 _SOURCES = 20
 

@@ -13,7 +13,8 @@ import jinja2
 from markupsafe import Markup
 
 from gradsift.report import figures
-from gradsift.report.contents import Overview, TargetPage
+from gradsift.report.overview import Overview
+from gradsift.report.target_page import TargetPage
 
 _HERE = Path(__file__).parent
 

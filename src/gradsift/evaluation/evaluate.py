@@ -1,0 +1,247 @@
+"""Does it work for me? The same fine-tuning on what each method picks, against random picks.
+
+Every fine-tuning is a cell that is done once and kept; see `cells.py`. `evaluate` decides which
+cells there have to be and what follows from them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradsift.config import Config, moved
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.stages import encoding_stages
+from gradsift.errors import ConfigError, system_faults_told
+from gradsift.evaluation.cells import Bench, Cell, HeldOut
+from gradsift.evaluation.conclusions import Entry, conclude
+from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig
+from gradsift.evaluation.figures import exhibits
+from gradsift.evaluation.lds import subset_cells
+from gradsift.evaluation.results import Evaluation
+from gradsift.methods.job import Job
+from gradsift.methods.registry import METHODS
+from gradsift.models.training import steps_per_epoch
+from gradsift.pipeline import check_budgets, encode, encode_sets, measure
+from gradsift.report.exhibits import write_exhibits
+from gradsift.report.write import refresh_report
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.opening import open_run, read_config
+from gradsift.scores.ranking import Ranking, Scores
+from gradsift.sections import merge
+from gradsift.selection.picks import choose
+from gradsift.selection.score_table import read_scores
+from gradsift.selection.stages import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Evaluation", "EvaluationConfig", "evaluate", "run_evaluation"]
+
+
+_FOLDER = "evaluation"
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    tests: Mapping[str, str | Sequence[str]],
+    engine: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Compare the methods on a run's pool and targets, by fine-tuning on what each picks.
+
+    `tests`: held-out examples by target. `engine`: settings of that section that differ from those
+    of the run, such as `{"executor": "ray"}`. Everything else is as in `EvaluationConfig`.
+
+    Example:
+        >>> found = gradsift.evaluate(                           # doctest: +SKIP
+        ...     "runs/gsm8k", tests={"gsm8k": "gsm8k_test.jsonl"},
+        ...     methods=["gist", "rds"], fine_tuning={"steps": 200})
+        >>> print(found.markdown())                              # doctest: +SKIP
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    wanted = EvaluationConfig.build(merge({"tests": dict(tests)}, settings))
+    return run_evaluation(run, wanted, engine)
+
+
+@system_faults_told()
+def run_evaluation(
+    run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] | None = None
+) -> Evaluation:
+    """Run a whole evaluation; see `evaluate`. The same again goes on where it stopped.
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    config = moved(read_config(run), engine or {})
+    plans = _plans(config, settings)
+    with open_run(run) as folder:
+        for plan in plans.values():  # whatever cannot be done is told before anything is
+            folder.prepare([*plan.inputs.data.values(), *plan.measured])
+        job = encode(plans["random"], folder, strict=False)
+        budgets = settings.budgets or (config.policy.budget,)
+        check_budgets(job, budgets)
+        tests = _encode_tests(job, settings)
+        bench = Bench(job, settings, tests)
+        content = settings.to_yaml().encode()
+        write_atomically(folder.path / _FOLDER / "config.yaml", content)
+        grid = _grid(job, settings, plans, [(t, b) for t in tests for b in budgets])
+        subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
+        _tell_what_is_not_seen(settings.fine_tuning, grid, subsets)
+        _run_cells(job, bench, grid, subsets, list(tests))
+        scores = {
+            (target, method): read_scores(folder.path, method, target)
+            for target in tests
+            for method in settings.methods
+        }
+        found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
+        own = Plan.of(config)
+        selections = {name: stage.fingerprint for name, stage in own.selections.items()}
+        write_exhibits(folder, _FOLDER, exhibits(found), selections)
+        refresh_report(replace(job, inputs=own.inputs), own)
+        return found
+
+
+def _plans(config: Config, settings: EvaluationConfig) -> dict[str, Plan]:
+    """Return the stages of every method, `random` always among them.
+
+    Raises:
+        ConfigError: If a test belongs to no target, or something would stop a method.
+        ModelError: If the model, an adapter or an encoder is not there.
+    """
+    unknown = [name for name in settings.tests if name not in config.data.targets]
+    if unknown:
+        raise ConfigError(
+            f"held-out examples for {unknown[0]!r}, which is no target of this run "
+            f"({', '.join(config.data.targets)})"
+        )
+    plans = {}
+    for method in dict.fromkeys([*settings.methods, "random"]):
+        own = config.model_copy(update={"method": method})
+        METHODS[method].check(own)
+        plans[method] = Plan.of(own)
+    return plans
+
+
+def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
+    """Return the held-out examples of every target, encoded now or before."""
+    specs = {f"test.{name}": sources for name, sources in settings.tests.items()}
+    stages = encoding_stages(job.config, job.inputs.model, specs, f"{_FOLDER}/data")
+    encode_sets(job.config, specs, stages, job.folder, job.path(f"{_FOLDER}/data"))
+    result = {}
+    for name, (encoded, stage) in zip(settings.tests, stages.items(), strict=True):
+        examples = EncodedSet(job.path(f"{_FOLDER}/data/{encoded}.parquet"))
+        result[name] = HeldOut(examples, stage.fingerprint)
+        for where, others in (("pool", job.pool), ("target", job.targets[name])):
+            repeated = sum(_hashes(examples).isin(_hashes(others)))
+            if repeated:
+                told = (repeated, len(examples), name, where)
+                logger.warning("%d of %d held-out examples of %s are in the %s itself", *told)
+    return result
+
+
+def _hashes(encoded: EncodedSet) -> pd.Series:
+    return encoded.table(["text_hash"])["text_hash"].to_pandas()
+
+
+def _grid(
+    job: Job,
+    settings: EvaluationConfig,
+    plans: Mapping[str, Plan],
+    places: Sequence[tuple[str, str]],
+) -> list[Entry]:
+    """Return base, random and every method's picks, by target and budget, for every seed.
+
+    Methods are measured one after the other, and only their picks are kept.
+    """
+    steps, num_pool = settings.fine_tuning.steps, len(job.pool)
+    cells: dict[str, dict[tuple[str, str], list[Cell]]] = {"base": {}, "random": {}}
+    for place in places:
+        cells["base"][place] = [Cell((), 0, 0, "base")]
+    for seed in range(settings.random_seeds):
+        section = job.config.random.model_copy(update={"seed": seed})
+        config = job.config.model_copy(update={"random": section})
+        seeded = replace(job, inputs=replace(job.inputs, config=config))
+        for place, rows in _picks(job, METHODS["random"].scores(seeded), places):
+            cell = Cell(rows, steps, seed, f"random, {place[1]}, seed {seed}")
+            cells["random"].setdefault(place, []).append(cell)
+    if settings.full:
+        whole = max(steps, steps_per_epoch(num_pool, settings.fine_tuning))
+        rows = tuple(range(num_pool))
+        trained = [Cell(rows, whole, seed, f"full, seed {seed}") for seed in range(settings.seeds)]
+        cells["full"] = dict.fromkeys(places, trained)
+    for method in settings.methods:
+        scored = measure(replace(job, inputs=plans[method].inputs), plans[method])()
+        if method == "random":
+            continue
+        cells[method] = {
+            place: [
+                Cell(rows, steps, seed, f"{method} for {place[0]}, {place[1]}, seed {seed}")
+                for seed in range(settings.seeds)
+            ]
+            for place, rows in _picks(job, scored, places)
+        }
+    return [
+        Entry(*place, method, cell)
+        for place in places
+        for method, by_place in cells.items()
+        for cell in by_place[place]
+    ]
+
+
+def _picks(
+    job: Job, scored: Mapping[str, Scores], places: Sequence[tuple[str, str]]
+) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
+    """Yield the rows that the run's policy picks for each target at each budget, in their order."""
+    for target, budget in places:
+        policy, scores = job.config.policy.model_copy(update={"budget": budget}), scored[target]
+        if isinstance(scores, Ranking):  # it has no target examples that could take turns
+            policy = policy.model_copy(update={"strategy": "top"})
+        rows = choose(job, target, scores.turns(policy), policy).rows
+        yield (target, budget), tuple(sorted(rows))
+
+
+def _tell_what_is_not_seen(
+    settings: FineTuningConfig, grid: Sequence[Entry], subsets: Sequence[Cell]
+) -> None:
+    """Warn where a fine-tuning ends before it has seen all of its examples."""
+    seen = settings.steps * settings.batch_size
+    picked = [len(entry.cell.rows) for entry in grid if entry.method not in ("base", "full")]
+    for what, size in (
+        ("picks", max(picked)),
+        ("a subset", max((len(c.rows) for c in subsets), default=0)),
+    ):
+        if size > seen:
+            logger.warning(
+                "fine_tuning.steps × batch_size is %d examples, less than the %d of %s: not all of "
+                "them are trained on",
+                seen, size, what,
+            )  # fmt: skip
+
+
+def _run_cells(
+    job: Job,
+    bench: Bench,
+    grid: Sequence[Entry],
+    subsets: Sequence[Cell],
+    targets: Sequence[str],
+) -> None:
+    """Train what is missing; selections that are the same are trained once."""
+    wanted: dict[Cell, set[str]] = {}
+    for entry in grid:
+        wanted.setdefault(entry.cell, set()).add(entry.target)
+    todo = [(cell, sorted(names), True) for cell, names in wanted.items()]
+    todo += [(cell, [*targets], False) for cell in subsets]
+    missing = [item for item in todo if bench.lacks(*item)]
+    logger.info("%d of %d fine-tunings are there already", len(todo) - len(missing), len(todo))
+    if missing:
+        job.train(partial(bench.run_all, missing), job.path(f"{_FOLDER}/cells"))

@@ -1,0 +1,290 @@
+"""A Ray cluster: the pool pass as a Ray Data actor pool, trainings under Ray Train.
+
+One model per actor, a GPU each where there are any. Ray restarts what dies and sends its work
+elsewhere; all that a task returns is that it is done, its result lies in the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradsift.config import EngineConfig
+from gradsift.errors import ConfigError, GradsiftError, RunError
+from gradsift.executors.base import ENVIRONMENT, quieten
+from gradsift.progress import VisibleFormatter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+_WAITING = 2  # tasks at an actor: one is done, one is ready
+
+
+_SECONDS_BETWEEN_LOOKS = 5.0
+
+
+_ANSWER = 10.0  # seconds in which a cluster has to answer
+
+
+_PATIENCE = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
+
+
+_TRAINING_FAILURES = 3  # of machines, in one training
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The cluster at `address`; with none, the one that this process is in, or one begun here."""
+
+    address: str | None
+    workers: int | None
+    train_workers: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> RayCluster:
+        """Return the cluster of some settings.
+
+        Raises:
+            ConfigError: If Ray is not installed.
+            RunError: If nothing answers at the address.
+        """
+        if find_spec("ray") is None:
+            raise ConfigError("--engine ray needs Ray: pip install 'gradsift[ray]'")
+        host, colon, port = (config.ray_address or "").rpartition(":")
+        if colon and port.isdigit():  # Ray itself would try for minutes
+            try:
+                socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()
+            except OSError as error:
+                raise _unreachable(config.ray_address, error) from None
+        workers = None if config.workers == "auto" else config.workers
+        return cls(config.ray_address, workers, config.train_workers)
+
+    def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+        """Do the tasks in an actor pool, each actor with a worker of its own.
+
+        The pool grows and shrinks with the cluster. A task whose actor or machine dies is done
+        again by another.
+
+        Raises:
+            GradsiftError: The first that a worker raised.
+        """
+        import ray.data
+
+        share, count = self._connect(self.workers)
+        if len(tasks) < (self.workers or count):
+            told = "%d shards to do for %d workers; a smaller engine.shard_size keeps all at work"
+            logger.warning(told, len(tasks), self.workers or count)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and log are our own
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        # as soon as actors are busy: by default the pool would not grow with few tasks ahead
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=self.workers,
+            initial_size=min(count, len(tasks)),
+            max_tasks_in_flight_per_actor=_WAITING,
+        )
+        numbers = [{"task": number} for number in range(len(tasks))]
+        done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
+            _Actor,
+            fn_constructor_args=(ray.put((str(Path.cwd()), open_worker, list(tasks))),),
+            batch_size=1,
+            compute=pool,
+            runtime_env={"env_vars": ENVIRONMENT},
+            **share,
+        )
+        seen: dict[str, int] = {}
+        for row in done.iter_rows():
+            _raise(row)
+            if row["worker"] not in seen:
+                logger.info("worker %d: %s", len(seen) + 1, row["worker"])
+                seen[row["worker"]] = len(seen) + 1
+            yield tasks[row["task"]]
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do it on one worker, again if its machine dies.
+
+        Raises:
+            GradsiftError: As the work does.
+        """
+        import ray
+
+        share, _ = self._connect(self.workers)
+        task = ray.remote(_caught).options(
+            max_retries=-1, runtime_env={"env_vars": ENVIRONMENT}, **share
+        )
+        outcome = ray.get(task.remote(str(Path.cwd()), work))
+        _raise(outcome)
+        return outcome["value"]
+
+    def train(self, work: Callable[[], object]) -> None:
+        """Do it under Ray Train, in so many processes as share a training.
+
+        Raises:
+            GradsiftError: As the work does.
+            RunError: If machines died again and again.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        share, count = self._connect(self.train_workers)
+        if count < self.train_workers:
+            logger.warning(
+                "training waits for %d workers; there is room for %d", self.train_workers, count
+            )
+        gpus = share["num_gpus"]
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"folder": str(Path.cwd()), "work": work},
+            torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_PATIENCE),
+            scaling_config=ScalingConfig(
+                num_workers=self.train_workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": share["num_cpus"]},
+            ),
+            run_config=RunConfig(
+                failure_config=FailureConfig(max_failures=_TRAINING_FAILURES),
+                worker_runtime_env={"env_vars": ENVIRONMENT},
+            ),
+        )
+        try:
+            _raise({"failure": trainer.fit().return_value})
+        except TrainingFailedError as error:
+            _raise({"failure": _told(error)})
+            raise RunError(f"the training failed on the cluster: {error}") from error
+
+    def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
+        """Return what of the cluster one of so many workers takes, and how many there is room for.
+
+        Connects to the cluster first, or begins one, and waits for its first machine that works.
+
+        Raises:
+            RunError: If there is no such cluster.
+        """
+        import ray
+
+        if not ray.is_initialized():
+            where = f"connecting to {self.address}" if self.address else "beginning on this machine"
+            logger.info("Ray: %s", where)
+            try:
+                ray.init(
+                    address=self.address or "local",
+                    include_dashboard=None if self.address else False,
+                    log_to_driver=True,
+                    logging_level=logging.WARNING,
+                )
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise _unreachable(self.address, error) from error
+            nodes, of_all = ray.nodes(), ray.cluster_resources()
+            told = (len(nodes), of_all.get("CPU", 0), of_all.get("GPU", 0))
+            logger.info("Ray: %d machines, %g CPUs, %g GPUs", *told)
+        while not (found := _able_machines()):
+            logger.info("waiting for a machine of the Ray cluster that has CPUs")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        gpus = [int(machine.get("GPU", 0)) for machine in found]
+        if any(gpus):
+            return {"num_gpus": 1, "num_cpus": 1}, min(sum(gpus), workers or sum(gpus))
+        cpus = [int(machine["CPU"]) for machine in found]
+        own = max(1, min([*cpus, sum(cpus) // (workers or len(cpus))]))
+        room = sum(count // own for count in cpus)
+        return {"num_gpus": 0, "num_cpus": own}, min(room, workers or room)
+
+
+def _unreachable(address: str | None, error: Exception) -> RunError:
+    return RunError(
+        f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`, or leave "
+        "--ray-address out to begin one on this machine"
+    )
+
+
+def _able_machines() -> list[dict[str, float]]:
+    """Return the resources of the machines that can work now."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [resources for resources in alive if resources.get("CPU", 0) >= 1]
+
+
+class _Actor:
+    """One worker of the pool pass, kept in a process of its own."""
+
+    def __init__(self, reference: Any) -> None:
+        import ray
+
+        self._folder, open_worker, self._tasks = ray.get(reference)
+        opened = _caught(self._folder, open_worker)
+        self._failure, self._work = opened["failure"], opened["value"]
+        self._name = f"process {os.getpid()} on {platform.node()}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        [number] = batch["task"].tolist()
+        failure = self._failure
+        if failure is None:
+            failure = _caught(self._folder, lambda: [*self._work([self._tasks[number]])])["failure"]
+        return {"task": [number], "failure": [failure], "worker": [self._name]}
+
+
+def _caught(folder: str, work: Callable[[], T]) -> dict[str, Any]:
+    """Return what some work gives, or the fault that a user can mend: Ray would do it again.
+
+    `folder` is what relative paths begin from.
+    """
+    _log_to_terminal()
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    try:
+        return {"value": work(), "failure": None}
+    except GradsiftError as error:
+        return {"value": None, "failure": f"{type(error).__name__}: {error}"}
+
+
+def _raise(outcome: dict[str, Any]) -> None:
+    """Raise here what was raised there."""
+    import gradsift.errors
+
+    if outcome.get("failure"):
+        name, _, message = outcome["failure"].partition(": ")
+        raise getattr(gradsift.errors, name)(message)
+
+
+class _FailureError(Exception):
+    """Ends all processes of a training: those that found nothing wrong would wait for the one."""
+
+
+def _train_loop(config: dict[str, Any]) -> str | None:
+    failure = _caught(config["folder"], config["work"])["failure"]
+    if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise _FailureError(failure)
+    return failure
+
+
+def _told(error: Any) -> str | None:
+    """Return what a user can mend, if that is what ended a training."""
+    for found in getattr(error, "worker_failures", {}).values():
+        cause = getattr(found, "cause", found)
+        if isinstance(cause, _FailureError):
+            return str(cause)
+    return None
+
+
+def _log_to_terminal() -> None:
+    """Write this process's log to its stderr, which Ray brings to the terminal of the driver."""
+    ours = logging.getLogger("gradsift")
+    if not ours.handlers:
+        ours.setLevel(logging.INFO)
+        ours.addHandler(logging.StreamHandler(sys.stderr))
+        ours.handlers[0].setFormatter(VisibleFormatter("%(message)s"))
+        ours.propagate = False
+        quieten()

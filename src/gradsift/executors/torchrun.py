@@ -1,0 +1,111 @@
+"""The processes that `torchrun` or `accelerate launch` began, which lend the first one a hand.
+
+The first process runs the command. The others wait for what it sends them: their share of the
+tasks, or a training to take part in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+_PATIENCE = timedelta(days=30)  # the others wait while the first one encodes or scores
+
+
+@dataclass(frozen=True)
+class Together:
+    """All processes of a launch, of which this is the first."""
+
+    def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+        """Do every n-th task here, n being the number of processes, and the others over there."""
+        _send(partial(_share, open_worker, tasks))
+        yield from open_worker()(_own(tasks))
+        yield from _gather(tasks)
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Do it here."""
+        return work()
+
+    def train(self, work: Callable[[], object]) -> None:
+        """Do it in all processes."""
+        _send(work)
+        work()
+
+
+@contextmanager
+def company() -> Iterator[bool]:
+    """Yield whether this process runs the command; one that lends a hand has done so already.
+
+    Without a launcher, every process runs its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    import torch.distributed as dist
+
+    backend = "gloo" if not _has_gpu() else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        if dist.get_rank() == 0:
+            try:
+                yield True
+            except SystemExit as stop:  # how Typer ends
+                if stop.code:
+                    raise
+            # after a fault nothing is sent: the others may wait elsewhere; the launcher ends them
+            _send(None)
+        else:
+            while (work := _receive()) is not None:
+                work()
+            yield False
+    finally:
+        dist.destroy_process_group()
+
+
+def _share(open_worker: Callable[[], Any], tasks: Sequence[Any]) -> None:
+    for _ in open_worker()(_own(tasks)):
+        pass
+    _gather(tasks)
+
+
+def _own(tasks: Sequence[Any]) -> Sequence[Any]:
+    import torch.distributed as dist
+
+    return tasks[dist.get_rank() :: dist.get_world_size()]
+
+
+def _gather(tasks: Sequence[Any]) -> Sequence[Any]:
+    """Wait for all, and return the tasks of the others."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    others = range(1, dist.get_world_size())
+    return [task for rank in others for task in tasks[rank :: dist.get_world_size()]]
+
+
+def _send(work: Callable[[], object] | None) -> None:
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([work])
+
+
+def _receive() -> Callable[[], object] | None:
+    import torch.distributed as dist
+
+    received: list[Any] = [None]
+    dist.broadcast_object_list(received)
+    return received[0]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,147 @@
+"""The paper's claims, measured on the user's own model and targets.
+
+Whether few directions hold the target's gradients, whether they are those in which the loss curves
+most, and how much of that curvature a diagonal preconditioner such as Adam's cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradsift.config import Config, ModelConfig, moved
+from gradsift.errors import ConfigError, RunError, system_faults_told
+from gradsift.geometry.config import GeometryConfig
+from gradsift.geometry.figures import exhibits
+from gradsift.methods.job import Job, open_job
+from gradsift.pipeline import encode
+from gradsift.report.exhibits import write_exhibits
+from gradsift.report.write import refresh_report
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.stage import Stage
+from gradsift.selection.stages import Plan
+
+if TYPE_CHECKING:
+    import peft
+
+_FOLDER = "geometry"
+
+
+_BEFORE = "before warm-up"
+
+
+@system_faults_told()
+def measure_geometry(
+    run: str | Path, *, engine: Mapping[str, Any] | None = None, **settings: Any
+) -> Mapping[str, Any]:
+    """Measure spectrum, subspace and coupling of every target of a run; return `geometry.json`.
+
+    `settings` are as in `GeometryConfig`; `engine` holds those of that section that differ from the
+    run's. Figures and numbers go into `geometry/` and the report.
+    Run it again to go on after a crash.
+
+    Example:
+        >>> found = gradsift.measure_geometry("runs/gsm8k")              # doctest: +SKIP
+        >>> found["gsm8k"]["coupling"]["off_diagonal"]           # doctest: +SKIP
+        {'value': 0.98, 'standard_error': 0.01}
+
+    Raises:
+        GradsiftError: If something has to be mended first; the message says what and how.
+    """
+    from gradsift.models.cache import Models
+
+    wanted, config = GeometryConfig.build(settings), moved(read_config(run), engine or {})
+    if config.model.quantization != "none":
+        raise ConfigError(
+            "geometry differentiates twice, which quantized layers do not; use a run whose "
+            "model.quantization is none"
+        )
+    plan = Plan.of(config)
+    inputs = plan.inputs
+    warmup = inputs.warmup(config, "warmup")
+    with open_run(run) as folder:
+        folder.prepare([*inputs.data.values(), warmup])
+        if not folder.facts([warmup]):
+            raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
+        kept = encode(plan, folder, strict=False)
+        kept.warm_up(warmup, config)
+        # what curves little is lost in half precision
+        job = open_job(inputs, folder, Models(_in_float32(config.model)))
+        found = {}
+        for name in job.targets:
+            places = _places(job, warmup)
+            found[name] = _measure_target(job, name, places, warmup, wanted)
+        content = json.dumps(found, indent=1).encode()
+        write_atomically(job.path(_FOLDER) / "geometry.json", content)
+        of = {name: inputs.gradients(name) for name in job.targets}
+        shown = {name: exhibits(own) for name, own in found.items()}
+        write_exhibits(folder, _FOLDER, shown, of)
+        refresh_report(kept, plan)
+        return found
+
+
+def _in_float32(model: ModelConfig) -> ModelConfig:
+    """Return the model as it can be differentiated twice: fused attention cannot."""
+    return model.model_copy(update={"dtype": "float32", "attention": "eager"})
+
+
+Place = Callable[[], AbstractContextManager["peft.PeftModel"]]
+"""Gives the model with one adapter."""
+
+
+def _places(job: Job, warmup: Stage) -> dict[str, Place]:
+    """Return where it is measured: at the fresh adapter, if it is known, and at each checkpoint."""
+    config = job.config
+    places: dict[str, Place] = {}
+    if config.warmup.adapter is None and config.warmup.mode == "train":
+        places[_BEFORE] = partial(_fresh, job, config)
+    for checkpoint in job.checkpoints(warmup):
+        places[checkpoint.label] = partial(_at, job, checkpoint.path)
+    return places
+
+
+@contextmanager
+def _fresh(job: Job, config: Config) -> Iterator[peft.PeftModel]:
+    with job.models.fresh(config.lora, config.warmup.seed) as model:
+        yield model.requires_grad_(False).eval()
+
+
+def _at(job: Job, path: Path) -> AbstractContextManager[peft.PeftModel]:
+    return nullcontext(job.models.at(path))
+
+
+def _measure_at(
+    place: Place, job: Job, name: str, label: str, settings: GeometryConfig, coupling: bool
+) -> dict[str, Any]:
+    from gradsift.geometry.target import measure_place
+
+    with place() as model:
+        return measure_place(job, name, label, model, settings, coupling)
+
+
+def _measure_target(
+    job: Job, name: str, places: Mapping[str, Place], warmup: Stage, settings: GeometryConfig
+) -> dict[str, Any]:
+    """Return what is found of a target at every place, measured now or before."""
+    gist, sources = job.config.gist.model_dump(include={"rank"}), (job.inputs.target(name), warmup)
+    result: dict[str, Any] = {"places": {}}
+    for number, (label, place) in enumerate(places.items(), start=1):
+        last = number == len(places)
+        wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
+        path = f"{_FOLDER}/{name}/{label.replace(' ', '-')}.json"
+        depends = wanted | {"gist": gist, "place": label}
+        stage = Stage(path.removesuffix(".json"), depends, (path,), sources, cheap=True)
+        with job.folder.stage(stage) as todo:
+            if todo:
+                found = job.call(partial(_measure_at, place, job, name, label, settings, last))
+                job.path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(job.path(path), json.dumps(found, indent=1).encode())
+        found = json.loads(job.path(path).read_text(encoding="utf-8"))
+        result |= {key: found.pop(key) for key in ("coupling",) if key in found}
+        result["places"][label] = found
+    return result

@@ -1,0 +1,218 @@
+"""The bases of all targets, stacked: on the device as far as they fit, else brought there in time.
+
+A block that waits in host memory is copied while the backward pass is still at the block before
+it. Where a block lies changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import prod
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradsift.config import EngineConfig
+from gradsift.data.encoding import Encoded
+from gradsift.errors import ModelError
+from gradsift.gradients.batch_size import start_tokens, within_memory
+from gradsift.gradients.gram import FLOAT_BYTES
+from gradsift.gradients.memory import host_memory, memory_budget
+from gradsift.gradients.per_example import (
+    blocks,
+    device_of,
+    each_batch,
+    gradient_scale,
+)
+from gradsift.models.batches import lengths_of, plan_batches, to_device
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Each block's shape (out, in) by its name."""
+
+
+class Basis:
+    """`basis[name]` is one block of it, (direction, parameter), on the device.
+
+    What it returned before may no longer be used: the memory of waiting blocks is used in turn.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, Float[Tensor, "direction _"]],
+        waiting: frozenset[str],
+        device: torch.device,
+    ) -> None:
+        """Take the blocks, those that are `waiting` from host memory (pinned, for a GPU)."""
+        self._blocks, self._waiting = blocks, waiting
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._after: dict[str, str] = {}  # the order in which waiting blocks are asked for
+        self._last: str | None = None
+        self._coming: tuple[str, Tensor, torch.Event | None] | None = None
+        largest = max((blocks[name].numel() for name in waiting), default=0)
+        first = next(iter(blocks.values()))
+        self.rank, self._free = len(first), 0
+        self._slots = torch.empty(2, largest, dtype=first.dtype, device=device)
+        if self._stream:
+            self._slots.record_stream(self._stream)  # a copy may still run when they are freed
+
+    def __getitem__(self, name: str) -> Float[Tensor, "direction _"]:
+        if name not in self._waiting:
+            return self._blocks[name]
+        if self._last is not None:
+            self._after[self._last] = name
+        self._last = name
+        # whatever uses the other slot has been handed to the device by now
+        released = torch.cuda.current_stream().record_event() if self._stream else None
+        if self._coming is None or self._coming[0] != name:
+            self._bring(name, released)
+        assert self._coming is not None
+        (_, block, arrived), self._coming = self._coming, None
+        if arrived:
+            torch.cuda.current_stream().wait_event(arrived)
+        self._free = 1 - self._free
+        if name in self._after:
+            self._bring(self._after[name], released)
+        return block
+
+    def _bring(self, name: str, released: torch.Event | None) -> None:
+        """Begin to copy a block into the slot that is not in use."""
+        host = self._blocks[name]
+        block = self._slots[self._free, : host.numel()].view(host.shape)
+        side: AbstractContextManager[object] = nullcontext()
+        if self._stream and released:
+            self._stream.wait_event(released)
+            side = torch.cuda.stream(self._stream)
+        with side:
+            block.copy_(host, non_blocking=True)
+        self._coming = (name, block, self._stream.record_event() if self._stream else None)
+
+
+def choose_waiting(
+    shapes: Shapes, rank: int, itemsize: int, device: torch.device, memory: int
+) -> frozenset[str]:
+    """Return the blocks that have to wait in host memory so that the rest keeps within `memory`.
+
+    Raises:
+        ModelError: If even host memory does not suffice.
+    """
+    sizes = {name: rank * prod(shape) * itemsize for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    if total <= memory:
+        return frozenset()
+    advice = "lower gist.rank or lora.rank, or give fewer targets at once"
+    if device.type == "cpu":
+        raise ModelError(
+            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB, more than "
+            f"the {memory / 2**30:.3g} GiB that three quarters of engine.memory (--memory) are; "
+            f"raise it, or {advice}"
+        )
+    room = memory - 2 * max(sizes.values())  # two slots for those that are brought
+    # spread evenly over the layers, so that each copy has a whole layer's time
+    waiting, here, reached = set(), 0, 0
+    for name, size in sizes.items():
+        reached += size
+        if (here + size) * total <= room * reached:
+            here += size
+        else:
+            waiting.add(name)
+    # pinned memory is handed out in powers of two
+    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in waiting), host_memory()
+    if needed > available or room < 0:
+        raise ModelError(
+            f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB; "
+            f"{memory / 2**30:.3g} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
+            f"memory; {advice}"
+        )
+    return frozenset(waiting)
+
+
+def build_basis(
+    model: nn.Module,
+    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
+    max_tokens: int,
+    memory: int,
+) -> Basis:
+    """Return combinationᵀ G of each target, one below the other, block by block.
+
+    `targets`: examples, and a combination (query × rank) of their gradients.
+
+    With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
+    Added up in float32, in parts of a quarter of `memory` bytes, each a pass over the targets;
+    kept in the model's precision on a GPU and in float32 on the CPU, within the other three.
+
+    Raises:
+        ModelError: If they fit neither into `memory` bytes of the device nor into host memory.
+    """
+    shapes, device = blocks(model), device_of(model)
+    rank = sum(combination.shape[1] for _, combination in targets)
+    dtype = model.dtype if device.type == "cuda" else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    waiting = choose_waiting(shapes, rank, dtype.itemsize, device, memory - memory // 4)
+    done: dict[str, Tensor] = {}
+    for part in _parts(shapes, max_bytes=memory // 4, bytes_per_parameter=FLOAT_BYTES * rank):
+        sums = [
+            _combine_rows(model, examples, combination, part, max_tokens)
+            for examples, combination in targets
+        ]
+        for name in part:
+            block = torch.cat([own.pop(name) for own in sums]).to(dtype)
+            done[name] = block.cpu().pin_memory() if name in waiting else block
+    return Basis(done, waiting, device)
+
+
+def _combine_rows(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    combination: Float[np.ndarray, "query rank"],
+    shapes: Shapes,
+    max_tokens: int,
+) -> dict[str, Float[Tensor, "rank _"]]:
+    weights = to_device(combination.astype(np.float32), device_of(model)) / gradient_scale(model)
+    sums = {
+        name: torch.zeros(weights.shape[1], prod(shape), device=weights.device)
+        for name, shape in shapes.items()
+    }
+    groups = plan_batches(lengths_of(examples), max_tokens)
+    for group, backpropagate in each_batch(model, examples, groups):
+        shares = weights[to_device(group, weights.device)].T
+
+        def accumulate(name: str, gradient: Tensor, shares: Tensor = shares) -> None:
+            if name in sums:
+                sums[name].addmm_(shares, gradient.flatten(1).float())
+
+        backpropagate(accumulate)
+    return sums
+
+
+def _parts(shapes: Shapes, max_bytes: int, bytes_per_parameter: int) -> Iterator[Shapes]:
+    """Cut the blocks into parts of at most `max_bytes`, or of a single block."""
+    part: dict[str, tuple[int, int]] = {}
+    room = max_bytes
+    for name, shape in shapes.items():
+        size = prod(shape) * bytes_per_parameter
+        if part and size > room:
+            yield part
+            part, room = {}, max_bytes
+        part[name] = shape
+        room -= size
+    yield part
+
+
+def fitting_basis(
+    model: nn.Module,
+    targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
+    engine: EngineConfig,
+) -> Basis:
+    """Return `build_basis` of the targets, in parts and batches that fit.
+
+    Raises:
+        ModelError: If nothing does.
+    """
+    device = next(model.parameters()).device
+    lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
+    work = partial(build_basis, model, targets, memory=memory_budget(engine, device))
+    return within_memory(work, start_tokens(engine, device), lengths)[0]

@@ -1,0 +1,101 @@
+"""Tokens per batch: the most that fit, and fewer when they did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
+from jaxtyping import Int
+
+from gradsift.config import EngineConfig
+from gradsift.data.encoding import Encoded
+from gradsift.errors import ModelError
+from gradsift.models.batches import MOST_EXAMPLES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+Measure = Callable[[Sequence[Encoded], int], object]
+"""Measures some examples, given the most tokens per batch."""
+
+
+# On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
+# is looked for, from here downwards.
+_CPU_TOKENS = 2048
+
+
+_GPU_TOKENS = 32768
+
+
+# of CUDA, its allocator and its matrix library, and of the CPU
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def start_tokens(engine: EngineConfig, device: torch.device) -> int:
+    """Return the tokens per batch to begin with, before anything is known of what fits."""
+    if engine.batch_tokens != "auto":
+        return engine.batch_tokens
+    return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
+
+
+def find_batch_tokens(
+    measure: Measure, lengths: Int[np.ndarray, " example"], engine: EngineConfig, on: torch.device
+) -> int:
+    """Return the tokens per batch of a pool pass: as set, or the most that the device holds."""
+    max_tokens = start_tokens(engine, on)
+    if engine.batch_tokens == "auto" and on.type != "cpu":
+        max_tokens = probe(measure, lengths, max_tokens)
+    logger.info("batches of up to %d tokens", max_tokens)
+    return max_tokens
+
+
+def probe(measure: Measure, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
+    """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
+
+    The worst in activations and logits is a batch of the longest examples with a label at every
+    token, the worst in gradients one of as many examples as a batch may have.
+    """
+
+    def run_worst(tokens: int) -> None:
+        longest = int(lengths.max())
+        for length in (longest, min(longest, max(1, tokens // MOST_EXAMPLES))):
+            supervised = np.arange(length + 1) > 0
+            example = Encoded(np.zeros(length + 1, np.int32), supervised)
+            count = min(max(1, tokens // length), MOST_EXAMPLES)
+            measure([example] * count, tokens)
+
+    return within_memory(run_worst, max_tokens, lengths)[1]
+
+
+def within_memory(
+    work: Callable[[int], T], max_tokens: int, lengths: Int[np.ndarray, " example"]
+) -> tuple[T, int]:
+    """Return what `work(max_tokens)` gives, and the tokens per batch with which it did.
+
+    When memory runs out, all that `work` does is done again with half the tokens per batch, down
+    to batches of one example each.
+
+    Raises:
+        ModelError: If not even they fit.
+    """
+    while True:
+        try:
+            return work(max_tokens), max_tokens
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+                raise
+            told = str(error).partition("\n")[0]
+        clear_device_cache(garbage_collection=True)
+        if max_tokens < 2 * lengths.min():
+            raise ModelError(
+                f"out of memory with one example per batch, the longest of {lengths.max()} tokens; "
+                f"lower data.max_length, lora.rank or engine.memory, or quantize the model ({told})"
+            )
+        max_tokens //= 2
+        logger.warning("out of memory; going on with batches of %d tokens", max_tokens)

@@ -1,0 +1,26 @@
+"""Ways to score a pool against targets, one file each; `METHODS` has them by name."""
+
+from gradsift.methods import (
+    bm25,
+    cosine,
+    embed,
+    gist,
+    length,
+    less,
+    perplexity,
+    random,
+    rds,
+)
+from gradsift.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    "gist": gist.METHOD,
+    "less": less.METHOD,
+    "cosine": cosine.METHOD,
+    "rds": rds.METHOD,
+    "embed": embed.METHOD,
+    "bm25": bm25.METHOD,
+    "perplexity": perplexity.METHOD,
+    "length": length.METHOD,
+    "random": random.METHOD,
+}

@@ -1,0 +1,143 @@
+"""Batches of examples, prepared ahead of their use.
+
+Examples of like length share a batch, right-padded, and a second thread lays the next ones out
+while the device works.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from gradsift.data.encoding import Encoded
+from gradsift.errors import ModelError
+
+T = TypeVar("T")
+
+
+_END = object()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples, and where their labels are.
+
+    `rows`, `columns`: the positions whose logits are needed; `labels`: the tokens that follow
+    there; `weights`: one over the number of labels of that example.
+    """
+
+    input_ids: Int[Tensor, "example token"]
+    rows: Int[Tensor, " label"]
+    columns: Int[Tensor, " label"]
+    labels: Int[Tensor, " label"]
+    weights: Float[Tensor, " label"]
+
+    @classmethod
+    def of(cls, examples: Sequence[Encoded], device: torch.device, whole: bool = False) -> Batch:
+        """Lay the examples out, each up to its last label: what follows cannot change its loss.
+
+        Or as a whole, where more than the loss is wanted.
+        """
+        positions = [np.flatnonzero(example.supervised) for example in examples]
+        lengths = [len(e.input_ids) for e in examples] if whole else [p[-1] for p in positions]
+        input_ids = np.zeros((len(examples), int(max(lengths))), dtype=np.int64)
+        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            input_ids[row, :length] = example.input_ids[:length]
+        counts = [len(position) for position in positions]
+        columns = np.concatenate(positions) - 1
+        labels = np.concatenate(
+            [example.input_ids[p] for example, p in zip(examples, positions, strict=True)]
+        )
+        rows = np.repeat(np.arange(len(examples)), counts)
+        weights = np.repeat(1 / np.array(counts, dtype=np.float32), counts)
+        arrays = (input_ids, rows, columns, labels.astype(np.int64), weights)
+        return cls(*(to_device(array, device) for array in arrays))
+
+    def at_labels(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "1 label feature"]:
+        """Return what enters the output head at the positions that have a label, and there alone.
+
+        Raises:
+            ModelError: If it does not have the batch's shape.
+        """
+        if hidden.shape[:-1] != self.input_ids.shape:
+            raise ModelError(
+                f"cannot keep logits to the labels: what enters the output head has shape "
+                f"{tuple(hidden.shape)}, expected (example, token, feature)"
+            )
+        return hidden[self.rows, self.columns].unsqueeze(0)
+
+    def by_example(self, values: Shaped[Tensor, " label"]) -> Shaped[Tensor, " example"]:
+        """Return the sum over each example's labels; each has its own place, so in no new order."""
+        table = torch.zeros(self.input_ids.shape, dtype=values.dtype, device=values.device)
+        table[self.rows, self.columns] = values
+        return table.sum(1)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return the array as a tensor; a GPU's work waits for the copy, the caller does not."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def lengths_of(examples: Sequence[Encoded]) -> Int[np.ndarray, " example"]:
+    """Return how many tokens of each example enter the model: those before its last label."""
+    return np.array([int(np.flatnonzero(example.supervised)[-1]) for example in examples])
+
+
+def plan_batches(
+    lengths: Sequence[int] | np.ndarray, max_tokens: int, max_examples: int | None = None
+) -> list[np.ndarray]:
+    """Return groups of indices, longest first, each of at most `max_tokens` once padded.
+
+    Examples of like length share a batch. One that is longer than the budget has its own.
+
+    >>> [group.tolist() for group in plan_batches([3, 9, 2, 8], max_tokens=18)]
+    [[1, 3], [0, 2]]
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups, start = [], 0
+    while start < len(order):
+        size = max(1, max_tokens // int(lengths[order[start]]))
+        groups.append(order[start : start + min(size, max_examples or size)])
+        start += len(groups[-1])
+    return groups
+
+
+def lay_out(
+    examples: Sequence[Encoded],
+    groups: Sequence[np.ndarray],
+    device: torch.device,
+    whole: bool = False,
+) -> Iterator[Batch]:
+    """Yield the batch of each group of indices, prepared while the one before it is in use."""
+    return ahead(Batch.of([examples[i] for i in group], device, whole) for group in groups)
+
+
+def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """Yield the items, up to `depth` of them made beforehand on another thread.
+
+    >>> list(ahead(iter("abc")))
+    ['a', 'b', 'c']
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        waiting = deque(thread.submit(next, items, _END) for _ in range(depth))
+        try:
+            while (item := waiting.popleft().result()) is not _END:
+                waiting.append(thread.submit(next, items, _END))
+                yield item  # type: ignore[misc]
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+MOST_EXAMPLES = 512
+"""In one batch of a pool pass: very short ones would be too many gradients at a time."""

@@ -1,0 +1,133 @@
+"""Base models, loaded through transformers and checked, on their device and in their precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from gradsift.config import ModelConfig
+from gradsift.errors import ModelError, shorten
+from gradsift.models.files import check_model_files, config_of, foreign_faults_told
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE_TOKENS = 8
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Return the device asked for; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: If there is no such device here.
+    """
+    if config.device == "auto":
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # of the processes that train together
+        return torch.device(own if torch.cuda.is_available() else "cpu")
+    if config.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"cannot use the device {config.device!r}: expected auto, cpu or cuda")
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"cannot use the device {config.device!r}: {reason}") from None
+
+
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the precision asked for; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """Load the base model, frozen and in evaluation mode, on its device and in its precision.
+
+    Raises:
+        ModelError: If it cannot be loaded, lacks weights, has no output head, or lets a token see
+            later ones.
+    """
+    clear_device_cache(garbage_collection=True)  # what a training left goes before more comes
+    check_model_files(config)
+    with foreign_faults_told(f"the model {config.name!r}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.name,
+            dtype=resolve_dtype(config),
+            attn_implementation=None if config.attention == "auto" else config.attention,
+            device_map={"": str(resolve_device(config))},
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_quantized(config),
+        )
+        model, report = loaded
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the model {config.name!r} lacks {len(names)} of its weights, which would be random "
+            f"numbers: {shorten(', '.join(names))}; is it an adapter, or of another architecture "
+            "than its config.json says?"
+        )
+    for module in model.modules():
+        # on some CPUs bitsandbytes would repack weights into a form that has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    model = model.requires_grad_(False).eval()
+    with foreign_faults_told(f"the model {config.name!r}"):
+        check_servable(model, config.name)
+    return model
+
+
+def check_servable(model: PreTrainedModel, name: str) -> None:
+    """Make sure that right padding without a mask changes nothing for the tokens before it.
+
+    Raises:
+        ModelError: If there is no output head, or what follows a token changes its logits.
+    """
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"{name!r} ({type(model).__name__}) has no output embeddings")
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS)).repeat(2, 1)
+        ids[1, _PROBE_TOKENS:] = 0
+        alone = ids[:1, :_PROBE_TOKENS]
+        one, other, third = (
+            logits[:_PROBE_TOKENS].float()
+            for tokens in (ids, alone)
+            for logits in model(input_ids=tokens.to(model.device), use_cache=False).logits
+        )
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    tolerance = (1e-4 if exact else 0.05) * one.abs().max()
+    if max((one - other).abs().max(), (one - third).abs().max()) > tolerance:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) is not causal: what follows a token changes its "
+            "logits, so that padding would change gradients; use a decoder-only language model"
+        )
+
+
+def _quantized(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
+    """Return the argument that has transformers quantize the model, if it is to be."""
+    # it would tell of casts for every layer of every pass
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if config.quantization == "none":
+        return {}
+    if getattr(config_of(config), "quantization_config", None) is not None:
+        raise ModelError(f"{config.name!r} is already quantized; leave model.quantization out")
+    if config.quantization == "8bit":
+        # no columns set apart: they are chosen per batch, and gradients would depend on its mates
+        settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=resolve_dtype(config),
+        )
+    return {"quantization_config": settings}

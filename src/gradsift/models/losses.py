@@ -1,0 +1,81 @@
+"""Logits where there is a label, and the loss of each label, in memory that is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gradsift.models.batches import Batch
+
+_LOGITS_AT_ONCE = 1 << 26  # float32 entries of one piece of the softmax: 256 MB
+
+
+def label_logits(
+    model: nn.Module, batch: Batch, look: Callable[[Tensor], object] = lambda hidden: None
+) -> Float[Tensor, "label vocabulary"]:
+    """Return the logits where there is a label; elsewhere none are formed.
+
+    What enters the output head is trimmed, which keeps each architecture's own scaling and
+    soft-capping; `look` sees it before.
+
+    Raises:
+        ModelError: If the output head is not fed (example, token, feature).
+    """
+
+    def trim(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        look(inputs[0])
+        return (batch.at_labels(inputs[0]), *inputs[1:])
+
+    head = getattr(model, "module", model).get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(trim)
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits.flatten(0, -2)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Negative log-likelihoods, their softmax in float32, in pieces, formed again on the way back.
+
+    Autograd would keep the float32 softmax of the whole batch; this keeps the logits alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        normalisers = torch.cat([piece.float().logsumexp(-1) for piece in _pieces(logits)])
+        ctx.save_for_backward(logits, labels, normalisers)
+        return normalisers - logits.gather(1, labels[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        logits, labels, normalisers = ctx.saved_tensors
+        inner = torch.empty_like(logits)
+        parts = (_pieces(tensor, like=logits) for tensor in (logits, inner, labels, normalisers))
+        for piece, into, label, normaliser, scale in zip(
+            *parts, _pieces(outer[0], like=logits), strict=True
+        ):
+            softmax = (piece.float() - normaliser[:, None]).exp_()
+            softmax[torch.arange(len(label), device=label.device), label] -= 1
+            into.copy_(softmax.mul_(scale[:, None]))
+        return inner, None
+
+
+def token_losses(
+    logits: Float[Tensor, "label vocabulary"], labels: Int[Tensor, " label"]
+) -> Float[Tensor, " label"]:
+    """Return the negative log-likelihood of each label, in nats and float32.
+
+    >>> token_losses(torch.zeros(1, 8), torch.tensor([3])).item()  # log 8
+    2.0794...
+    """
+    return _TokenLosses.apply(logits, labels)  # type: ignore[return-value]
+
+
+def _pieces(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    vocabulary = (tensor if like is None else like).shape[1]
+    return tensor.split(max(1, _LOGITS_AT_ONCE // vocabulary))

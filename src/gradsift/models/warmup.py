@@ -1,0 +1,79 @@
+"""Warm-up: short LoRA training on a random part of the pool, before gradients mean anything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from gradsift.config import Config
+from gradsift.data.encoded import EncodedSet
+from gradsift.executors.base import is_first
+from gradsift.models.adapters import save_adapter
+from gradsift.models.cache import Models
+from gradsift.models.checkpoints import write_checkpoints
+from gradsift.models.training import optimizer_state, steps_per_epoch, train
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.layout import OPTIMIZER_STATE
+
+logger = logging.getLogger(__name__)
+
+
+def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -> None:
+    """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
+
+    Trained on a random part of the pool (one adapter for each of the last epochs, weighted by its
+    mean learning rate), or fresh, or copied from an existing one, as the configuration says. Of
+    processes that train together, the first writes.
+
+    Raises:
+        ModelError: If the model or the adapter given cannot be used.
+        NumericsError: If the training loss stops being finite.
+    """
+    warmup = config.warmup
+    if warmup.adapter is not None:
+        given, kept = Path(warmup.adapter), directory / "adapter"
+        save_adapter(models.at(given), kept)
+        if (given / OPTIMIZER_STATE).exists():
+            shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
+        write_checkpoints(directory, {"adapter": 1.0})
+        return
+    with models.fresh(config.lora, warmup.seed) as model:
+        _train(config, model, pool, directory)
+
+
+def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
+    """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
+    warmup = config.warmup
+    if warmup.mode == "none":
+        save_adapter(model, directory / "fresh")
+        write_checkpoints(directory, {"fresh": 1.0})
+        return
+    rng = np.random.default_rng(warmup.seed)
+    count = max(1, round(warmup.fraction * len(pool)))
+    rows = np.sort(rng.choice(len(pool), size=count, replace=False))
+    rates: dict[str, float] = {}
+
+    def keep(epoch: int, mean_rate: float, optimizer: torch.optim.Optimizer) -> None:
+        if epoch <= warmup.epochs - warmup.checkpoints or not is_first():
+            return
+        folder = directory / f"epoch-{epoch}"
+        save_adapter(model, folder)
+        if warmup.keep_optimizer:
+            save_file(optimizer_state(model, optimizer), folder / OPTIMIZER_STATE)
+        rates[folder.name] = mean_rate
+
+    steps = steps_per_epoch(count, warmup) * warmup.epochs
+    logger.info("warm-up on %d examples, optimizer steps: %d", count, steps)
+    examples = pool.examples(rows)
+    log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
+    if not is_first():
+        return
+    write_atomically(directory / "log.json", json.dumps(log, indent=1).encode())
+    write_checkpoints(directory, rates)

@@ -1,0 +1,169 @@
+"""Shards: fixed ranges of the pool, each with a file of its own that tells when it is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.hashing import HASH_THREADS
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+
+
+_ENTRY, _HASH = "gradsift", "sha256"
+
+
+Rows = slice | Int[np.ndarray, " row"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed range of the pool and the file that holds its results.
+
+    `key` tells its stage, with all that it was made from, from every other.
+    """
+
+    start: int
+    stop: int
+    path: Path
+    key: str
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def plan_shards(num_examples: int, size: int, directory: Path, key: str) -> list[Shard]:
+    """Return the ranges that the pool is cut into, the same for every run and worker."""
+    return [
+        Shard(start, min(start + size, num_examples), directory / f"{start:010d}{SUFFIX}", key)
+        for start in range(0, num_examples, size)
+    ]
+
+
+def save_shard(
+    shard: Shard, tensors: Mapping[str, np.ndarray], facts: Mapping[str, int] | None = None
+) -> None:
+    """Write what was found of a shard's examples, a row for each, atomically and with its hash."""
+    whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    told = dict(facts or {})
+    # in one entry: safetensors writes several in no fixed order
+    metadata = {_ENTRY: json.dumps(told | {_HASH: _hash(shard, whole, told)})}
+    write_atomically(shard.path, lambda path: save_file(whole, path, metadata))
+
+
+def facts_of(shard: Shard) -> dict[str, int]:
+    """Return what was written beside the tensors of a shard."""
+    with safe_open(shard.path, "np") as file:
+        return json.loads(file.metadata()[_ENTRY])
+
+
+def find_damage(shard: Shard) -> str | None:
+    """Return what is wrong with a shard's file: nothing if it holds what was written."""
+    try:
+        with safe_open(shard.path, "np") as file:
+            facts = json.loads((file.metadata() or {}).get(_ENTRY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = facts.pop(_HASH, None)
+    except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        return f"it cannot be read ({error})"
+    if written != _hash(shard, tensors, facts):
+        return "it is not what was written for these rows of this run"
+    return None
+
+
+def damaged_shards(shards: Sequence[Shard], intact: set[Path]) -> dict[Shard, str]:
+    """Return what is wrong with the shards that are there, but are not what was written.
+
+    `intact` has the paths of those that need not be looked at again, and is added to.
+    """
+    looked_at = [shard for shard in shards if shard.path not in intact and shard.path.exists()]
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        found = [*zip(looked_at, threads.map(find_damage, looked_at), strict=True)]
+    intact.update(shard.path for shard, damage in found if damage is None)
+    return {shard: damage for shard, damage in found if damage is not None}
+
+
+def missing_shards(
+    shards: Sequence[Shard], intact: set[Path], remove: Callable[[Path], object]
+) -> list[Shard]:
+    """Return the shards that are still to do; `remove` is told of damaged ones, which count."""
+    for shard, damage in damaged_shards(shards, intact).items():
+        logger.warning("%s is damaged and is measured again: %s", shard.path, damage)
+        remove(shard.path)
+    return [shard for shard in shards if not shard.path.exists()]
+
+
+def _hash(shard: Shard, tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
+    """Return a hash of a shard's content, the rows that it is about, and what it was made from."""
+    return hash_tensors(tensors, [shard.start, shard.stop, shard.key, facts])
+
+
+def hash_tensors(tensors: Mapping[str, np.ndarray], about: Any) -> str:
+    """Return the SHA-256 of some tensors, and of what they are about."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name]
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.data if values.size else b"")
+    return digest.hexdigest()
+
+
+class Stored:
+    """One tensor of the whole pool, read from its shards as rows are asked for."""
+
+    def __init__(self, shards: Sequence[Shard], name: str, intact: set[Path]) -> None:
+        """Check the shards that were not looked at before; see `damaged_shards`.
+
+        Raises:
+            FileNotFoundError: Naming the first that is missing or damaged, and why.
+        """
+        for shard, damage in damaged_shards(shards, intact).items():
+            raise FileNotFoundError(f"{shard.path} is damaged: {damage}")
+        for shard in shards:
+            if not shard.path.exists():
+                raise FileNotFoundError(f"{shard.path} is gone")
+        self._name, self._num_examples = name, shards[-1].stop
+        self._paths = [shard.path for shard in shards]
+        self._starts = np.array([shard.start for shard in shards])
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def __getitem__(self, rows: Rows) -> Float[np.ndarray, "row ..."]:
+        """Return some rows, in the order asked for, reading only their shards."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self._num_examples)
+            assert step == 1, "ranges are read as they lie"
+            return np.concatenate(list(self._range(start, stop)))
+        unique, inverse = np.unique(rows, return_inverse=True)
+        owners = np.searchsorted(self._starts, unique, side="right") - 1
+        parts = list(self._range(0, 0))
+        for owner in np.unique(owners):
+            with safe_open(self._paths[owner], "np") as shard:
+                local = unique[owners == owner] - self._starts[owner]
+                parts.append(shard.get_tensor(self._name)[local])
+        return np.concatenate(parts)[inverse]
+
+    def _range(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the parts of a range that its shards hold; at least an empty one."""
+        first, last = np.searchsorted(self._starts, [start, max(start, stop - 1)], side="right") - 1
+        for owner in range(int(first), int(last) + 1):
+            offset = int(self._starts[owner])
+            with safe_open(self._paths[owner], "np") as shard:
+                whole = shard.get_slice(self._name)
+                end = min(stop - offset, whole.get_shape()[0])
+                yield whole[max(start - offset, 0) : max(end, 0)]

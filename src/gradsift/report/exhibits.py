@@ -1,0 +1,94 @@
+"""Figures and tables with a sentence each, as files: what a part of a run has for the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.folder import Run
+from gradsift.runs.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+_NAME = "exhibits"
+
+
+FILE = f"{_NAME}.json"
+"""In the folder of whatever has something to show."""
+
+
+_VERBS = {"evaluation": "evaluate", "geometry": "geometry"}
+
+
+PARTS = tuple(_VERBS)
+"""Of a run, that have something to show."""
+
+
+_STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A figure (Plotly's JSON) or a table, its heads the first row, and what it says in words."""
+
+    title: str
+    text: str
+    figure: Mapping[str, Any] | None = None
+    table: Sequence[Sequence[str]] = ()
+
+
+def write_exhibits(
+    folder: Run, part: str, exhibits: Mapping[str, Sequence[Exhibit]], of: Mapping[str, str]
+) -> None:
+    """Leave the exhibits of each target in a part of a run; `of` tells what each's are about."""
+    content = {
+        name: {"of": of[name], "exhibits": [asdict(exhibit) for exhibit in own]}
+        for name, own in exhibits.items()
+    }
+    text = json.dumps(content).encode()
+    depends = {"content": hashlib.sha256(text).hexdigest()}
+    stage = Stage(f"{part}/{_NAME}", depends, (f"{part}/{FILE}",), cheap=True)
+    with folder.stage(stage) as todo:
+        if todo:
+            write_atomically(folder.path / part / FILE, text)
+
+
+def exhibits_fault(folder: Run, part: str) -> str:
+    """Return why the exhibits of a part of a run cannot be shown; nothing if they can, or none are.
+
+    Says what makes them again.
+    """
+    name, again = f"{part}/{_NAME}", f"run `gradsift {_VERBS[part]} {folder.path}` again"
+    if damage := folder.damage(name):
+        return f"{damage}; {again}, or remove manifests/{name}.json too"
+    if (folder.path / part / FILE).exists() and not folder.has_manifest(name):
+        return f"{folder.path / part / FILE} has no manifest; {again}, or remove it"
+    return ""
+
+
+def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]:
+    """Return what a part of a run has to show of a target: nothing if there is no such thing.
+
+    What is about something else than `of` says so in its text; what cannot be shown is named in
+    the log.
+    """
+    if fault := exhibits_fault(folder, part):
+        logger.warning("left out of the report: %s", fault)
+        return []
+    path = folder.path / part / FILE
+    content = json.loads(path.read_text(encoding="utf-8")).get(target) if path.exists() else None
+    if content is None:
+        return []
+    found = [Exhibit(**exhibit) for exhibit in content["exhibits"]]
+    return found if content["of"] == of else [replace(e, text=_STALE + e.text) for e in found]
+
+
+def plotly_json(figure: Any) -> dict[str, Any]:
+    """Return a Plotly figure as plain values, without the template that the page has of its own."""
+    figure.update_layout(template="none", autosize=True)
+    return json.loads(figure.to_json())

@@ -1,0 +1,101 @@
+"""What was asked, what came out and what it took, gathered from a run as plain values."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradsift.data.stages import data_sets
+from gradsift.methods.job import Job
+from gradsift.selection.picks import read_selection
+from gradsift.selection.stages import Plan
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What was asked, what came out and what it took."""
+
+    run: str
+    method: str
+    model: str
+    trust_remote_code: bool
+    pool: Sequence[str]
+    num_pool: int
+    num_tokens: int
+    budget: str
+    targets: Sequence[tuple[str, str, int, int, int]]
+    """Name, files, examples, picks, tokens of the picks."""
+    stages: Sequence[tuple[str, float, int]]
+    """Name, seconds, bytes."""
+    versions: Mapping[str, str]
+    rejected: Sequence[tuple[str, str, int, str]]
+    """Set, reason, how many, and where the first is."""
+    command: str
+    config: str
+
+
+def overview(job: Job, plan: Plan) -> Overview:
+    """Return what was asked, what came out and what it took."""
+    config, path = job.config, job.folder.path
+    facts = job.folder.facts(plan)
+    targets = []
+    for name, target in job.targets.items():
+        picks = read_selection(path, name).picks
+        files = ", ".join(config.data.targets[name])
+        tokens = sum(picks["num_tokens"].to_pylist())
+        targets.append((name, files, len(target), len(picks), tokens))
+    return Overview(
+        run=str(path),
+        method=config.method,
+        model=config.model.name,
+        trust_remote_code=config.model.trust_remote_code,
+        pool=config.data.pool,
+        num_pool=len(job.pool),
+        num_tokens=int(job.pool.column("num_tokens").to_numpy().sum()),
+        budget=config.policy.budget,
+        targets=targets,
+        stages=[
+            (stage.name, facts[stage.name]["seconds"], sum(_sizes(path, stage.outputs)))
+            for stage in plan
+            if stage.name in facts
+        ],
+        versions=next(reversed(facts.values()))["versions"],
+        rejected=_rejected(path, config),
+        command=shlex.join(
+            [
+                "gradsift",
+                "select",
+                "--config",
+                f"{path / 'config.yaml'}",
+                "--output-dir",
+                f"{path}-again",
+            ]
+        ),
+        config=config.to_yaml(),
+    )
+
+
+def _sizes(path: Path, outputs: Sequence[str]) -> Iterator[int]:
+    for output in outputs:
+        for file in [path / output, *(path / output).rglob("*")]:
+            if file.is_file():
+                yield file.stat().st_size
+
+
+def _rejected(path: Path, config: Any) -> list[tuple[str, str, int, str]]:
+    """Return the reasons for which rows could not be used, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], str] = {}
+    for name in data_sets(config):
+        with (path / "data" / f"{name}.rejected.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                key = (row["set"], row["reason"])
+                counts[key] += 1
+                first.setdefault(key, f"{row['file']}:{row['line']}")
+    return [(*key, count, first[key]) for key, count in counts.most_common()]

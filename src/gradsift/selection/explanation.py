@@ -1,0 +1,166 @@
+"""Why one pool example was picked, refused or left out, for every target of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from gradsift.data.conversations import as_text
+from gradsift.errors import DataError, RunError, system_faults_told
+from gradsift.methods.job import Job, open_job
+from gradsift.methods.registry import METHODS
+from gradsift.runs.folder import Run
+from gradsift.runs.layout import scores_file
+from gradsift.runs.opening import local_folder, read_config
+from gradsift.scores.ranking import Scores
+from gradsift.selection.picks import read_selection
+from gradsift.selection.stages import Plan
+
+_SHOWN = 3  # target examples most like it
+
+
+_CHARACTERS = 400  # of each turn
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A target example and its alignment with the pool example."""
+
+    id: str
+    alignment: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one pool example fared for one target; `position` counts from 1, the best.
+
+    `projected_share`, `loss` and `nearest` are there where the method knows them.
+    """
+
+    target: str
+    method: str
+    id: str
+    row: int
+    source: str
+    verdict: str
+    score: float
+    position: int
+    num_pool: int
+    projected_share: float | None
+    loss: float | None
+    num_tokens: int
+    example: str
+    nearest: tuple[Neighbour, ...]
+
+    def text(self) -> str:
+        """Return the explanation in plain lines."""
+        loss = "" if self.loss is None else f", loss {self.loss:.3f}"
+        share = ""
+        if self.projected_share is not None:
+            part = f"{self.projected_share:.1%} of its gradient's length"
+            share = f"; {part} lies in the target's subspace"
+        lines = [
+            f"{self.id} (row {self.row}, source {self.source}, {self.num_tokens} tokens{loss})",
+            f"for {self.target}, by {self.method}: {self.verdict}",
+            f"  score {self.score:.4f}, number {self.position:,} of {self.num_pool:,}{share}",
+            "  " + self.example.replace("\n", "\n  "),
+        ]
+        if self.nearest:
+            lines.append("  most like these target examples:")
+        for near in self.nearest:
+            lines.append(f"    {near.alignment:+.4f}  {near.id}")
+            lines.append("      " + near.text.replace("\n", "\n      "))
+        return "\n".join(lines)
+
+
+@system_faults_told()
+def explain(run: str | Path, example_id: str) -> list[Explanation]:
+    """Return one explanation per target for the pool example (or examples) of this id.
+
+    Example:
+        >>> print(gradsift.explain("runs/real", "gsm8k_cot-17")[0].text())    # doctest: +SKIP
+
+    Raises:
+        RunError: If the folder holds no finished run.
+        DataError: If the pool has no example of this id.
+    """
+    config, path = read_config(run), local_folder(run, fetch=False)
+    if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
+        raise RunError(f"{run} has not finished; run `gradsift select` with it again")
+    plan, folder = Plan.of(config), Run(path)
+    if fault := folder.find_fault(plan):
+        raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
+    try:
+        return _explain_all(open_job(plan.inputs, folder), run, example_id)
+    except (OSError, pa.ArrowException, SafetensorError, LookupError) as error:
+        raise RunError(
+            f"{run} changed while it was read, perhaps by another `gradsift select`: {error}"
+        ) from error
+
+
+def _explain_all(job: Job, run: str | Path, example_id: str) -> list[Explanation]:
+    method = job.config.method
+    table = pq.read_table(job.path(scores_file(method)))
+    rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
+    if not len(rows):
+        raise DataError(
+            f"the pool of {run} has no example {example_id!r}; ids stand in its "
+            f"{scores_file(method)}, rows that could not be used in rejected.jsonl"
+        )
+    scored = METHODS[method].scores(job)
+    return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
+
+
+def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> Explanation:
+    scores = table[f"{name}/score"].to_numpy()
+    facts = table.slice(row, 1).to_pylist()[0]
+    projected, norm = facts.get(f"{name}/projected_norm"), facts.get("gradient_norm")
+    by_example = scored.with_examples(np.array([row]))
+    [conversation] = job.pool.conversations([row], job.config.data.columns)
+    # as in the ranking: ties go to the one that comes first in the pool
+    position = (scores > scores[row]).sum() + (scores[:row] == scores[row]).sum() + 1
+    return Explanation(
+        target=name,
+        method=job.config.method,
+        id=facts["id"],
+        row=row,
+        source=facts["source"],
+        verdict=_verdict(job.folder.path, name, row),
+        score=float(scores[row]),
+        position=int(position),
+        num_pool=len(scores),
+        projected_share=None if projected is None else projected / norm if norm else 0.0,
+        loss=facts.get("loss"),
+        num_tokens=facts["num_tokens"],
+        example=as_text(conversation, _CHARACTERS),
+        nearest=() if by_example is None else _nearest(job, name, by_example[0]),
+    )
+
+
+def _verdict(run: Path, name: str, row: int) -> str:
+    selection = read_selection(run, name)
+    for pick in selection.picks.filter(pc.field("row") == row).to_pylist():
+        told = f"picked as number {pick['rank']} of {len(selection.picks)}"
+        return f"{told}, for {pick['best']}" if pick["best"] else told
+    for refusal in selection.refused.filter(pc.field("row") == row).to_pylist():
+        like = f" {refusal['like']}" if refusal["like"] else ""
+        return f"refused: {refusal['reason']}{like}"
+    return "not picked: " + (
+        "it never came up" if selection.shortfall else "the budget was spent before its turn"
+    )
+
+
+def _nearest(job: Job, name: str, by_example: np.ndarray) -> tuple[Neighbour, ...]:
+    target = job.targets[name]
+    order = np.argsort(-by_example, kind="stable")[:_SHOWN]
+    ids = target.take(order, ["id"])["id"].to_pylist()
+    found = target.conversations(order, job.config.data.columns)
+    texts = [as_text(messages, _CHARACTERS) for messages in found]
+    return tuple(map(Neighbour, ids, by_example[order].tolist(), texts))

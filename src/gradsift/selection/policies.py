@@ -1,0 +1,189 @@
+"""From scores to picks: whose turn it is, what is refused and why, until the budget is spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from gradsift.config import PolicyConfig
+from gradsift.data.duplicates import Refusal, Repeats, Texts
+from gradsift.errors import ConfigError
+from gradsift.sections import parse_share
+from gradsift.types import Budget
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The pool as a policy sees it."""
+
+    texts: Texts
+    sources: pa.Array
+    num_tokens: Int[np.ndarray, " example"]
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The rows picked, best first; `turns` says which column of the alignment each was for."""
+
+    rows: list[int]
+    turns: list[int]
+    refused: list[Refusal]
+    shortfall: str | None
+
+
+def pick(
+    alignment: Float[np.ndarray, "example turn"],
+    pool: Candidates,
+    target: Texts,
+    policy: PolicyConfig,
+) -> Picks:
+    """Return the best examples within the budget, the columns of `alignment` taking turns.
+
+    Each column picks its best example that nobody has taken or refused; ties go to the one that
+    comes first in the pool. With a single column that is the plain top of the ranking.
+
+    Raises:
+        ConfigError: If the budget is more than the pool, or too small for a single example.
+    """
+    purse = _Purse.of(policy, pool.sources, pool.num_tokens)
+    orders = [np.argsort(-column, kind="stable") for column in alignment.T]
+    orders = [order[np.isfinite(alignment[order, j])] for j, order in enumerate(orders)]
+    positions = [0] * len(orders)
+
+    def upcoming() -> list[int]:
+        share = (1024 + int(1.1 * purse.examples_left)) // len(orders) + 1
+        return sorted(
+            {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
+        )
+
+    repeats = Repeats(pool.texts, target, policy, upcoming)
+    picked: dict[int, int] = {}
+    refused: dict[int, Refusal] = {}
+
+    def take_turn(turn: int) -> bool:
+        for row in map(int, orders[turn][positions[turn] :]):
+            if row not in picked and row not in refused:
+                refusal = purse.refuses(row) or repeats.refuses(row)
+                if refusal is None and not purse.can_pay(row):
+                    return False
+                if refusal is None:
+                    picked[row] = turn
+                    purse.pay(row)
+                    repeats.remember(row)
+                    return True
+                refused[row] = refusal
+            positions[turn] += 1
+        return False
+
+    while sum(map(take_turn, range(len(orders)))):
+        pass
+    shortfall = purse.shortfall(Counter(r.reason for r in refused.values()))
+    if not picked:
+        raise ConfigError(f"nothing can be picked within a budget of {policy.budget}: {shortfall}")
+    return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
+
+
+def check_policy(
+    policy: PolicyConfig, sources: pa.Array, num_tokens: Int[np.ndarray, " example"]
+) -> None:
+    """Find out before the work whether a policy fits the pool.
+
+    Raises:
+        ConfigError: If the budget is more than the pool, a capped source is not in it, or a cap
+            does not leave room for one example.
+    """
+    purse = _Purse.of(policy, sources, num_tokens)
+    for source, cap in purse.caps.items():
+        if cap < 1:
+            raise ConfigError(
+                f"policy.source_cap leaves {source!r} nothing of a budget of {policy.budget}; "
+                "raise the cap or the budget"
+            )
+
+
+@dataclass
+class _Purse:
+    """The budget and the caps on sources, in examples or tokens, as they are spent."""
+
+    policy: PolicyConfig
+    sources: pa.Array
+    num_tokens: Int[np.ndarray, " example"]
+    limit: int
+    in_tokens: bool
+    spent: int = 0
+    spent_by_source: Counter[str] = field(default_factory=Counter)
+    closed: bool = False
+
+    @classmethod
+    def of(
+        cls, policy: PolicyConfig, sources: pa.Array, num_tokens: Int[np.ndarray, " example"]
+    ) -> _Purse:
+        budget = Budget.parse(policy.budget)
+        size, unit = len(num_tokens), "examples"
+        if budget.unit == "tok":
+            size, unit = int(num_tokens.sum()), "tokens"
+        limit = int(budget.amount)
+        if budget.unit == "%":
+            limit = max(1, int(budget.amount * size / 100))
+        if limit > size:
+            raise ConfigError(
+                f"a budget of {limit} {unit}, but the pool holds {size}; ask for less"
+            )
+        return cls(policy, sources, num_tokens, limit, budget.unit == "tok")
+
+    @property
+    def examples_left(self) -> int:
+        left = self.limit - self.spent
+        return left if not self.in_tokens else int(left / max(self.num_tokens.mean(), 1))
+
+    @cached_property
+    def caps(self) -> Mapping[str, int]:
+        cap = self.policy.source_cap
+        sources = set(self.sources.unique().to_pylist())
+        if isinstance(cap, str):
+            cap = dict.fromkeys(sources, cap)
+        unknown = sorted(set(cap or ()) - sources)
+        if unknown:
+            raise ConfigError(
+                f"policy.source_cap names the source {unknown[0]!r}, which the pool does not have "
+                f"({', '.join(sorted(sources))})"
+            )
+        return {name: int(parse_share(s) * Decimal(self.limit)) for name, s in (cap or {}).items()}
+
+    def cost(self, row: int) -> int:
+        return int(self.num_tokens[row]) if self.in_tokens else 1
+
+    def refuses(self, row: int) -> Refusal | None:
+        if self.cost(row) > self.limit:
+            return Refusal(row, "longer than the whole budget")
+        if self.caps:
+            source = self.sources[row].as_py()
+            cap = self.caps.get(source)
+            if cap is not None and self.spent_by_source[source] + self.cost(row) > cap:
+                return Refusal(row, "source cap")
+        return None
+
+    def can_pay(self, row: int) -> bool:
+        """Whether the example fits into what is left; the first that does not ends the picks."""
+        self.closed = self.closed or self.spent + self.cost(row) > self.limit
+        return not self.closed
+
+    def pay(self, row: int) -> None:
+        self.spent += self.cost(row)
+        if self.caps:
+            self.spent_by_source[self.sources[row].as_py()] += self.cost(row)
+
+    def shortfall(self, refusals: Counter[str]) -> str | None:
+        """Return what kept the picks from filling the budget, where no example was left."""
+        if self.closed or self.spent == self.limit:
+            return None
+        unit = "tokens" if self.in_tokens else "examples"
+        told = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
+        return f"{self.spent} of {self.limit} {unit} picked, the rest was refused ({told})"

@@ -33,7 +33,7 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
 from gradsift.runs.opening import open_run
 from gradsift.sections import merge
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 SHARED = Path(__file__).parents[2] / "shared"
 SIZES = (10_000, 100_000, 1_000_000)
@@ -167,7 +167,7 @@ def _stored_run(folder: Path) -> Config:
         "engine": {"shard_size": 65536},
     }
     config = Config.build(given)
-    plan, rng = Plan.of(config), np.random.default_rng(0)
+    plan, rng = RunStages.of(config), np.random.default_rng(0)
     with open_run(folder) as run:
         for stage in [*plan.inputs.data.values(), *plan.measured]:
             with run.stage(stage) as todo:

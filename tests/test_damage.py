@@ -314,7 +314,7 @@ def test_a_run_folder_that_was_removed_in_mid_run(
     def remove(*arguments: Any, **named: Any) -> None:
         shutil.rmtree(folder)
 
-    for place in ("gradsift.pipeline.check_budgets", "gradsift.measuring.check_finite"):
+    for place in ("gradsift.pipeline.check_budgets", "gradsift.pool.worker.check_finite"):
         with monkeypatch.context() as patch:
             patch.setattr(place, remove)
             with pytest.raises(RunError, match=r"was removed while it was worked in; run the sam"):
@@ -379,6 +379,6 @@ def test_explaining_while_another_process_picks_is_told(
     def vanish(*arguments: Any) -> Any:
         raise FileNotFoundError(2, "No such file", str(folder / "selected/t.parquet"))
 
-    monkeypatch.setattr("gradsift.explanation.read_selection", vanish)
+    monkeypatch.setattr("gradsift.selection.explanation.read_selection", vanish)
     with pytest.raises(RunError, match="changed while it was read, perhaps by another"):
         gradsift.explain(folder, "sql-1-0")

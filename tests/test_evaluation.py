@@ -24,7 +24,7 @@ from gradsift.evaluation.statistics import Interval
 from gradsift.pipeline import run
 from gradsift.report.exhibits import read_exhibits
 from gradsift.runs.folder import Run
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
 TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
@@ -95,7 +95,7 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert page == found.markdown()
     assert f"- {found.verdicts[0]}" in page
     assert "Overlap for t: Jaccard of the picks / Spearman of the scores" in page
-    of = Plan.of(gradsift.Config.build(_config(folder))).selections["t"].fingerprint
+    of = RunStages.of(gradsift.Config.build(_config(folder))).selections["t"].fingerprint
     shown = read_exhibits(Run(folder), "evaluation", "t", of)
     assert [e.title for e in shown] == ["Does it help? (10%)", "Overlap of the methods"]
     assert shown[0].text.startswith(found.verdicts[0])

@@ -62,7 +62,7 @@ def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, ta
 
 
 def test_losses_and_their_gradient_equal_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsift.gradients._LOGITS_AT_ONCE", 50)  # several pieces
+    monkeypatch.setattr("gradsift.models.losses._LOGITS_AT_ONCE", 50)  # several pieces
     logits = torch.randn(17, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels, weights = torch.arange(17) % 11, torch.linspace(0.1, 2, 17)
     found = token_losses(logits, labels)

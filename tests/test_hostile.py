@@ -24,7 +24,7 @@ from gradsift.config import Config, ModelConfig
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoder
 from gradsift.data.sources import resolve
-from gradsift.errors import ConfigError, DataError, RunError, system_faults_told, visible
+from gradsift.errors import ConfigError, DataError, RunError, translate_os_errors, visible
 from gradsift.models.adapters import load_adapter, save_adapter
 from gradsift.models.loading import load_base
 from gradsift.pipeline import run
@@ -315,7 +315,7 @@ def test_places_that_are_none_are_told(
 
 def test_what_the_operating_system_refuses_is_told() -> None:
     def fail(*arguments: Any) -> None:
-        with system_faults_told():
+        with translate_os_errors():
             raise OSError(*arguments)
 
     with pytest.raises(RunError, match=r"cannot use '/x/y': Permission denied"):
@@ -324,7 +324,7 @@ def test_what_the_operating_system_refuses_is_told() -> None:
         fail(28, "No space left on device", "/x/y")
     with pytest.raises(RunError, match=r"the operating system refuses: Too many open files"):
         fail(24, "Too many open files")
-    with pytest.raises(BrokenPipeError), system_faults_told():
+    with pytest.raises(BrokenPipeError), translate_os_errors():
         raise BrokenPipeError(32, "Broken pipe")
 
 

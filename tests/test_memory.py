@@ -101,7 +101,7 @@ from gradsift.memory import within_memory
 from gradsift import passes
 from gradsift.passes import project
 torch.set_num_threads(1)
-passes.MOST_EXAMPLES = 10**6
+passes.MAX_EXAMPLES = 10**6
 model, examples = models.adapted("llama"), models.examples(400)
 ones = {{name: torch.ones(2, prod(shape)) for name, shape in blocks(model).items()}}
 basis = Basis(ones, frozenset(), model.device)

@@ -20,7 +20,7 @@ from gradsift import mirror
 from gradsift.errors import BusyError, RunError
 from gradsift.pipeline import run
 from gradsift.runs.opening import open_run
-from gradsift.runs.remote import Mirror
+from gradsift.runs.remote import RemoteFolder
 
 pytest.importorskip("moto", reason="moto, which plays the S3 server, is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -127,7 +127,7 @@ def test_a_second_machine_is_refused_until_the_first_is_dead(
 ) -> None:
     url = f"{bucket}/run"
     code = (
-        "import sys, time; from gradsift.store import open_run\n"
+        "import sys, time; from gradsift.runs.opening import open_run\n"
         f"with open_run({url!r}): print('in', flush=True); time.sleep(600)"
     )
     environment = os.environ | {"GRADSIFT_CACHE": str(tmp_path / "another")}
@@ -157,7 +157,7 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
     bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"{bucket}/run"
-    code = f"import os; from gradsift.store import open_run\nwith open_run({url!r}): os._exit(1)"
+    code = f"import os; from gradsift.runs.opening import open_run\nwith open_run({url!r}): os._exit(1)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
     assert ".lock.json" in stored(url)
     with caplog.at_level("INFO", "gradsift"), open_run(url):
@@ -185,7 +185,9 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
     with caplog.at_level("WARNING", "gradsift"), open_run(f"{bucket}/run"):
         first = json.loads(stored(f"{bucket}/run")[".lock.json"])
         with monkeypatch.context() as patch:
-            patch.setattr(Mirror, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net")))
+            patch.setattr(
+                RemoteFolder, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net"))
+            )
             time.sleep(0.3)
         assert not ends
         time.sleep(0.5)
@@ -193,7 +195,9 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
         assert "no sign of life could be given (no net); trying again" in caplog.text
         monkeypatch.setattr(mirror, "LEASE", 0.1)
         with monkeypatch.context() as patch:
-            patch.setattr(Mirror, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net")))
+            patch.setattr(
+                RemoteFolder, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net"))
+            )
             time.sleep(0.5)
         assert set(ends) == {1}
 
@@ -237,7 +241,9 @@ def test_a_folder_of_the_store_that_is_no_run_is_refused(bucket: str) -> None:
 
 def test_only_what_differs_is_transferred(tmp_path: Path) -> None:
     """On a file system without whole objects: there a file is renamed into place."""
-    one, other = (Mirror(f"local://{tmp_path}/there", tmp_path / name) for name in ("one", "other"))
+    one, other = (
+        RemoteFolder(f"local://{tmp_path}/there", tmp_path / name) for name in ("one", "other")
+    )
     for name in ("a/x", "a/0000000000.safetensors", "log", "manifests/a.json"):
         (one.path / name).parent.mkdir(parents=True, exist_ok=True)
         (one.path / name).write_text(name)

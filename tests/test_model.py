@@ -205,7 +205,7 @@ def test_one_base_model_serves_one_adapter_after_the_other(
 ) -> None:
     loads: list[ModelConfig] = []
     monkeypatch.setattr(
-        "gradsift.model.load_base", lambda config: loads.append(config) or load_base(config)
+        "gradsift.models.cache.load_base", lambda config: loads.append(config) or load_base(config)
     )
     other = models.save_adapter(
         base, tmp_path / "other", r=2, target_modules=["o_proj", "down_proj"]

@@ -43,7 +43,7 @@ import models, torch
 from math import prod
 from gradsift.gradients import blocks
 from gradsift.passes import gram_matrix
-from gradsift.store import peak_memory
+from gradsift.runs.provenance import peak_memory
 model = models.adapted("llama", rank=800)  # 1.1 MiB a row
 row, memory = 4 * sum(map(prod, blocks(model).values())), int(sys.argv[1])
 gram_matrix(model, models.examples(16), max_tokens=100, memory=16 * row)

@@ -33,7 +33,7 @@ from gradsift.selection.picks import candidates
 from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare
 from gradsift.selection.stability import doubled, measure_sample, noise_at_cut
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
 
@@ -72,16 +72,18 @@ def folder(
 
 @pytest.fixture
 def job(folder: Path) -> Job:
-    return open_job(Plan.of(Config.build(read_yaml(folder / "config.yaml"))).inputs, Run(folder))
+    return open_job(
+        RunStages.of(Config.build(read_yaml(folder / "config.yaml"))).inputs, Run(folder)
+    )
 
 
 def page_of(job: Job, name: str) -> TargetPage:
     scores = METHODS["gist"].scores(job)[name]
-    return target_page(job, Plan.of(job.config), name, candidates(job), scores)
+    return target_page(job, RunStages.of(job.config), name, candidates(job), scores)
 
 
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
-    found = overview(job, Plan.of(job.config))
+    found = overview(job, RunStages.of(job.config))
     assert (found.method, found.budget, found.num_pool) == ("gist", "20", 92)
     assert [(name, picks) for name, _, _, picks, _ in found.targets] == [("t", 20), ("u", 20)]
     picks = pq.read_table(folder / "selected/t.parquet")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradsift.pool.shards import Shard, Stored, find_damage, plan_shards, save_shard
+from gradsift.pool.shards import Shard, StoredTensor, find_damage, plan_shards, save_shard
 
 VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
 
@@ -34,13 +34,13 @@ def test_rows_are_those_asked_for_in_their_order(
     shards: list[Shard], rows: slice | np.ndarray
 ) -> None:
     for name, expected in (("x", VALUES[rows]), ("norm", VALUES[rows, 0])):
-        stored = Stored(shards, name, set())
+        stored = StoredTensor(shards, name, set())
         assert len(stored) == 23
         np.testing.assert_array_equal(stored[rows], expected)
 
 
 def test_only_the_shards_of_the_rows_are_read(shards: list[Shard]) -> None:
-    stored = Stored(shards, "x", set())
+    stored = StoredTensor(shards, "x", set())
     shards[1].path.unlink()
     np.testing.assert_array_equal(stored[np.array([21, 2])], VALUES[[21, 2]])
     np.testing.assert_array_equal(stored[2:9], VALUES[2:9])
@@ -50,7 +50,7 @@ def test_only_the_shards_of_the_rows_are_read(shards: list[Shard]) -> None:
 def test_a_missing_shard_is_noticed(shards: list[Shard], number: int) -> None:
     shards[number].path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{shards[number].path} is gone"):
-        Stored(shards, "x", set())
+        StoredTensor(shards, "x", set())
 
 
 def test_a_shard_of_other_rows_or_of_another_run_is_not_taken(
@@ -62,12 +62,12 @@ def test_a_shard_of_other_rows_or_of_another_run_is_not_taken(
     shards[0].path.write_bytes(shards[1].path.read_bytes())  # of as many rows
     assert find_damage(shards[0]) == "it is not what was written for these rows of this run"
     with pytest.raises(FileNotFoundError, match=r"0000000000\.safetensors is damaged: it is not"):
-        Stored(shards, "x", set())
+        StoredTensor(shards, "x", set())
 
 
 def test_a_shard_is_looked_at_once(shards: list[Shard]) -> None:
     intact: set[Path] = set()
-    Stored(shards, "x", intact)
+    StoredTensor(shards, "x", intact)
     assert intact == {shard.path for shard in shards}
     shards[2].path.write_bytes(b"")
-    Stored(shards, "x", intact)
+    StoredTensor(shards, "x", intact)

@@ -110,7 +110,7 @@ def test_a_cheap_stage_that_changed_is_done_again(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from gradsift.store import open_run\n"
+        "from pathlib import Path; from gradsift.runs.opening import open_run\n"
         f"with open_run(Path({str(tmp_path)!r})): pass"
     )
     with open_run(tmp_path):

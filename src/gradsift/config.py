@@ -14,15 +14,20 @@ from pydantic import (
 )
 
 from gradsift.errors import shorten
-from gradsift.sections import MOST, Count, Section, Seed, Share, Sources, merge, parse_share
+from gradsift.sections import (
+    MAX_COUNT,
+    Count,
+    Section,
+    Seed,
+    Share,
+    Sources,
+    merge,
+    parse_share,
+)
 from gradsift.types import Budget, MethodName
 
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
 _LONGEST_NAME = 100  # of a target: file names are made of it
-
-
 _FIELDS = ("messages", "prompt", "completion", "system", "tools", "id", "source", "task")
 
 
@@ -46,7 +51,7 @@ class DataConfig(Section):
 
     pool: Sources
     targets: dict[str, Sources] = Field(min_length=1)
-    max_length: int = Field(default=2048, ge=2, le=MOST)
+    max_length: int = Field(default=2048, ge=2, le=MAX_COUNT)
     columns: dict[str, str] = Field(default={}, description="field to column, where no schema fits")
     template: str | None = Field(
         default=None, description="'tulu' or the path of a Jinja chat template"
@@ -144,7 +149,7 @@ class LessConfig(Section):
     """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
 
     checkpoints: Count = 4
-    dimension: int = Field(default=8192, ge=64, le=MOST, multiple_of=64)
+    dimension: int = Field(default=8192, ge=64, le=MAX_COUNT, multiple_of=64)
     seed: Seed = Field(default=0, description="of the projection")
 
 
@@ -169,7 +174,7 @@ class PolicyConfig(Section):
     budget: str = "5%"
     strategy: Literal["top", "round-robin"] = "top"
     per: Literal["example", "task"] = Field(
-        default="example", description="whose turn round-robin takes"
+        default="example", description="what has a ranking of its own"
     )
     source_cap: str | dict[str, str] | None = Field(
         default=None, description="largest share from one source: '20%' or {dolly: 10%}"

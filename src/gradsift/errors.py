@@ -60,13 +60,13 @@ def shorten(text: str, characters: int = 300) -> str:
     return f"{text[:characters]} … ({len(text):,} characters)"
 
 
-def is_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Return whether there was no room to write; safetensors tells it in words alone."""
     return getattr(error, "errno", None) in _FULL or "No space left" in str(error)
 
 
 @contextmanager
-def system_faults_told() -> Iterator[None]:
+def translate_os_errors() -> Iterator[None]:
     """Say plainly what the operating system refuses: a file not to be read, a full disk.
 
     Also a decorator of the public functions.
@@ -82,7 +82,7 @@ def system_faults_told() -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.filename is None:
             raise RunError(f"the operating system refuses: {reason}") from error
-        if is_full(error):
+        if is_disk_full(error):
             reason = "the disk is full; make room: what is finished is kept"
         name = str(error.filename2 or error.filename)  # of a renaming, what it was to be
         raise RunError(f"cannot use {name!r}: {reason}") from error

@@ -22,20 +22,19 @@ import psutil
 from gradsift.config import Config
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
-from gradsift.errors import ConfigError, system_faults_told
+from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.gradients.subspace import fit_subspace
 from gradsift.pipeline import configure, encode
-from gradsift.runs.manifests import peak_memory
 from gradsift.runs.opening import open_run
+from gradsift.runs.provenance import peak_memory
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-
 _TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
 _POOL_SECONDS = 10.0
@@ -80,7 +79,7 @@ def plan(**given: Any) -> Forecast:
     return forecast(configure(**given), output_dir, strict)
 
 
-@system_faults_told()
+@translate_os_errors()
 def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Forecast:
     """Return what a whole configuration will take; see `plan`.
 
@@ -89,7 +88,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
     """
     if config.method != "gist":
         raise ConfigError(f"plan forecasts the method gist alone, found method={config.method}")
-    stages = Plan.of(config)
+    stages = RunStages.of(config)
     with open_run(output_dir) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.prepare(stages.inputs.data.values())
         job = encode(stages, folder, strict)

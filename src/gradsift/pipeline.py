@@ -9,40 +9,52 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gradsift.config import Config
-from gradsift.data.encoded import encode_set
-from gradsift.data.encoding import Encoder
-from gradsift.data.sources import log_what_is_left, resolve
-from gradsift.data.stages import data_sets
-from gradsift.errors import DataError, system_faults_told
+from gradsift.data.stages import data_sets, encode_sets
+from gradsift.errors import DataError, translate_os_errors
 from gradsift.executors.base import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.report.write import leave_report
-from gradsift.runs.atomic import room_for, write_atomically
+from gradsift.runs import layout
+from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
-from gradsift.runs.layout import CONFIG
 from gradsift.runs.opening import open_run
-from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Scores
 from gradsift.sections import merge
-from gradsift.selection.export import export_entries
+from gradsift.selection.export import export_picks
 from gradsift.selection.picks import Selection, read_selection, write_selection
 from gradsift.selection.policies import check_policy
-from gradsift.selection.score_table import write_scores
-from gradsift.selection.stages import Plan
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from gradsift.selection.score_table import read_table, write_scores
+from gradsift.selection.stages import RunStages
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left in its folder: selections by target, seconds by stage.
+
+    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
+    """
+
+    path: Path
+    method: str
+    selections: Mapping[str, Selection]
+    num_pool: int
+    num_rejected: int
+    seconds: Mapping[str, float]
+    peak_memory: int
+
+    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
+        return read_table(self.path, self.method, columns)
 
 
 def select(  # noqa: PLR0913
@@ -103,7 +115,7 @@ def configure(
     return Config.build(merge(given, settings or {}))
 
 
-@system_faults_told()
+@translate_os_errors()
 def run(
     config: Config, output_dir: str | Path, strict: bool = False, overwrite: bool = False
 ) -> RunResult:
@@ -112,54 +124,43 @@ def run(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    plan = Plan.of(config)
+    stages = RunStages.of(config)
     METHODS[config.method].check(config)
     choose_executor(config.engine)  # before the work: is it there?
     with open_run(output_dir) as folder:
-        folder.prepare(plan, overwrite)
-        if damage := folder.damage(CONFIG):
-            logger.warning("%s: it is written anew", damage)
-        if damage or not (folder.path / CONFIG).exists():
-            folder.write_config(config)
-        job = encode(plan, folder, strict)
+        folder.prepare(stages, overwrite)
+        _keep_first_config(folder, config)
+        job = encode(stages, folder, strict)
         check_budgets(job, [config.policy.budget])
-        scored = measure(job, plan)
+        scores = measure(job, stages)
         for name in job.targets:
-            with folder.stage(plan.selections[name]) as todo:
+            with folder.stage(stages.selections[name]) as todo:
                 if todo:
-                    write_selection(job, name, scored()[name])
-        _export(job)
+                    write_selection(job, name, scores()[name])
+        export_picks(job)
         folder.write_config(config)  # only now is it that of what the folder holds
-        leave_report(job, plan)
-        facts = folder.facts(plan)
-        return RunResult(
-            path=folder.path,
-            method=config.method,
-            selections={name: read_selection(folder.path, name) for name in job.targets},
-            num_pool=len(job.pool),
-            num_rejected=(folder.path / "rejected.jsonl").read_bytes().count(b"\n"),
-            seconds={name: manifest["seconds"] for name, manifest in facts.items()},
-            peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
-        )
+        leave_report(job, stages)
+        return _result(job, stages)
 
 
-def measure(job: Job, plan: Plan) -> Callable[[], Mapping[str, Scores]]:
-    """Do what the method has not done yet and write its scores; return what gives them.
+def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
+    """Return the job of a run, its pool and targets encoded now or before.
 
     Raises:
-        GradsiftError: If something has to be mended first; the message says what and how.
+        DataError: If one has no usable row, or any unusable one under `strict`.
     """
-    method = METHODS[job.config.method]
-    method.measure(job)
+    from gradsift.models.files import load_encoder
 
-    @cache
-    def scored() -> Mapping[str, Scores]:
-        return method.scores(job)
-
-    with job.folder.stage(plan.scores) as todo:
-        if todo:
-            write_scores(job, method.facts(job), scored())
-    return scored
+    config = stages.inputs.config
+    load, columns = partial(load_encoder, config.model, config.data), config.data.columns
+    sets = data_sets(config.data)
+    encode_sets(sets, stages.inputs.data, folder, load, columns, strict)
+    rejected = b"".join((folder.path / layout.rejected(name)).read_bytes() for name in sets)
+    if strict and rejected:
+        first = rejected.decode().partition("\n")[0]
+        raise DataError(f"unusable rows under --strict, the first: {first}")
+    write_atomically(folder.path / layout.REJECTED, rejected)
+    return open_job(stages.inputs, folder)
 
 
 def check_budgets(job: Job, budgets: Sequence[str]) -> None:
@@ -174,86 +175,42 @@ def check_budgets(job: Job, budgets: Sequence[str]) -> None:
         check_policy(policy, sources, num_tokens.to_numpy())
 
 
-def encode(plan: Plan, folder: Run, strict: bool) -> Job:
-    """Return the job of a run, its pool and targets encoded now or before.
+def measure(job: Job, stages: RunStages) -> Callable[[], Mapping[str, Scores]]:
+    """Do what the method has not done yet and write its scores; return what gives them.
 
     Raises:
-        DataError: If one has no usable row, or any unusable one under `strict`.
+        GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = plan.inputs.config
-    directory, sets = folder.path / "data", data_sets(config)
-    encode_sets(config, sets, plan.inputs.data, folder, directory, strict)
-    rejected = b"".join((directory / f"{name}.rejected.jsonl").read_bytes() for name in sets)
-    if strict and rejected:
-        first = rejected.decode().partition("\n")[0]
-        raise DataError(f"unusable rows under --strict, the first: {first}")
-    write_atomically(folder.path / "rejected.jsonl", rejected)
-    return open_job(plan.inputs, folder)
+    method = METHODS[job.config.method]
+    method.measure(job)
+
+    @cache
+    def scores() -> Mapping[str, Scores]:
+        return method.scores(job)
+
+    with job.folder.stage(stages.scores) as todo:
+        if todo:
+            write_scores(job, method.facts(job), scores())
+    return scores
 
 
-def encode_sets(
-    config: Config,
-    sets: Mapping[str, tuple[str, ...]],
-    stages: Mapping[str, Stage],
-    folder: Run,
-    directory: Path,
-    strict: bool = False,
-) -> None:
-    """Encode what is not encoded yet, each set into a file of its name in the directory.
-
-    Raises:
-        DataError: If one has no usable row, or any unusable one under `strict`.
-    """
-    encoder = None
-    for name, specs in sets.items():
-        with folder.stage(stages[name]) as todo:
-            if todo:
-                log_what_is_left(specs)
-                encoder = encoder or _encoder(config)
-                columns = config.data.columns
-                with room_for(directory / f"{name}.parquet"):
-                    encode_set(name, resolve(specs), encoder, columns, directory, strict)
+def _keep_first_config(folder: Run, config: Config) -> None:
+    """Write the configuration before the work, where none is there that could be read."""
+    damage = folder.damage(layout.CONFIG)
+    if damage:
+        logger.warning("%s: it is written anew", damage)
+    if damage or not (folder.path / layout.CONFIG).exists():
+        folder.write_config(config)
 
 
-def _encoder(config: Config) -> Encoder:
-    from gradsift.models.files import foreign_faults_told, known_sizes, load_tokenizer
-    from gradsift.models.loading import resolve_device
-
-    resolve_device(config.model)  # before the work, not after it
-    sizes, length = known_sizes(config.model), config.data.max_length
-    if sizes.positions is not None and sizes.positions < length:
-        length = sizes.positions
-        logger.info("examples are cut to the model's %d positions", length)
-    tokenizer = load_tokenizer(config.model)
-    with foreign_faults_told(f"the tokenizer of {config.model.name!r}"):
-        return Encoder(tokenizer, length, config.data.template, sizes.embeddings)
-
-
-def _export(job: Job) -> None:
-    """Write beside the picks the entries by which other trainers find them."""
-    schemas = {}
-    for name in job.targets:
-        rows = read_selection(job.folder.path, name).picks["row"].to_numpy()
-        schemas[name] = set(job.pool.take(rows, ["schema"])["schema"].to_pylist())
-    export_entries(job.path("selected"), schemas, job.config.data.columns)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left in its folder: selections by target, seconds by stage.
-
-    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
-    """
-
-    path: Path
-    method: str
-    selections: Mapping[str, Selection]
-    num_pool: int
-    num_rejected: int
-    seconds: Mapping[str, float]
-    peak_memory: int
-
-    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
-        wanted = list(columns) if columns is not None else None
-        return pq.read_table(self.path / "scores" / f"{self.method}.parquet", columns=wanted)
+def _result(job: Job, stages: RunStages) -> RunResult:
+    path, facts = job.folder.path, job.folder.facts(stages)
+    return RunResult(
+        path=path,
+        method=job.config.method,
+        selections={name: read_selection(path, name) for name in job.targets},
+        num_pool=len(job.pool),
+        num_rejected=(path / layout.REJECTED).read_bytes().count(b"\n"),
+        seconds={name: manifest["seconds"] for name, manifest in facts.items()},
+        peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
+    )

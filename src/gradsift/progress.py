@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from gradsift.errors import visible
 
 logger = logging.getLogger(__name__)
-
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -28,20 +28,10 @@ def _as_texts(value: Any) -> Any:
 
 
 Source = Annotated[str, Field(min_length=1)]
-
-
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
-
-
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
-MOST = 2**31 - 1
-
-
-Count = Annotated[int, Field(ge=1, le=MOST)]
-
-
+MAX_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -68,8 +58,6 @@ _FLAGS = {
     "data.targets": "--target",
     "tests": "--test NAME=FILE",
 }
-
-
 S = TypeVar("S", bound="Section")
 
 

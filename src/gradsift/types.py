@@ -18,8 +18,6 @@ MethodName = Literal[
 
 
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(%|[kKMG]?tok)?")
-
-
 _SCALE = {"tok": 1, "ktok": 10**3, "Ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
 
 

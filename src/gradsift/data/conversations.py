@@ -51,8 +51,6 @@ class UnusableRowError(ValueError):
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -74,8 +72,6 @@ _SCHEMAS = {
     "prompt-completion": {"prompt", "completion"},
     "alpaca": {"instruction", "output"},
 }
-
-
 EXPECTED = (
     "messages; prompt + completion; instruction (+ input) + output; conversations; or map your "
     "columns, for example --set data.columns.prompt=question --set data.columns.completion=answer"

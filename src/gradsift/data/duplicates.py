@@ -20,11 +20,7 @@ from gradsift.data.conversations import Message, text_of
 from gradsift.data.encoded import EncodedSet, normalise
 
 _PERMUTATIONS = 128
-
-
 _TEXTS_AT_ONCE = 8192
-
-
 _WORDS = 3  # words of one shingle
 
 
@@ -56,7 +52,7 @@ class Refusal:
     like: str | None = None
 
 
-class Repeats:
+class DuplicateFinder:
     """Which pool examples repeat a target example or an earlier pick.
 
     Texts are fetched for those examples alone that come into question: `upcoming` says which.

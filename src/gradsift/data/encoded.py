@@ -39,13 +39,8 @@ from gradsift.data.sources import Source
 from gradsift.errors import DataError, shorten
 
 logger = logging.getLogger(__name__)
-
 _GROUP = 1024  # rows encoded, written and read together
-
-
 _NAME = pa.dictionary(pa.int32(), pa.string())
-
-
 _SCHEMA = pa.schema(
     {
         "id": pa.string(),

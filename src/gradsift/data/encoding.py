@@ -26,24 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
 TULU = (
     "{{ start }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + end }}{% endgeneration %}"
     "{{ '\n' }}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-
-
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
 _OTHER_PARTS = {
     "reasoning": ("reasoning_content", "reasoning", "thinking"),
     "function_call": ("function_call",),
 }
-
-
 Tools = list[dict[str, Any]] | None
 
 

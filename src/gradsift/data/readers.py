@@ -21,17 +21,9 @@ import fsspec
 from gradsift.errors import DataError, shorten
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-
-
 _DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
-
-
 _ROWS_AT_ONCE = 1024
-
-
 _NO_VALUE = "it has NaN or Infinity, which are no JSON, or a key that stands twice in an object"
 
 

@@ -29,25 +29,12 @@ from gradsift.data.readers import (
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
-
 _ROWS_AT_ONCE = 1024
-
-
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-
-
 _LINES = (".jsonl", ".ndjson")
-
-
 _KNOWN = (*_LINES, ".json", *SEPARATORS, ".parquet")
-
-
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of data sets, beside their files
-
-
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` leaves
-
-
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 

@@ -1,41 +1,76 @@
-"""The stages that encode pool and targets, and what their results depend on."""
+"""The stages that encode pool and targets: what their results depend on, and doing them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from gradsift.config import Config
-from gradsift.data.sources import resolve
+from gradsift.config import DataConfig
+from gradsift.data.encoded import encode_set
+from gradsift.data.encoding import Encoder
+from gradsift.data.sources import log_what_is_left, resolve
+from gradsift.runs import layout
+from gradsift.runs.atomic import room_for
+from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 
 
-def data_sets(config: Config) -> dict[str, tuple[str, ...]]:
+def data_sets(data: DataConfig) -> dict[str, tuple[str, ...]]:
     """Return the sources of the pool and of every target, by the name of their encoded set."""
-    targets = {f"target.{name}": sources for name, sources in config.data.targets.items()}
-    return {"pool": config.data.pool} | targets
+    targets = {layout.target_set(name): sources for name, sources in data.targets.items()}
+    return {layout.POOL: data.pool} | targets
 
 
 def encoding_stages(
-    config: Config, model: str, sets: Mapping[str, tuple[str, ...]], folder: str = "data"
+    data: DataConfig,
+    tokenizer: Mapping[str, Any],
+    sets: Mapping[str, tuple[str, ...]],
+    folder: str = layout.ENCODED,
 ) -> dict[str, Stage]:
     """Return the stages that encode some sets of sources into a folder.
+
+    `tokenizer`: what tells it from others.
 
     Raises:
         DataError: If a file is not there.
     """
-    shared = config.data.model_dump(include={"max_length", "columns", "template"})
-    shared["trust_remote_code"] = config.model.trust_remote_code  # of the tokenizer
-    if config.data.template and Path(config.data.template).is_file():
-        shared["template_hash"] = hashlib.sha256(
-            Path(config.data.template).read_bytes()
-        ).hexdigest()
+    shared = data.model_dump(include={"max_length", "columns", "template"}) | dict(tokenizer)
+    if data.template and Path(data.template).is_file():
+        content = Path(data.template).read_bytes()
+        shared["template_hash"] = hashlib.sha256(content).hexdigest()
     stages = {}
     for name, specs in sets.items():
         sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
         files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
-        outputs = (f"{folder}/{name}.parquet", f"{folder}/{name}.rejected.jsonl")
-        settings = {"files": files, "tokenizer": model} | shared
+        outputs = (layout.encoded(name, folder), layout.rejected(name, folder))
+        settings = {"files": files} | shared
         stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
     return stages
+
+
+def encode_sets(
+    sets: Mapping[str, tuple[str, ...]],
+    stages: Mapping[str, Stage],
+    run: Run,
+    load_encoder: Callable[[], Encoder],
+    columns: Mapping[str, str],
+    strict: bool = False,
+) -> None:
+    """Encode what is not encoded yet, each set as its stage says.
+
+    `load_encoder` is called once, if there is something to encode.
+
+    Raises:
+        DataError: If a set has no usable row, or any unusable one under `strict`.
+    """
+    encoder = None
+    for name, specs in sets.items():
+        path = run.path / stages[name].outputs[0]
+        with run.stage(stages[name]) as todo:
+            if todo:
+                log_what_is_left(specs)
+                encoder = encoder or load_encoder()
+                with room_for(path):
+                    encode_set(name, resolve(specs), encoder, columns, path.parent, strict)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
 _BASE: dict[str, Any] = {
     "vocab_size": 768,
     "hidden_size": 128,
@@ -30,11 +29,7 @@ _BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-
-
 _BASE_TRAINING = WarmupConfig(epochs=4, learning_rate=3e-3, batch_size=64, micro_batch_size=64)
-
-
 _SPECIAL = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
 
 

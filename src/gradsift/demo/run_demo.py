@@ -24,17 +24,9 @@ if TYPE_CHECKING:
     pass
 
 TARGET = "sql"
-
-
 _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}
-
-
 _SEEDS = 3
-
-
 _FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
-
-
 _FINE_TUNING_EPOCHS = 8
 
 

@@ -26,10 +26,11 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import NumericsError
 from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
-from gradsift.executors.base import agreed, is_first
+from gradsift.executors.base import decided_by_first, is_first
 from gradsift.methods.job import Job
 from gradsift.pool.shards import hash_tensors
 from gradsift.progress import track
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -101,12 +102,12 @@ class Bench:
         self._tasks = Harness.of(
             settings.lm_eval, settings.lm_eval_include, settings.trust_remote_code
         )
-        self._run, self._folder = job.folder, job.path("evaluation/cells")
+        self._run, self._folder = job.folder, job.path(layout.FINE_TUNINGS)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._common = {
-            "model": job.inputs.model_facts,
+            "model": job.inputs.model_settings,
             "lora": job.config.lora.model_dump(),
-            "pool": job.inputs.data["pool"].fingerprint,
+            "pool": job.inputs.pool.fingerprint,
             **self._settings.model_dump(exclude={"steps"}),
         }
 
@@ -123,7 +124,7 @@ class Bench:
         with track("fine-tunings", len(wanted), "fine-tunings") as advance:
             for cell, targets, with_tasks in wanted:
                 # begun anew after a machine died: what was done before is there
-                if agreed(partial(self.lacks, cell, targets, with_tasks)):
+                if decided_by_first(partial(self.lacks, cell, targets, with_tasks)):
                     self.run(cell, targets, with_tasks)
                 advance(1)
 
@@ -158,9 +159,9 @@ class Bench:
         metadata = {"facts": json.dumps(sealed)}
         write_atomically(path, lambda path: save_file(tensors, path, metadata))
         self._run.publish(path)
-        told = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
-        told += [f"{task} done" for task in tasks]
-        logger.info("%s: %s (%.1f s)", cell.label, ", ".join(told), facts["seconds"])
+        outcomes = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
+        outcomes += [f"{task} done" for task in tasks]
+        logger.info("%s: %s (%.1f s)", cell.label, ", ".join(outcomes), facts["seconds"])
 
     def outcome(self, cell: Cell, target: str) -> Outcome:
         """Return what was found of a cell that was run."""

@@ -17,6 +17,7 @@ from gradsift.evaluation.lds import linear_datamodeling_scores
 from gradsift.evaluation.overlap import Overlap, overlaps
 from gradsift.evaluation.results import Evaluation, Row, verdicts
 from gradsift.evaluation.statistics import paired_difference
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 
 ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
@@ -34,16 +35,16 @@ class Entry:
 
 
 def conclude(
-    path: Path, bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], scores: ScoresOf
+    run: Path, bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], scores: ScoresOf
 ) -> Evaluation:
-    """Return what the trained cells say; leave it as Parquet and Markdown in `path`."""
+    """Return what the trained cells say; leave it in the run as Parquet and Markdown."""
     rows = _rows(grid, bench)
     lds = []
     if subsets:
         targets = dict.fromkeys(entry.target for entry in grid)
         losses = {name: [bench.outcome(c, name).loss for c in subsets] for name in targets}
         lds = linear_datamodeling_scores(subsets, losses, scores)
-    found = Evaluation(path, rows, _overlaps(grid, scores), lds, verdicts(rows))
+    found = Evaluation(run / layout.EVALUATION, rows, _overlaps(grid, scores), lds, verdicts(rows))
     tables = {
         "trainings": pa.Table.from_pylist([_training(entry, bench) for entry in grid]),
         "table": found.table(),
@@ -53,8 +54,8 @@ def conclude(
         ),
     }
     for name, table in tables.items():
-        write_atomically(path / f"{name}.parquet", partial(pq.write_table, table))
-    write_atomically(path / "report.md", found.markdown().encode())
+        write_atomically(run / layout.evaluation_table(name), partial(pq.write_table, table))
+    write_atomically(run / layout.EVALUATION_REPORT, found.markdown().encode())
     return found
 
 

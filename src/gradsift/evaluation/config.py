@@ -9,12 +9,10 @@ from pydantic import Field, field_validator
 
 from gradsift.config import MethodName
 from gradsift.methods.registry import METHODS
-from gradsift.sections import MOST, Count, Section, Seed, Sources
+from gradsift.sections import MAX_COUNT, Count, Section, Seed, Sources
 from gradsift.types import Budget
 
 _WITHOUT_EXTRAS: Any = tuple(name for name in METHODS if name != "embed")
-
-
 _TASK = re.compile(r"[\w.:/-]+")
 
 
@@ -35,7 +33,9 @@ class LdsConfig(Section):
     Park et al., 2023, arXiv 2303.14186.
     """
 
-    subsets: int = Field(default=0, ge=0, le=MOST, description="how many; 0: it is not measured")
+    subsets: int = Field(
+        default=0, ge=0, le=MAX_COUNT, description="how many; 0: it is not measured"
+    )
     share: float = Field(default=0.5, gt=0, lt=1, description="of the sample in each subset")
     sample: int | None = Field(default=None, ge=4, description="examples; all of the pool if none")
     seed: Seed = 0
@@ -56,9 +56,9 @@ class EvaluationConfig(Section):
         default=_WITHOUT_EXTRAS, description="embed only where asked for: it needs an extra"
     )
     budgets: tuple[str, ...] = Field(default=(), description="those of the run if none is given")
-    seeds: int = Field(default=2, ge=2, le=MOST, description="fine-tunings of each selection")
+    seeds: int = Field(default=2, ge=2, le=MAX_COUNT, description="fine-tunings of each selection")
     random_seeds: int = Field(
-        default=3, ge=3, le=MOST, description="random selections, one training each"
+        default=3, ge=3, le=MAX_COUNT, description="random selections, one training each"
     )
     full: bool = Field(default=False, description="also one pass over the whole pool")
     fine_tuning: FineTuningConfig = FineTuningConfig()

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, moved
+from gradsift.data.duplicates import texts_of
 from gradsift.data.encoded import EncodedSet
-from gradsift.data.stages import encoding_stages
-from gradsift.errors import ConfigError, system_faults_told
+from gradsift.data.stages import encode_sets, encoding_stages
+from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.evaluation.cells import Bench, Cell, HeldOut
 from gradsift.evaluation.conclusions import Entry, conclude
 from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig
@@ -26,26 +27,24 @@ from gradsift.evaluation.results import Evaluation
 from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
 from gradsift.models.training import steps_per_epoch
-from gradsift.pipeline import check_budgets, encode, encode_sets, measure
+from gradsift.pipeline import check_budgets, encode, measure
 from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
 from gradsift.scores.ranking import Ranking, Scores
 from gradsift.sections import merge
-from gradsift.selection.picks import choose
+from gradsift.selection.picks import candidates
+from gradsift.selection.policies import pick
 from gradsift.selection.score_table import read_scores
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages, tokenizer_settings
 
 if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger(__name__)
-
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate", "run_evaluation"]
-
-
-_FOLDER = "evaluation"
 
 
 def evaluate(
@@ -73,7 +72,7 @@ def evaluate(
     return run_evaluation(run, wanted, engine)
 
 
-@system_faults_told()
+@translate_os_errors()
 def run_evaluation(
     run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] | None = None
 ) -> Evaluation:
@@ -83,35 +82,35 @@ def run_evaluation(
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     config = moved(read_config(run), engine or {})
-    plans = _plans(config, settings)
+    by_method = _stages_by_method(config, settings)
     with open_run(run) as folder:
-        for plan in plans.values():  # whatever cannot be done is told before anything is
-            folder.prepare([*plan.inputs.data.values(), *plan.measured])
-        job = encode(plans["random"], folder, strict=False)
+        for stages in by_method.values():  # whatever cannot be done is said before anything is
+            folder.prepare([*stages.inputs.data.values(), *stages.measured])
+        job = encode(by_method["random"], folder, strict=False)
         budgets = settings.budgets or (config.policy.budget,)
         check_budgets(job, budgets)
         tests = _encode_tests(job, settings)
         bench = Bench(job, settings, tests)
         content = settings.to_yaml().encode()
-        write_atomically(folder.path / _FOLDER / "config.yaml", content)
-        grid = _grid(job, settings, plans, [(t, b) for t in tests for b in budgets])
+        write_atomically(folder.path / layout.EVALUATION_CONFIG, content)
+        grid = _grid(job, settings, by_method, [(t, b) for t in tests for b in budgets])
         subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
-        _tell_what_is_not_seen(settings.fine_tuning, grid, subsets)
+        _warn_of_unseen_examples(settings.fine_tuning, grid, subsets)
         _run_cells(job, bench, grid, subsets, list(tests))
         scores = {
             (target, method): read_scores(folder.path, method, target)
             for target in tests
             for method in settings.methods
         }
-        found = conclude(folder.path / _FOLDER, bench, grid, subsets, scores)
-        own = Plan.of(config)
+        found = conclude(folder.path, bench, grid, subsets, scores)
+        own = RunStages.of(config)
         selections = {name: stage.fingerprint for name, stage in own.selections.items()}
-        write_exhibits(folder, _FOLDER, exhibits(found), selections)
+        write_exhibits(folder, layout.EVALUATION, exhibits(found), selections)
         refresh_report(replace(job, inputs=own.inputs), own)
         return found
 
 
-def _plans(config: Config, settings: EvaluationConfig) -> dict[str, Plan]:
+def _stages_by_method(config: Config, settings: EvaluationConfig) -> dict[str, RunStages]:
     """Return the stages of every method, `random` always among them.
 
     Raises:
@@ -124,28 +123,33 @@ def _plans(config: Config, settings: EvaluationConfig) -> dict[str, Plan]:
             f"held-out examples for {unknown[0]!r}, which is no target of this run "
             f"({', '.join(config.data.targets)})"
         )
-    plans = {}
+    stages = {}
     for method in dict.fromkeys([*settings.methods, "random"]):
         own = config.model_copy(update={"method": method})
         METHODS[method].check(own)
-        plans[method] = Plan.of(own)
-    return plans
+        stages[method] = RunStages.of(own)
+    return stages
 
 
 def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
     """Return the held-out examples of every target, encoded now or before."""
-    specs = {f"test.{name}": sources for name, sources in settings.tests.items()}
-    stages = encoding_stages(job.config, job.inputs.model, specs, f"{_FOLDER}/data")
-    encode_sets(job.config, specs, stages, job.folder, job.path(f"{_FOLDER}/data"))
+    from gradsift.models.files import load_encoder
+
+    config = job.config
+    specs = {layout.test_set(name): sources for name, sources in settings.tests.items()}
+    tokenizer = tokenizer_settings(config, job.inputs.model)
+    stages = encoding_stages(config.data, tokenizer, specs, layout.TESTS)
+    load = partial(load_encoder, config.model, config.data)
+    encode_sets(specs, stages, job.folder, load, config.data.columns)
     result = {}
-    for name, (encoded, stage) in zip(settings.tests, stages.items(), strict=True):
-        examples = EncodedSet(job.path(f"{_FOLDER}/data/{encoded}.parquet"))
+    for name, stage in zip(settings.tests, stages.values(), strict=True):
+        examples = EncodedSet(job.path(layout.encoded(layout.test_set(name), layout.TESTS)))
         result[name] = HeldOut(examples, stage.fingerprint)
         for where, others in (("pool", job.pool), ("target", job.targets[name])):
             repeated = sum(_hashes(examples).isin(_hashes(others)))
             if repeated:
-                told = (repeated, len(examples), name, where)
-                logger.warning("%d of %d held-out examples of %s are in the %s itself", *told)
+                message = "%d of %d held-out examples of %s are in the %s itself"
+                logger.warning(message, repeated, len(examples), name, where)
     return result
 
 
@@ -156,7 +160,7 @@ def _hashes(encoded: EncodedSet) -> pd.Series:
 def _grid(
     job: Job,
     settings: EvaluationConfig,
-    plans: Mapping[str, Plan],
+    by_method: Mapping[str, RunStages],
     places: Sequence[tuple[str, str]],
 ) -> list[Entry]:
     """Return base, random and every method's picks, by target and budget, for every seed.
@@ -180,7 +184,7 @@ def _grid(
         trained = [Cell(rows, whole, seed, f"full, seed {seed}") for seed in range(settings.seeds)]
         cells["full"] = dict.fromkeys(places, trained)
     for method in settings.methods:
-        scored = measure(replace(job, inputs=plans[method].inputs), plans[method])()
+        scored = measure(replace(job, inputs=by_method[method].inputs), by_method[method])()
         if method == "random":
             continue
         cells[method] = {
@@ -202,15 +206,18 @@ def _picks(
     job: Job, scored: Mapping[str, Scores], places: Sequence[tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, str], tuple[int, ...]]]:
     """Yield the rows that the run's policy picks for each target at each budget, in their order."""
+    columns = job.config.data.columns
+    pool = candidates(job.pool, columns)
     for target, budget in places:
         policy, scores = job.config.policy.model_copy(update={"budget": budget}), scored[target]
-        if isinstance(scores, Ranking):  # it has no target examples that could take turns
+        if isinstance(scores, Ranking):  # it has no target examples to pick for in turn
             policy = policy.model_copy(update={"strategy": "top"})
-        rows = choose(job, target, scores.turns(policy), policy).rows
+        of_target = texts_of(job.targets[target], columns)
+        rows = pick(scores.rankings(policy), pool, of_target, policy).rows
         yield (target, budget), tuple(sorted(rows))
 
 
-def _tell_what_is_not_seen(
+def _warn_of_unseen_examples(
     settings: FineTuningConfig, grid: Sequence[Entry], subsets: Sequence[Cell]
 ) -> None:
     """Warn where a fine-tuning ends before it has seen all of its examples."""
@@ -244,4 +251,4 @@ def _run_cells(
     missing = [item for item in todo if bench.lacks(*item)]
     logger.info("%d of %d fine-tunings are there already", len(todo) - len(missing), len(todo))
     if missing:
-        job.train(partial(bench.run_all, missing), job.path(f"{_FOLDER}/cells"))
+        job.train(partial(bench.run_all, missing), job.path(layout.FINE_TUNINGS))

@@ -25,11 +25,7 @@ ENVIRONMENT = {
 
 
 T = TypeVar("T")
-
-
 Task = TypeVar("Task")
-
-
 Worker = Callable[[Iterable[Task]], Iterator[Task]]
 """Does tasks and yields each when it is done and its result is safe."""
 
@@ -51,8 +47,8 @@ class Executor(Protocol):
         ...
 
 
-def quieten() -> None:
-    """Set what is not set of the environment, and quieten the libraries below."""
+def set_environment() -> None:
+    """Set what is not set of the environment, and silence the warnings of libraries."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
@@ -63,12 +59,12 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def agreed(decide: Callable[[], T]) -> T:
+def decided_by_first(decide: Callable[[], T]) -> T:
     """Return what the first of the processes that train together decides, in all of them.
 
     All have to come here, so that each waits for the others.
     """
-    if not _in_company():
+    if not _is_distributed():
         return decide()
     from torch import distributed
 
@@ -78,7 +74,7 @@ def agreed(decide: Callable[[], T]) -> T:
     return decided[0]
 
 
-def _in_company() -> bool:
+def _is_distributed() -> bool:
     """Return whether this process has joined others; torch is there by then."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
@@ -94,10 +90,10 @@ def choose_executor(config: EngineConfig) -> Executor:
         from gradsift.executors.ray import RayCluster
 
         return RayCluster.of(config)
-    if _in_company():
-        from gradsift.executors.torchrun import Together
+    if _is_distributed():
+        from gradsift.executors.torchrun import Torchrun
 
-        return Together()
+        return Torchrun()
     from gradsift.executors.local import Local
 
     return Local()

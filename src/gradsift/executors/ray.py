@@ -20,26 +20,15 @@ from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import ConfigError, GradsiftError, RunError
-from gradsift.executors.base import ENVIRONMENT, quieten
+from gradsift.executors.base import ENVIRONMENT, set_environment
 from gradsift.progress import VisibleFormatter
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-
 _WAITING = 2  # tasks at an actor: one is done, one is ready
-
-
 _SECONDS_BETWEEN_LOOKS = 5.0
-
-
 _ANSWER = 10.0  # seconds in which a cluster has to answer
-
-
 _PATIENCE = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
-
-
 _TRAINING_FAILURES = 3  # of machines, in one training
 
 
@@ -287,4 +276,4 @@ def _log_to_terminal() -> None:
         ours.addHandler(logging.StreamHandler(sys.stderr))
         ours.handlers[0].setFormatter(VisibleFormatter("%(message)s"))
         ours.propagate = False
-        quieten()
+        set_environment()

@@ -15,13 +15,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-
 _PATIENCE = timedelta(days=30)  # the others wait while the first one encodes or scores
 
 
 @dataclass(frozen=True)
-class Together:
+class Torchrun:
     """All processes of a launch, of which this is the first."""
 
     def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
@@ -41,7 +39,7 @@ class Together:
 
 
 @contextmanager
-def company() -> Iterator[bool]:
+def launched_processes() -> Iterator[bool]:
     """Yield whether this process runs the command; one that lends a hand has done so already.
 
     Without a launcher, every process runs its own.

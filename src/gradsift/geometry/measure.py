@@ -7,6 +7,7 @@ most, and how much of that curvature a diagonal preconditioner such as Adam's ca
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,28 +15,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, ModelConfig, moved
-from gradsift.errors import ConfigError, RunError, system_faults_told
+from gradsift.errors import ConfigError, RunError, translate_os_errors
 from gradsift.geometry.config import GeometryConfig
 from gradsift.geometry.figures import exhibits
 from gradsift.methods.job import Job, open_job
 from gradsift.pipeline import encode
 from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
 from gradsift.runs.stage import Stage
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 if TYPE_CHECKING:
     import peft
 
-_FOLDER = "geometry"
-
+logger = logging.getLogger(__name__)
 
 _BEFORE = "before warm-up"
 
 
-@system_faults_told()
+@translate_os_errors()
 def measure_geometry(
     run: str | Path, *, engine: Mapping[str, Any] | None = None, **settings: Any
 ) -> Mapping[str, Any]:
@@ -61,15 +62,14 @@ def measure_geometry(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
             "model.quantization is none"
         )
-    plan = Plan.of(config)
-    inputs = plan.inputs
-    warmup = inputs.warmup(config, "warmup")
+    stages = RunStages.of(config)
+    inputs, warmup = stages.inputs, stages.inputs.warmup
     with open_run(run) as folder:
         folder.prepare([*inputs.data.values(), warmup])
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
-        kept = encode(plan, folder, strict=False)
-        kept.warm_up(warmup, config)
+        run_job = encode(stages, folder, strict=False)
+        run_job.warm_up(warmup, config)
         # what curves little is lost in half precision
         job = open_job(inputs, folder, Models(_in_float32(config.model)))
         found = {}
@@ -77,11 +77,11 @@ def measure_geometry(
             places = _places(job, warmup)
             found[name] = _measure_target(job, name, places, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
-        write_atomically(job.path(_FOLDER) / "geometry.json", content)
-        of = {name: inputs.gradients(name) for name in job.targets}
+        write_atomically(job.path(layout.GEOMETRY_NUMBERS), content)
+        of = {name: inputs.gradients_key(name) for name in job.targets}
         shown = {name: exhibits(own) for name, own in found.items()}
-        write_exhibits(folder, _FOLDER, shown, of)
-        refresh_report(kept, plan)
+        write_exhibits(folder, layout.GEOMETRY, shown, of)
+        refresh_report(run_job, stages)
         return found
 
 
@@ -116,12 +116,12 @@ def _at(job: Job, path: Path) -> AbstractContextManager[peft.PeftModel]:
 
 
 def _measure_at(
-    place: Place, job: Job, name: str, label: str, settings: GeometryConfig, coupling: bool
+    place: Place, job: Job, name: str, settings: GeometryConfig, coupling: bool
 ) -> dict[str, Any]:
     from gradsift.geometry.target import measure_place
 
     with place() as model:
-        return measure_place(job, name, label, model, settings, coupling)
+        return measure_place(model, name, job.targets[name], job.config, settings, coupling)
 
 
 def _measure_target(
@@ -133,12 +133,13 @@ def _measure_target(
     for number, (label, place) in enumerate(places.items(), start=1):
         last = number == len(places)
         wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
-        path = f"{_FOLDER}/{name}/{label.replace(' ', '-')}.json"
+        path = layout.geometry_at(name, label)
         depends = wanted | {"gist": gist, "place": label}
         stage = Stage(path.removesuffix(".json"), depends, (path,), sources, cheap=True)
         with job.folder.stage(stage) as todo:
             if todo:
-                found = job.call(partial(_measure_at, place, job, name, label, settings, last))
+                found = job.call(partial(_measure_at, place, job, name, settings, last))
+                logger.info("%s, %s: measured", name, label)
                 job.path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(job.path(path), json.dumps(found, indent=1).encode())
         found = json.loads(job.path(path).read_text(encoding="utf-8"))

@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from gradsift.config import Config, EngineConfig
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.encoding import Encoded
 from gradsift.geometry.config import GeometryConfig
 from gradsift.gradients.basis import Basis, fitting_basis
 from gradsift.gradients.batch_size import start_tokens
@@ -19,32 +22,33 @@ from gradsift.gradients.distinct import distinct_examples, merge_rows
 from gradsift.gradients.gram import fitting_gram
 from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
-from gradsift.methods.job import Job
 from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
-
 _TOKENS = 1024  # per batch: a graph of the backward pass is kept for each
-
-
 _ENTRIES = 16  # of A and of B, in the picture of one layer
 
 
 def measure_place(
-    job: Job, name: str, label: str, model: nn.Module, settings: GeometryConfig, coupling: bool
+    model: nn.Module,
+    name: str,
+    target: EncodedSet,
+    config: Config,
+    settings: GeometryConfig,
+    coupling: bool,
 ) -> dict[str, Any]:
     """Return spectrum and subspace of a target's gradients beside its Hessian, as plain values.
 
     Raises:
         NumericsError: If a gradient is not finite, or none differs from zero.
     """
-    target, engine = job.targets[name], job.config.engine
+    rank, engine = config.gist.rank, config.engine
     rng = np.random.default_rng(settings.seed)
     count = min(settings.examples, len(target))
     rows = np.sort(rng.choice(len(target), size=count, replace=False))
-    everything = _fit(job, model, *distinct_examples(target))
+    everything = _fit(model, *distinct_examples(target), rank, engine)
     examples, inverse = distinct_examples(target, rows)
-    subspace = _fit(job, model, examples, inverse)
+    subspace = _fit(model, examples, inverse, rank, engine)
     merged = merge_rows(subspace.combination, inverse, len(examples))
     basis = fitting_basis(model, [(examples, merged)], engine)
     weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
@@ -54,13 +58,17 @@ def measure_place(
     found["hessian"] = {"num_examples": count} | _compare(hessian, basis, subspace, name, settings)
     if coupling:
         found["coupling"] = {"num_examples": count} | _couple(hessian, name, settings)
-    logger.info("%s, %s: measured", name, label)
     return found
 
 
-def _fit(job: Job, model: nn.Module, examples: Sequence[Any], inverse: np.ndarray) -> Subspace:
-    gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
-    rank = job.config.gist.rank
+def _fit(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    inverse: np.ndarray,
+    rank: int | str,
+    engine: EngineConfig,
+) -> Subspace:
+    gram = fitting_gram(model, examples, engine)[np.ix_(inverse, inverse)]
     if isinstance(rank, int):  # the examples drawn may span fewer directions than all of them
         rank = min(rank, fit_subspace(gram, "full").rank)
     return fit_subspace(gram, rank)

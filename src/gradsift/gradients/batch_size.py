@@ -14,13 +14,10 @@ from jaxtyping import Int
 from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
-from gradsift.models.batches import MOST_EXAMPLES
+from gradsift.models.batches import MAX_EXAMPLES
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-
 Measure = Callable[[Sequence[Encoded], int], object]
 """Measures some examples, given the most tokens per batch."""
 
@@ -28,8 +25,6 @@ Measure = Callable[[Sequence[Encoded], int], object]
 # On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
 # is looked for, from here downwards.
 _CPU_TOKENS = 2048
-
-
 _GPU_TOKENS = 32768
 
 
@@ -64,10 +59,10 @@ def probe(measure: Measure, lengths: Int[np.ndarray, " example"], max_tokens: in
 
     def run_worst(tokens: int) -> None:
         longest = int(lengths.max())
-        for length in (longest, min(longest, max(1, tokens // MOST_EXAMPLES))):
+        for length in (longest, min(longest, max(1, tokens // MAX_EXAMPLES))):
             supervised = np.arange(length + 1) > 0
             example = Encoded(np.zeros(length + 1, np.int32), supervised)
-            count = min(max(1, tokens // length), MOST_EXAMPLES)
+            count = min(max(1, tokens // length), MAX_EXAMPLES)
             measure([example] * count, tokens)
 
     return within_memory(run_worst, max_tokens, lengths)[1]

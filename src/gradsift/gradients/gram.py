@@ -28,8 +28,6 @@ from gradsift.gradients.per_example import (
 from gradsift.models.batches import lengths_of, plan_batches
 
 FLOAT_BYTES = 4  # bytes of a float32
-
-
 _COLUMNS_AT_ONCE = 1 << 14  # of gradients that are float64 for a moment
 
 

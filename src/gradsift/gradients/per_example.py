@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.models.batches import (
-    MOST_EXAMPLES,
+    MAX_EXAMPLES,
     Batch,
     lay_out,
     lengths_of,
@@ -124,12 +124,12 @@ class PerExampleGradients:
         if not output.requires_grad:  # the first adapted layer: autograd begins here
             output = output.detach().requires_grad_()
 
-        def hand_on(leaving: Tensor) -> None:
+        def backward_hook(leaving: Tensor) -> None:
             each = self._by_example(name, leaving)
             gradient = torch.bmm(each.transpose(1, 2), entering.to(each.dtype))
             self._consume(name, gradient)
 
-        output.register_hook(hand_on)
+        output.register_hook(backward_hook)
         return output
 
     def _by_example(self, name: str, tensor: Tensor) -> Float[Tensor, "example token feature"]:
@@ -156,7 +156,7 @@ def gradient_rows(
         for name, shape in blocks(model).items()
     }
     scale = gradient_scale(model)
-    groups = plan_batches(lengths_of(examples), max_tokens, MOST_EXAMPLES)
+    groups = plan_batches(lengths_of(examples), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         indices = to_device(group, device)
 
@@ -178,4 +178,5 @@ def each_batch(
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Return where the model is."""
     return next(model.parameters()).device

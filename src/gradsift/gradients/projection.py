@@ -17,7 +17,7 @@ from gradsift.gradients.per_example import (
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batches import MOST_EXAMPLES, lengths_of, plan_batches, to_device
+from gradsift.models.batches import MAX_EXAMPLES, lengths_of, plan_batches, to_device
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def project(
     device, scale = device_of(model), gradient_scale(model)
     coordinates = torch.empty(len(examples), basis.rank, device=device)
     norms, losses = torch.empty(2, len(examples), device=device)
-    groups = plan_batches(lengths_of(examples), max_tokens, MOST_EXAMPLES)
+    groups = plan_batches(lengths_of(examples), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         inner = torch.zeros(len(group), basis.rank, device=device)
         squares = torch.zeros(len(group), device=device)

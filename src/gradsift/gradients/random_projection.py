@@ -14,17 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 _WORD = 64  # signs in one hash
-
-
 _MASK = (1 << _WORD) - 1
-
-
 _STEP = 0x9E3779B97F4A7C15
-
-
 _MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
-
-
 _PARAMETERS_AT_ONCE = 1024  # rows of the projection that are made together
 
 

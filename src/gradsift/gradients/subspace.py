@@ -7,13 +7,17 @@ and S; the basis V = Gᵀ U S⁻¹ is then a combination of the rows of G, block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
 
 from gradsift.determinism import one_thread
 from gradsift.errors import NumericsError
+from gradsift.runs.atomic import write_atomically
 from gradsift.sections import parse_share
 
 SMALL_TARGET = 16
@@ -136,3 +140,28 @@ def describe(subspace: Subspace) -> dict[str, Any]:
         "singular_values": sigma.tolist(),
         "cumulative_variance": (np.cumsum(sigma**2) / (sigma**2).sum()).tolist(),
     }
+
+
+def save_subspace(subspace: Subspace, gram: Float[np.ndarray, "query query"], path: Path) -> None:
+    """Keep a subspace, and the Gram matrix from which any other rank can be fitted."""
+    tensors = {
+        "gram": gram,
+        "span": np.array([subspace.span]),
+        "combination": np.ascontiguousarray(subspace.combination),
+        "coordinates": np.ascontiguousarray(subspace.coordinates),
+        "singular_values": np.ascontiguousarray(subspace.singular_values),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, partial(save_file, tensors))
+
+
+def load_subspace(path: Path) -> Subspace:
+    """Return a stored subspace."""
+    tensors = load_file(path)
+    parts = (tensors[key] for key in ("combination", "coordinates", "singular_values"))
+    return Subspace(*parts, span=int(tensors["span"][0]))
+
+
+def load_gram(path: Path) -> Float[np.ndarray, "query query"]:
+    """Return the Gram matrix that was stored with a subspace."""
+    return load_file(path)["gram"]

@@ -6,29 +6,33 @@ The directions of the pool pass are the target gradients themselves, at length 1
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradsift.config import Config
+from gradsift.config import Config, EngineConfig
+from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
-from gradsift.gradients.distinct import distinct_examples
-from gradsift.methods.base import Inputs, Method
-from gradsift.methods.job import Job
-from gradsift.pool.coordinates import project_pool
-from gradsift.pool.examples import not_finite
+from gradsift.methods.base import Method
+from gradsift.methods.job import Inputs, Job
+from gradsift.pool.coordinates import coordinates_of, prepare_projection
+from gradsift.pool.examples import Prepare, not_finite
+from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Table
 from gradsift.types import Checkpoint
 
-_FOLDER = "cosine/pool"
+if TYPE_CHECKING:
+    from gradsift.models.cache import Models
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up and the pass over the pool."""
-    warmup = inputs.warmup(inputs.config, "warmup")
     targets = [inputs.target(name) for name in inputs.config.data.targets]
-    return warmup, inputs.pool_pass(_FOLDER, warmup, *targets)
+    warmup = inputs.warmup
+    return warmup, inputs.pool_pass(layout.COSINE_PRODUCTS, warmup, *targets)
 
 
 def check(config: Config) -> None:
@@ -49,14 +53,8 @@ def measure(job: Job) -> None:
     """
     warmup, products = stages(job.inputs)
     checkpoints = job.warm_up(warmup, job.config)
-    with job.pool_stage(products, [c.label for c in checkpoints]) as todo:
-        if todo:
-            for checkpoint in checkpoints:
-                units = {
-                    name: job.call(partial(_to_unit_length, job, name, checkpoint))
-                    for name in job.targets
-                }
-                project_pool(job, checkpoint, _FOLDER, units)
+    prepare = {c.label: partial(_prepare, job, c.path) for c in checkpoints}
+    job.pool_pass(products.name).run(products, prepare)
 
 
 def scores(job: Job) -> dict[str, Alignment]:
@@ -76,7 +74,8 @@ def scores(job: Job) -> dict[str, Alignment]:
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
     last = job.checkpoints(stages(job.inputs)[0])[-1].label
-    return {name: job.stored(_FOLDER, name, last)[:] for name in ("loss", "gradient_norm")}
+    products = job.pool_pass(layout.COSINE_PRODUCTS)
+    return {name: products.read(name, last)[:] for name in ("loss", "gradient_norm")}
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -91,8 +90,9 @@ class _Cosines:
     """Inner products with target gradients of length 1, over the norm of the pool gradient."""
 
     def __init__(self, job: Job, name: str, checkpoint: Checkpoint) -> None:
-        self._products = job.stored(_FOLDER, f"coordinates/{name}", checkpoint.label)
-        self._norms = job.stored(_FOLDER, "gradient_norm", checkpoint.label)
+        products = job.pool_pass(layout.COSINE_PRODUCTS)
+        self._products = products.read(coordinates_of(name), checkpoint.label)
+        self._norms = products.read("gradient_norm", checkpoint.label)
 
     def __len__(self) -> int:
         return len(self._products)
@@ -102,13 +102,27 @@ class _Cosines:
         return self._products[rows] / np.where(norms > 0, norms, 1)
 
 
-def _to_unit_length(job: Job, name: str, checkpoint: Checkpoint) -> np.ndarray:
+def _prepare(job: Job, adapter: Path) -> Prepare:
+    """Return what projects on the target gradients of an adapter, brought to length 1."""
+    units = {
+        name: job.call(
+            partial(_to_unit_length, job.models, adapter, name, target, job.config.engine)
+        )
+        for name, target in job.targets.items()
+    }
+    args = (job.models, adapter, job.targets, units, job.config.engine)
+    return partial(prepare_projection, *args)
+
+
+def _to_unit_length(
+    models: Models, adapter: Path, name: str, target: EncodedSet, engine: EngineConfig
+) -> np.ndarray:
     """Return the diagonal matrix that brings a target's gradients to length 1."""
+    from gradsift.gradients.distinct import distinct_examples
     from gradsift.gradients.gram import fitting_gram
 
-    target = job.targets[name]
     examples, inverse = distinct_examples(target)
-    gram = fitting_gram(job.models.at(checkpoint.path), examples, job.config.engine)
+    gram = fitting_gram(models.at(adapter), examples, engine)
     squares = np.diag(gram)[inverse]
     if not np.isfinite(squares).all():
         broken = np.flatnonzero(~np.isfinite(squares))

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from gradsift.config import Config
 from gradsift.errors import ConfigError
-from gradsift.methods.base import Inputs, Method
-from gradsift.methods.job import Job
+from gradsift.methods.base import Method
+from gradsift.methods.job import Inputs, Job
+from gradsift.methods.measurement import Measurement
 from gradsift.models.identity import identity
 from gradsift.pool.examples import check_finite
 from gradsift.pool.shards import save_shard
 from gradsift.progress import track
-from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
 logger = logging.getLogger(__name__)
-
 Encode = Callable[[list[str]], np.ndarray]
+_EMBEDDINGS = Measurement("embed")
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
@@ -36,16 +34,8 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
         "identity": identity(inputs.config.embed.model),
         "trust_remote_code": inputs.config.model.trust_remote_code,
     }
-    targets = [
-        Stage(
-            f"embed/targets/{name}",
-            {"encoder": encoder},
-            (f"embed/targets/{name}.safetensors",),
-            (inputs.target(name),),
-        )
-        for name in inputs.config.data.targets
-    ]
-    return *targets, inputs.pool_pass("embed/pool", encoder=encoder)
+    targets = _EMBEDDINGS.target_stages(inputs, encoder=encoder)
+    return *targets, _EMBEDDINGS.pool_stage(inputs, encoder=encoder)
 
 
 def check(config: Config) -> None:
@@ -71,45 +61,44 @@ def measure(job: Job) -> None:
     for name, stage in zip(job.targets, targets, strict=True):
         with job.folder.stage(stage) as todo:
             if todo:
-                encode = encode or _encoder(job.config)
-                path = job.path(f"embed/targets/{name}.safetensors")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                tensors = {"embedding": encode(job.texts(job.targets[name]))}
-                check_finite(tensors, f"of the target {name!r}", job.targets[name])
-                write_atomically(path, partial(save_file, tensors))
-    with job.pool_stage(pool) as todo:
+                encode = encode or _load_encoder(job.config)
+                embedding = encode(job.texts(job.targets[name]))
+                _EMBEDDINGS.save_target(job, name, {"embedding": embedding})
+    with _EMBEDDINGS.pool_pass(job).open(pool) as todo:
         if todo:
-            _embed_pool(job, encode or _encoder(job.config))
+            _embed_pool(job, encode or _load_encoder(job.config))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = job.stored("embed/pool", "embedding")
-    result = {}
-    for name in job.targets:
-        target = load_file(job.path(f"embed/targets/{name}.safetensors"))["embedding"]
-        result[name] = Alignment(Cosines([View(pool, target)]), job.tasks(name), "max")
-    return result
+    pool = _EMBEDDINGS.of_pool(job, "embedding")
+    return {
+        name: Alignment(
+            Cosines([View(pool, _EMBEDDINGS.of_target(job, name, "embedding"))]),
+            job.tasks(name),
+            "max",
+        )
+        for name in job.targets
+    }
 
 
 METHOD = Method(scores, stages, measure, check=check)
 
 
 def _embed_pool(job: Job, encode: Encode) -> None:
-    directory = job.path("embed/pool")
-    directory.mkdir(parents=True, exist_ok=True)
-    missing = job.missing_shards(job.shards("embed/pool"))
+    missing = _EMBEDDINGS.pool_pass(job).missing()
     with track("embedding the pool", sum(map(len, missing))) as advance:
         for shard in missing:
             rows = np.arange(shard.start, shard.stop)
             tensors = {"embedding": encode(job.texts(job.pool, rows))}
             check_finite(tensors, "of the pool", job.pool, shard.start)
+            shard.path.parent.mkdir(parents=True, exist_ok=True)
             save_shard(shard, tensors)
             job.folder.publish(shard.path)
             advance(len(shard))
 
 
-def _encoder(config: Config) -> Encode:
+def _load_encoder(config: Config) -> Encode:
     """Return what turns texts into embeddings of length 1.
 
     Raises:
@@ -119,12 +108,12 @@ def _encoder(config: Config) -> Encode:
         SentenceTransformer,
     )
 
-    from gradsift.models.files import foreign_faults_told, refuse_pickled_weights
+    from gradsift.models.files import refuse_pickled_weights, translate_load_errors
     from gradsift.models.loading import resolve_device
 
     for path in [Path(config.embed.model), *Path(config.embed.model).glob("*/")]:
         refuse_pickled_weights(path, f"the encoder {config.embed.model!r}")
-    with foreign_faults_told(f"the encoder {config.embed.model!r}"):
+    with translate_load_errors(f"the encoder {config.embed.model!r}"):
         model = SentenceTransformer(
             config.embed.model,
             device=str(resolve_device(config.model)),

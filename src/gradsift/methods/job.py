@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from gradsift.config import Config
 from gradsift.data.conversations import text_of
 from gradsift.data.encoded import EncodedSet
-from gradsift.errors import RunError
+from gradsift.errors import ModelError
 from gradsift.executors.base import Executor, choose_executor, is_first
-from gradsift.methods.base import Inputs
 from gradsift.models.checkpoints import read_checkpoints
-from gradsift.pool.shards import Shard, Stored, missing_shards, plan_shards
+from gradsift.models.identity import identity
+from gradsift.pool.pool_pass import PoolPass
+from gradsift.runs import layout
 from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 from gradsift.types import Checkpoint
@@ -27,9 +26,66 @@ from gradsift.types import Checkpoint
 if TYPE_CHECKING:
     from gradsift.models.cache import Models
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before any work, and the stages that several methods share.
+
+    `model`: the identity of the base model. `data`: the stages that encode the pool and every
+    target, by the name of their set, the pool first.
+    """
+
+    config: Config
+    model: str
+    data: Mapping[str, Stage]
+
+    @property
+    def pool(self) -> Stage:
+        """The stage that encodes the pool."""
+        return self.data[layout.POOL]
+
+    def target(self, name: str) -> Stage:
+        """Return the stage that encodes a target."""
+        return self.data[layout.target_set(name)]
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What tells the base model, as it is used, from others."""
+        settings = self.config.model.model_dump(
+            include={"name", "dtype", "attention", "quantization", "trust_remote_code"}
+        )
+        return {"identity": self.model} | settings
+
+    @property
+    def warmup(self) -> Stage:
+        """The stage that leaves the adapters of the configured warm-up."""
+        return self.warmup_of(self.config, layout.WARMUP)
+
+    def warmup_of(self, config: Config, name: str) -> Stage:
+        """Return the stage that leaves the adapters of a warm-up in the folder of its name.
+
+        Raises:
+            ModelError: If the adapter given is not there.
+        """
+        settings: dict[str, Any] = {"model": self.model_settings}
+        if config.warmup.adapter is not None:
+            if not Path(config.warmup.adapter).is_dir():
+                raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
+            return Stage(name, settings | {"adapter": identity(config.warmup.adapter)}, (name,))
+        settings |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
+        trained_on = (self.pool,) if config.warmup.mode == "train" else ()
+        return Stage(name, settings, (name,), trained_on)
+
+    def gradients_key(self, target: str) -> str:
+        """Return what tells a target's gradients from others: their adapter and examples."""
+        return f"{self.warmup.fingerprint} {self.target(target).fingerprint}"
+
+    def pool_pass(self, name: str, *sources: Stage, **settings: Any) -> Stage:
+        """Return the stage of that name that measures the pool, shard by shard."""
+        settings |= self.config.engine.model_dump(include={"window", "shard_size"})
+        return Stage(name, settings, (name,), (self.pool, *sources), keeps_parts=True)
 
 
 @dataclass(frozen=True)
@@ -49,8 +105,24 @@ class Job:
         return self.inputs.config
 
     def path(self, name: str) -> Path:
-        """Return the folder of a stage."""
+        """Return where something of the run folder lies, given its name in `layout`."""
         return self.folder.path / name
+
+    def tasks(self, target: str) -> list[str]:
+        """Return the task of each example of a target."""
+        return self.targets[target].column("task").to_pylist()
+
+    def texts(
+        self, encoded: EncodedSet, rows: Sequence[int] | np.ndarray | None = None
+    ) -> list[str]:
+        """Return the conversations of pool or target as plain text, without roles."""
+        wanted = range(len(encoded)) if rows is None else rows
+        conversations = encoded.conversations(wanted, self.config.data.columns)
+        return ["\n".join(map(text_of, messages)) for messages in conversations]
+
+    def checkpoints(self, warmup: Stage) -> list[Checkpoint]:
+        """Return the adapters that a warm-up left."""
+        return read_checkpoints(self.path(warmup.name))
 
     def warm_up(self, stage: Stage, config: Config) -> list[Checkpoint]:
         """Return the adapters of a warm-up, trained now or before."""
@@ -61,8 +133,13 @@ class Job:
                 directory, warmup = self.path(stage.name), config.warmup
                 trains = warmup.mode == "train" and warmup.adapter is None
                 do = self.train if trains else self.call
-                do(partial(warm_up, config, self.models, self.pool, directory), directory)
+                work = partial(warm_up, warmup, config.lora, self.models, self.pool, directory)
+                do(work, directory)
         return self.checkpoints(stage)
+
+    def pool_pass(self, name: str) -> PoolPass:
+        """Return the pass over the pool that the stage of this name keeps."""
+        return PoolPass(name, self.pool, self.folder, self.executor, self.config.engine)
 
     def call(self, work: Callable[[], T], *outputs: Path) -> T:
         """Do some work where there is a device for it; `outputs` are the paths that it writes.
@@ -87,72 +164,17 @@ class Job:
         for path in outputs:
             self.folder.fetch(path)
 
-    def pool_stage(
-        self, stage: Stage, labels: Sequence[str] = ("",)
-    ) -> AbstractContextManager[bool]:
-        """Yield whether a pass over the pool is still to do: shards are missing or damaged.
-
-        `labels`: those of the checkpoints at which it measures, if it has any.
-        """
-        missing: list[Shard] = []
-        if not self.folder.find_fault([stage]):
-            for label in labels:  # of all, so that all that is damaged is told at once
-                shards = self.shards(stage.name, label)
-                for shard in shards:
-                    if not shard.path.exists():
-                        logger.warning("%s is gone and is measured again", shard.path)
-                missing += self.missing_shards(shards)
-        return self.folder.stage(stage, whole=not missing)
-
-    def shards(self, stage: str, label: str = "") -> list[Shard]:
-        """Return the shards of a pass over the pool, at a checkpoint if it has any."""
-        directory, size = self.path(stage) / label, self.config.engine.shard_size
-        return plan_shards(len(self.pool), size, directory, self.folder.key(stage))
-
-    def missing_shards(self, shards: Sequence[Shard]) -> list[Shard]:
-        """Return those that are still to do; damaged ones are removed and count."""
-        return missing_shards(shards, self.folder.intact, self.folder.remove)
-
-    def checkpoints(self, stage: Stage) -> list[Checkpoint]:
-        """Return the adapters that a warm-up left."""
-        return read_checkpoints(self.path(stage.name))
-
-    def stored(self, stage: str, name: str, label: str = "") -> Stored:
-        """Return what a pass over the pool left under this name, at a checkpoint if it has any.
-
-        Raises:
-            RunError: If shards are missing or damaged.
-        """
-        try:
-            return Stored(self.shards(stage, label), name, self.folder.intact)
-        except FileNotFoundError as error:
-            raise RunError(
-                f"{error}; run `gradsift select` with {self.folder.path} again: it is measured "
-                "anew, what is there is kept"
-            ) from None
-
-    def texts(
-        self, encoded: EncodedSet, rows: Sequence[int] | np.ndarray | None = None
-    ) -> list[str]:
-        """Return the conversations of pool or target as plain text, without roles."""
-        wanted = range(len(encoded)) if rows is None else rows
-        conversations = encoded.conversations(wanted, self.config.data.columns)
-        return ["\n".join(map(text_of, messages)) for messages in conversations]
-
-    def tasks(self, name: str) -> list[str]:
-        """Return the task of each example of a target."""
-        return self.targets[name].column("task").to_pylist()
-
 
 def open_job(inputs: Inputs, folder: Run, models: Models | None = None) -> Job:
     """Return the job of a run whose pool and targets are encoded."""
     from gradsift.models.cache import Models
 
-    directory, config = folder.path / "data", inputs.config
+    config = inputs.config
+    pool = EncodedSet(folder.path / layout.encoded(layout.POOL))
     targets = {
-        name: EncodedSet(directory / f"target.{name}.parquet") for name in config.data.targets
+        name: EncodedSet(folder.path / layout.encoded(layout.target_set(name)))
+        for name in config.data.targets
     }
-    pool = EncodedSet(directory / "pool.parquet")
     executor = choose_executor(config.engine)
     return Job(inputs, folder, pool, targets, models or Models(config.model), executor)
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradsift.config import Config
+from gradsift.config import Config, EngineConfig, LessConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
-from gradsift.methods.base import Inputs, Method
-from gradsift.methods.job import Job
-from gradsift.pool.examples import Measure, measure_target
-from gradsift.pool.pool_pass import measure_pool
-from gradsift.runs.layout import OPTIMIZER_STATE
+from gradsift.methods.base import Method
+from gradsift.methods.job import Inputs, Job
+from gradsift.methods.measurement import Measurement, PrepareAt
+from gradsift.pool.examples import Measure
+from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from gradsift.models.cache import Models
+
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of the AdamW that trained the warm-up
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_GRADIENTS = Measurement("less", at_checkpoints=True)
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the projected gradients of the targets, and those of the pool."""
     config = _with_own_warmup(inputs.config)
-    warmup = inputs.warmup(config, "warmup" if config == inputs.config else "less/warmup")
-    settings = config.less.model_dump()
-    targets = [
-        Stage(f"less/targets/{n}", settings, (f"less/targets/{n}",), (inputs.target(n), warmup))
-        for n in config.data.targets
-    ]
-    return warmup, *targets, inputs.pool_pass("less/pool", warmup, **settings)
+    name = layout.WARMUP if config == inputs.config else layout.LESS_WARMUP
+    warmup, settings = inputs.warmup_of(config, name), config.less.model_dump()
+    targets = _GRADIENTS.target_stages(inputs, warmup, **settings)
+    return warmup, *targets, _GRADIENTS.pool_stage(inputs, warmup, **settings)
 
 
 def measure(job: Job) -> None:
@@ -63,18 +63,16 @@ def measure(job: Job) -> None:
     """
     warmup, *targets, pool = stages(job.inputs)
     checkpoints = job.warm_up(warmup, _with_own_warmup(job.config))
-    for name, stage in zip(job.targets, targets, strict=True):
-        with job.folder.stage(stage) as todo:
-            if todo:
-                for checkpoint in checkpoints:
-                    prepare = partial(_prepare, job, checkpoint, moments=False)
-                    path = job.path(stage.name) / f"{checkpoint.label}.safetensors"
-                    measure_target(job, name, path, prepare)
-    with job.pool_stage(pool, [c.label for c in checkpoints]) as todo:
-        if todo:
-            for checkpoint in checkpoints:
-                prepare = partial(_prepare, job, checkpoint)
-                measure_pool(job, "less/pool", prepare, checkpoint.label)
+
+    def prepare(with_moments: bool) -> PrepareAt:
+        settings = (job.config.less, job.config.engine, with_moments)
+        return {
+            c.label: partial(partial, prepare_random_projection, job.models, c.path, *settings)
+            for c in checkpoints
+        }
+
+    _GRADIENTS.measure_targets(job, tuple(targets), prepare(with_moments=False))
+    _GRADIENTS.measure_pool(job, pool, prepare(with_moments=True))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
@@ -82,9 +80,9 @@ def scores(job: Job) -> dict[str, Alignment]:
     checkpoints = job.checkpoints(stages(job.inputs)[0])
 
     def view(name: str, checkpoint: Checkpoint) -> View:
-        target = load_file(job.path(f"less/targets/{name}") / f"{checkpoint.label}.safetensors")
-        pool = job.stored("less/pool", "gradient", checkpoint.label)
-        return View(pool, target["gradient"].astype(np.float32), checkpoint.weight)
+        pool = _GRADIENTS.of_pool(job, "gradient", checkpoint.label)
+        target = _GRADIENTS.of_target(job, name, "gradient", checkpoint.label)
+        return View(pool, target, checkpoint.weight)
 
     return {
         name: Alignment(Cosines([view(name, c) for c in checkpoints]), job.tasks(name), "mean")
@@ -111,11 +109,11 @@ def load_moments(model: PeftModel, path: Path) -> dict[str, tuple[Tensor, Tensor
     """
     from gradsift.gradients.per_example import blocks
 
-    file = path / OPTIMIZER_STATE
+    file = path / layout.OPTIMIZER_STATE
     if not file.exists():
         raise ModelError(
-            f"{path} has no {OPTIMIZER_STATE}: LESS needs the moments that Adam had there. Let "
-            "gradsift train the warm-up, or keep them with warmup.keep_optimizer=true"
+            f"{path} has no {layout.OPTIMIZER_STATE}: LESS needs the moments that Adam had there. "
+            "Let gradsift train the warm-up, or keep them with warmup.keep_optimizer=true"
         )
     state = {name: value for name, value in load_file(file).items() if name.endswith(_MOMENTS)}
     moments = {}
@@ -159,19 +157,18 @@ def _with_own_warmup(config: Config) -> Config:
     return config.model_copy(update={"warmup": warmup})
 
 
-def _prepare(
-    job: Job, checkpoint: Checkpoint, moments: bool = True
+def prepare_random_projection(
+    models: Models, adapter: Path, settings: LessConfig, engine: EngineConfig, with_moments: bool
 ) -> tuple[Measure, torch.device]:
     """Return what projects the gradients of examples, as Adam's directions or as they are."""
     from gradsift.gradients.gram import row_bytes
     from gradsift.gradients.memory import memory_budget
     from gradsift.gradients.random_projection import Projection
 
-    model = job.models.at(checkpoint.path)
-    adam = load_moments(model, checkpoint.path) if moments else None
-    config = job.config.less
-    projection = Projection(config.dimension, config.seed, model.device)
-    rows_at_once = max(1, memory_budget(job.config.engine, model.device) // row_bytes(model))
+    model = models.at(adapter)
+    adam = load_moments(model, adapter) if with_moments else None
+    projection = Projection(settings.dimension, settings.seed, model.device)
+    rows_at_once = max(1, memory_budget(engine, model.device) // row_bytes(model))
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         import torch

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from gradsift.methods.base import Inputs, Method
-from gradsift.methods.job import Job
-from gradsift.pool.hidden_states import pool_stage, run_over_pool, stored_pool
+from gradsift.methods.base import Method
+from gradsift.methods.job import Inputs, Job
+from gradsift.methods.measurement import Measurement
+from gradsift.pool.hidden_states import prepare_forward
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
 
+_FORWARD = Measurement("base")  # `rds` reads the same pass over the pool
+
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
-    """Return the pass of the base model over the pool, the same that `rds` needs."""
-    return (pool_stage(inputs),)
+    """Return the forward pass of the base model over the pool."""
+    return (_FORWARD.pool_stage(inputs, model=inputs.model_settings),)
+
+
+def measure(job: Job) -> None:
+    """Leave the losses of the pool."""
+    [stage] = stages(job.inputs)
+    _FORWARD.measure_pool(job, stage, {"": lambda: partial(prepare_forward, job.models)})
 
 
 def scores(job: Job) -> dict[str, Ranking]:
     """Return the mean negative log-likelihood of each example's supervised tokens."""
-    losses = stored_pool(job, "loss")[:]
+    losses = _FORWARD.of_pool(job, "loss")[:]
     return {name: Ranking(losses) for name in job.targets}
 
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return the losses."""
-    return {"loss": stored_pool(job, "loss")[:]}
+    return {"loss": _FORWARD.of_pool(job, "loss")[:]}
 
 
-METHOD = Method(scores, stages, run_over_pool, facts=facts)
+METHOD = Method(scores, stages, measure, facts=facts)

@@ -6,44 +6,39 @@ target example counts. No warm-up, no gradient.
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
 
-from gradsift.methods.base import Inputs, Method
-from gradsift.methods.job import Job
-from gradsift.pool.hidden_states import (
-    pool_stage,
-    run_over_pool,
-    run_over_target,
-    stored_pool,
-    stored_target,
-    target_stage,
-)
+from gradsift.methods.base import Method
+from gradsift.methods.job import Inputs, Job
+from gradsift.methods.measurement import Measurement
+from gradsift.pool.hidden_states import prepare_forward
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
+_FORWARD = Measurement("base")  # `perplexity` reads the same pass over the pool
+
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
-    """Return the passes of the base model over targets and pool."""
-    targets = [target_stage(inputs, name) for name in inputs.config.data.targets]
-    return *targets, pool_stage(inputs)
+    """Return the forward passes of the base model over targets and pool."""
+    settings = {"model": inputs.model_settings}
+    return (*_FORWARD.target_stages(inputs, **settings), _FORWARD.pool_stage(inputs, **settings))
 
 
 def measure(job: Job) -> None:
     """Leave the pooled hidden states of targets and pool."""
-    for name in job.targets:
-        run_over_target(job, name)
-    run_over_pool(job)
+    *targets, pool = stages(job.inputs)
+    prepare = {"": lambda: partial(prepare_forward, job.models)}
+    _FORWARD.measure_targets(job, tuple(targets), prepare)
+    _FORWARD.measure_pool(job, pool, prepare)
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = stored_pool(job, "hidden")
+    pool = _FORWARD.of_pool(job, "hidden")
     return {
         name: Alignment(
-            Cosines([View(pool, np.asarray(stored_target(job, name)["hidden"], np.float32))]),
-            job.tasks(name),
-            "max",
+            Cosines([View(pool, _FORWARD.of_target(job, name, "hidden"))]), job.tasks(name), "max"
         )
         for name in job.targets
     }

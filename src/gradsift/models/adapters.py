@@ -1,4 +1,4 @@
-"""Stored LoRA adapters in PEFT's format: checked, loaded onto a base model, saved."""
+"""StoredTensor LoRA adapters in PEFT's format: checked, loaded onto a base model, saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gradsift.errors import ModelError
-from gradsift.models.files import foreign_faults_told
+from gradsift.models.files import translate_load_errors
 from gradsift.models.lora import lora_pairs
 from gradsift.runs.atomic import room_for, write_atomically
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # those that leave the base as it is
 
 
@@ -35,7 +34,7 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
     """
     config, name = _read_adapter_config(path), str(base.name_or_path)
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, name
-    with foreign_faults_told(f"the adapter {path}: it does not fit {name!r}"):
+    with translate_load_errors(f"the adapter {path}: it does not fit {name!r}"):
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
     assert isinstance(model, peft.PeftModel)
     _check_fit(path, peft.get_peft_model_state_dict(model), name)
@@ -46,7 +45,7 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
             trained_on,
             name,
         )
-    with foreign_faults_told(f"the adapter {path}"):
+    with translate_load_errors(f"the adapter {path}"):
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(path), device="cpu"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # the adapter alone: rotary frequencies, for one, must stay float32
@@ -58,7 +57,7 @@ def load_adapter(base: PreTrainedModel, path: Path) -> peft.PeftModel:
 def _read_adapter_config(path: Path) -> peft.LoraConfig:
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"no adapter in {path}: expected a PEFT folder with adapter_config.json")
-    with foreign_faults_told(f"the adapter {path}"):
+    with translate_load_errors(f"the adapter {path}"):
         config = peft.PeftConfig.from_pretrained(str(path))
     if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
         raise ModelError(f"{path} is a {config.peft_type} adapter; gradsift measures LoRA only")

@@ -21,8 +21,6 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 
 T = TypeVar("T")
-
-
 _END = object()
 
 
@@ -139,5 +137,5 @@ def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
             thread.shutdown(cancel_futures=True)
 
 
-MOST_EXAMPLES = 512
+MAX_EXAMPLES = 512
 """In one batch of a pool pass: very short ones would be too many gradients at a time."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
-from gradsift.models.batches import MOST_EXAMPLES, lay_out, plan_batches, to_device
+from gradsift.models.batches import MAX_EXAMPLES, lay_out, plan_batches, to_device
 from gradsift.models.losses import label_logits, token_losses
 
 
@@ -35,7 +35,7 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
     """Return the outputs for the examples; hidden states are those that enter the output head."""
     device = next(model.parameters()).device
     lengths = [len(example.input_ids) for example in examples]
-    groups = plan_batches(lengths, max_tokens, MOST_EXAMPLES)
+    groups = plan_batches(lengths, max_tokens, MAX_EXAMPLES)
     losses: list[Tensor] = []
     num_correct: list[Tensor] = []
     hidden: list[Tensor] = []

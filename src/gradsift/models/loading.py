@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gradsift.config import ModelConfig
 from gradsift.errors import ModelError, shorten
-from gradsift.models.files import check_model_files, config_of, foreign_faults_told
+from gradsift.models.files import check_model_files, config_of, translate_load_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     """
     clear_device_cache(garbage_collection=True)  # what a training left goes before more comes
     check_model_files(config)
-    with foreign_faults_told(f"the model {config.name!r}"):
+    with translate_load_errors(f"the model {config.name!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.name,
             dtype=resolve_dtype(config),
@@ -79,7 +79,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model = model.requires_grad_(False).eval()
-    with foreign_faults_told(f"the model {config.name!r}"):
+    with translate_load_errors(f"the model {config.name!r}"):
         check_servable(model, config.name)
     return model
 

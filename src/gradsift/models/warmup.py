@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from gradsift.config import Config
+from gradsift.config import LoraConfig, WarmupConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.executors.base import is_first
 from gradsift.models.adapters import save_adapter
@@ -20,12 +20,14 @@ from gradsift.models.cache import Models
 from gradsift.models.checkpoints import write_checkpoints
 from gradsift.models.training import optimizer_state, steps_per_epoch, train
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.layout import OPTIMIZER_STATE
+from gradsift.runs.layout import OPTIMIZER_STATE, TRAINING_LOG
 
 logger = logging.getLogger(__name__)
 
 
-def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -> None:
+def warm_up(
+    warmup: WarmupConfig, lora: LoraConfig, models: Models, pool: EncodedSet, directory: Path
+) -> None:
     """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
     Trained on a random part of the pool (one adapter for each of the last epochs, weighted by its
@@ -36,7 +38,6 @@ def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -
         ModelError: If the model or the adapter given cannot be used.
         NumericsError: If the training loss stops being finite.
     """
-    warmup = config.warmup
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
         save_adapter(models.at(given), kept)
@@ -44,13 +45,12 @@ def warm_up(config: Config, models: Models, pool: EncodedSet, directory: Path) -
             shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
         write_checkpoints(directory, {"adapter": 1.0})
         return
-    with models.fresh(config.lora, warmup.seed) as model:
-        _train(config, model, pool, directory)
+    with models.fresh(lora, warmup.seed) as model:
+        _train(warmup, model, pool, directory)
 
 
-def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
+def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
     """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
-    warmup = config.warmup
     if warmup.mode == "none":
         save_adapter(model, directory / "fresh")
         write_checkpoints(directory, {"fresh": 1.0})
@@ -75,5 +75,5 @@ def _train(config: Config, model: PeftModel, pool: EncodedSet, directory: Path) 
     log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
     if not is_first():
         return
-    write_atomically(directory / "log.json", json.dumps(log, indent=1).encode())
+    write_atomically(directory / TRAINING_LOG, json.dumps(log, indent=1).encode())
     write_checkpoints(directory, rates)

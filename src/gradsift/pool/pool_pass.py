@@ -1,119 +1,121 @@
-"""The pass over the pool: shard by shard, wherever there are workers, and what a worker does.
-
-A worker measures its shard window by window: batches are formed among the examples of a window
-alone, so that neither the size of shards nor the number of workers changes a bit. While the device
-works on a window, one thread reads the next and another writes the shard before.
-"""
+"""A pass over the pool: measured shard by shard, by all the workers there are, and read back."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-import numpy as np
-
-from gradsift.data.encoding import Encoded
-from gradsift.methods.job import Job
-from gradsift.pool.examples import Prepare, check_finite
-from gradsift.pool.shards import Shard, facts_of, find_damage, save_shard
+from gradsift.config import EngineConfig
+from gradsift.data.encoded import EncodedSet
+from gradsift.errors import RunError
+from gradsift.executors.base import Executor
+from gradsift.pool.examples import Prepare
+from gradsift.pool.shards import (
+    BATCH_TOKENS,
+    Shard,
+    StoredTensor,
+    missing_shards,
+    plan_shards,
+    read_facts,
+)
 from gradsift.progress import track
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from gradsift.runs.folder import Run
+from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
 
-_BATCH_TOKENS = "batch_tokens"
 
+@dataclass(frozen=True)
+class PoolPass:
+    """What a stage measures of every pool example; `name` is that of the stage and its folder.
 
-def measure_pool(job: Job, stage: str, prepare: Prepare, label: str = "") -> None:
-    """Measure the whole pool, shard by shard, for a stage; what is there is not done again.
-
-    `label`: that of the checkpoint at which it is measured, if there are any.
-
-    Raises:
-        NumericsError: Naming the first example of which something is not finite.
+    A pass at several checkpoints has a folder of shards for each, by its label; another has one,
+    whose label is empty.
     """
-    directory = job.path(stage) / label
-    directory.mkdir(parents=True, exist_ok=True)
-    shards = job.shards(stage, label)
-    missing = job.missing_shards(shards)
-    if not missing:
-        return
-    starts = {shard.start for shard in missing}
-    stored = [shard for shard in shards if shard.start not in starts]
-    if stored:
-        logger.info("%d of %d shards are there already", len(stored), len(shards))
-    known = facts_of(stored[-1])[_BATCH_TOKENS] if stored else None
-    with track(f"{stage}/{label}".rstrip("/"), sum(map(len, missing))) as advance:
-        for shard in job.executor.map(partial(_open_worker, job, prepare, known), missing):
-            advance(len(shard))
-    job.folder.fetch(directory)
+
+    name: str
+    pool: EncodedSet
+    folder: Run
+    executor: Executor
+    engine: EngineConfig
+
+    def run(self, stage: Stage, prepare: Mapping[str, Callable[[], Prepare]]) -> None:
+        """Measure what is not stored yet, at each checkpoint in turn.
+
+        `prepare`: by label, what gives the measure; called when its turn has come.
+
+        Raises:
+            NumericsError: Naming the first example of which something is not finite.
+        """
+        with self.open(stage, [*prepare]) as todo:
+            if todo:
+                for label, at_checkpoint in prepare.items():
+                    self._measure(at_checkpoint(), label)
+
+    @contextmanager
+    def open(self, stage: Stage, labels: Sequence[str] = ("",)) -> Iterator[bool]:
+        """Yield whether there is something to do: shards are missing or damaged."""
+        missing: list[Shard] = []
+        if not self.folder.find_fault([stage]):
+            for label in labels:  # of all, so that all that is damaged is named at once
+                for shard in self.shards(label):
+                    if not shard.path.exists():
+                        logger.warning("%s is gone and is measured again", shard.path)
+                missing += self.missing(label)
+        with self.folder.stage(stage, whole=not missing) as todo:
+            yield todo
+
+    def shards(self, label: str = "") -> list[Shard]:
+        """Return the shards at a checkpoint."""
+        size, key = self.engine.shard_size, self.folder.key(self.name)
+        return plan_shards(len(self.pool), size, self._directory(label), key)
+
+    def missing(self, label: str = "") -> list[Shard]:
+        """Return the shards that are still to do; damaged ones are removed and count."""
+        return missing_shards(self.shards(label), self.folder.intact, self.folder.remove)
+
+    def read(self, name: str, label: str = "") -> StoredTensor:
+        """Return what was stored under a name, row by row as asked for.
+
+        Raises:
+            RunError: If shards are missing or damaged.
+        """
+        try:
+            return StoredTensor(self.shards(label), name, self.folder.intact)
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{error}; run `gradsift select` with {self.folder.path} again: it is measured "
+                "anew, what is there is kept"
+            ) from None
+
+    def _directory(self, label: str) -> Path:
+        return self.folder.path / self.name / label
+
+    def _measure(self, prepare: Prepare, label: str) -> None:
+        self._directory(label).mkdir(parents=True, exist_ok=True)
+        shards, missing = self.shards(label), self.missing(label)
+        if not missing:
+            return
+        starts = {shard.start for shard in missing}
+        stored = [shard for shard in shards if shard.start not in starts]
+        if stored:
+            logger.info("%d of %d shards are there already", len(stored), len(shards))
+        known = read_facts(stored[-1])[BATCH_TOKENS] if stored else None
+        open_worker = partial(_open_worker, self.pool, self.folder, self.engine, prepare, known)
+        with track(f"{self.name}/{label}".rstrip("/"), sum(map(len, missing))) as advance:
+            for shard in self.executor.map(open_worker, missing):
+                advance(len(shard))
+        self.folder.fetch(self._directory(label))
 
 
 def _open_worker(
-    job: Job, prepare: Prepare, known: int | None
+    pool: EncodedSet, folder: Run, engine: EngineConfig, prepare: Prepare, known_tokens: int | None
 ) -> Callable[[Iterable[Shard]], Iterator[Shard]]:
-    """Return what measures and stores shards, yielding each when it is safe.
+    """Return a worker; called in the process that is to measure, where torch may be loaded."""
+    from gradsift.pool.worker import Worker
 
-    `known`: the tokens per batch of the shards that are there already.
-    """
-    from gradsift.gradients.batch_size import find_batch_tokens, within_memory
-    from gradsift.models.batches import ahead, lengths_of
-
-    engine, pool = job.config.engine, job.pool
-    job.folder.fetch_inputs()
-    measure, device = prepare()
-    if known and engine.batch_tokens == "auto":
-        max_tokens = known
-    else:
-        lengths = pool.column("num_tokens").to_numpy()
-        max_tokens = find_batch_tokens(measure, lengths, engine, device)
-
-    def windows(shards: Iterable[Shard]) -> Iterator[tuple[Shard, bool, list[Encoded]]]:
-        for shard in shards:
-            if shard.path.exists() and find_damage(shard) is None:
-                yield shard, True, []  # of a worker that died before it could say so
-                continue
-            for start in range(shard.start, shard.stop, engine.window):
-                stop = min(start + engine.window, shard.stop)
-                yield shard, stop == shard.stop, pool.examples(np.arange(start, stop))
-
-    def work(shards: Iterable[Shard]) -> Iterator[Shard]:
-        nonlocal max_tokens
-        writing: tuple[Shard, Future[None]] | None = None
-        parts: list[Mapping[str, Tensor]] = []
-        with ThreadPoolExecutor(1) as writer:
-            try:
-                for shard, is_last, examples in ahead(windows(shards)):
-                    if not examples:
-                        yield shard
-                        continue
-                    doing = partial(measure, examples)
-                    found, max_tokens = within_memory(doing, max_tokens, lengths_of(examples))
-                    parts.append(found)
-                    if is_last:
-                        if writing:
-                            writing[1].result()
-                            yield writing[0]
-                        writing = shard, writer.submit(_write, job, shard, parts, max_tokens)
-                        parts = []
-            finally:
-                if writing:
-                    writing[1].result()
-            if writing:
-                yield writing[0]
-
-    return work
-
-
-def _write(job: Job, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
-    import torch
-
-    tensors = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-    check_finite(tensors, "of the pool", job.pool, shard.start)
-    save_shard(shard, tensors, {_BATCH_TOKENS: max_tokens})
-    job.folder.publish(shard.path)
+    return Worker(pool, folder, engine, prepare, known_tokens)

@@ -20,13 +20,10 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import HASH_THREADS
 
 logger = logging.getLogger(__name__)
-
 SUFFIX = ".safetensors"
-
-
+BATCH_TOKENS = "batch_tokens"
+"""The fact that says with how many tokens per batch a shard was measured."""
 _ENTRY, _HASH = "gradsift", "sha256"
-
-
 Rows = slice | Int[np.ndarray, " row"]
 
 
@@ -65,7 +62,7 @@ def save_shard(
     write_atomically(shard.path, lambda path: save_file(whole, path, metadata))
 
 
-def facts_of(shard: Shard) -> dict[str, int]:
+def read_facts(shard: Shard) -> dict[str, int]:
     """Return what was written beside the tensors of a shard."""
     with safe_open(shard.path, "np") as file:
         return json.loads(file.metadata()[_ENTRY])
@@ -122,7 +119,7 @@ def hash_tensors(tensors: Mapping[str, np.ndarray], about: Any) -> str:
     return digest.hexdigest()
 
 
-class Stored:
+class StoredTensor:
     """One tensor of the whole pool, read from its shards as rows are asked for."""
 
     def __init__(self, shards: Sequence[Shard], name: str, intact: set[Path]) -> None:

@@ -9,22 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
-
 _NAME = "exhibits"
 
 
-FILE = f"{_NAME}.json"
-"""In the folder of whatever has something to show."""
-
-
-_VERBS = {"evaluation": "evaluate", "geometry": "geometry"}
-
-
+_VERBS = {layout.EVALUATION: "evaluate", layout.GEOMETRY: "geometry"}
 PARTS = tuple(_VERBS)
 """Of a run, that have something to show."""
 
@@ -52,10 +46,10 @@ def write_exhibits(
     }
     text = json.dumps(content).encode()
     depends = {"content": hashlib.sha256(text).hexdigest()}
-    stage = Stage(f"{part}/{_NAME}", depends, (f"{part}/{FILE}",), cheap=True)
+    stage = Stage(f"{part}/{_NAME}", depends, (layout.exhibits(part),), cheap=True)
     with folder.stage(stage) as todo:
         if todo:
-            write_atomically(folder.path / part / FILE, text)
+            write_atomically(folder.path / layout.exhibits(part), text)
 
 
 def exhibits_fault(folder: Run, part: str) -> str:
@@ -65,9 +59,9 @@ def exhibits_fault(folder: Run, part: str) -> str:
     """
     name, again = f"{part}/{_NAME}", f"run `gradsift {_VERBS[part]} {folder.path}` again"
     if damage := folder.damage(name):
-        return f"{damage}; {again}, or remove manifests/{name}.json too"
-    if (folder.path / part / FILE).exists() and not folder.has_manifest(name):
-        return f"{folder.path / part / FILE} has no manifest; {again}, or remove it"
+        return f"{damage}; {again}, or remove {layout.manifest(name)} too"
+    if (folder.path / layout.exhibits(part)).exists() and not folder.has_manifest(name):
+        return f"{folder.path / layout.exhibits(part)} has no manifest; {again}, or remove it"
     return ""
 
 
@@ -80,7 +74,7 @@ def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]
     if fault := exhibits_fault(folder, part):
         logger.warning("left out of the report: %s", fault)
         return []
-    path = folder.path / part / FILE
+    path = folder.path / layout.exhibits(part)
     content = json.loads(path.read_text(encoding="utf-8")).get(target) if path.exists() else None
     if content is None:
         return []

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gradsift.data.stages import data_sets
 from gradsift.methods.job import Job
+from gradsift.runs import layout
 from gradsift.selection.picks import read_selection
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Overview:
     config: str
 
 
-def overview(job: Job, plan: Plan) -> Overview:
+def overview(job: Job, stages: RunStages) -> Overview:
     """Return what was asked, what came out and what it took."""
     config, path = job.config, job.folder.path
-    facts = job.folder.facts(plan)
+    facts = job.folder.facts(stages)
     targets = []
     for name, target in job.targets.items():
         picks = read_selection(path, name).picks
@@ -61,17 +60,17 @@ def overview(job: Job, plan: Plan) -> Overview:
         targets=targets,
         stages=[
             (stage.name, facts[stage.name]["seconds"], sum(_sizes(path, stage.outputs)))
-            for stage in plan
+            for stage in stages
             if stage.name in facts
         ],
         versions=next(reversed(facts.values()))["versions"],
-        rejected=_rejected(path, config),
+        rejected=_rejected(path, job.inputs.data),
         command=shlex.join(
             [
                 "gradsift",
                 "select",
                 "--config",
-                f"{path / 'config.yaml'}",
+                f"{path / layout.CONFIG}",
                 "--output-dir",
                 f"{path}-again",
             ]
@@ -87,12 +86,12 @@ def _sizes(path: Path, outputs: Sequence[str]) -> Iterator[int]:
                 yield file.stat().st_size
 
 
-def _rejected(path: Path, config: Any) -> list[tuple[str, str, int, str]]:
+def _rejected(run: Path, sets: Iterable[str]) -> list[tuple[str, str, int, str]]:
     """Return the reasons for which rows could not be used, the most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
-    for name in data_sets(config):
-        with (path / "data" / f"{name}.rejected.jsonl").open(encoding="utf-8") as file:
+    for name in sets:
+        with (run / layout.rejected(name)).open(encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
                 key = (row["set"], row["reason"])

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from gradsift.data.conversations import as_text
 from gradsift.data.encoded import EncodedSet
-from gradsift.methods import gist
 from gradsift.methods.job import Job
 from gradsift.report.exhibits import Exhibit, read_exhibits
-from gradsift.runs.layout import scores_file
-from gradsift.scores.alignment import Alignment
+from gradsift.runs import layout
 from gradsift.scores.ranking import Scores
+from gradsift.selection.directions import leading_directions, read_spectra
 from gradsift.selection.picks import Selection, read_selection
 from gradsift.selection.policies import Candidates
-from gradsift.selection.score_table import projected_shares, read_scores
+from gradsift.selection.score_table import describe_rows, read_scores
 from gradsift.selection.source_shares import SourceShare, source_shares
 from gradsift.selection.stability import Change, Noise, can_double, changes, doubled, noise_at_cut
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 _CHARACTERS, _TEXT = 500, 800  # of each turn shown, and of all turns together
-
-
 _PICKS, _BEST_LEFT, _REFUSED, _LOWEST = 300, 100, 50, 50  # rows of the table
-
-
 _ROWS_IN_ALL = 2000  # of the tables of all targets
-
-
-_DIRECTIONS, _EACH_SIDE = 5, 3
-
-
 _BINS = 60
-
-
-_AT_ONCE = 1 << 18  # pool examples
 
 
 @dataclass(frozen=True)
@@ -62,7 +46,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Direction:
+class DirectionExamples:
     """A leading direction: its share of the variance, and who loads on it most, on both sides."""
 
     number: int
@@ -97,11 +81,13 @@ class TargetPage:
     lines: Sequence[Line]
     winners: Mapping[str, str]
     spectra: Mapping[str, Any]
-    directions: Sequence[Direction]
+    directions: Sequence[DirectionExamples]
     exhibits: Sequence[Exhibit]
 
 
-def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scores) -> TargetPage:
+def target_page(
+    job: Job, stages: RunStages, name: str, pool: Candidates, aligned: Scores
+) -> TargetPage:
     """Return everything that is said of one target."""
     path, method = job.folder.path, job.config.method
     selection = read_selection(path, name)
@@ -116,7 +102,7 @@ def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scor
         found += [doubled(job, name, rows, repeated, pool)] if can_double(job, name) else []
     policy, noise = job.config.policy, None
     cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
-    if isinstance(aligned, Alignment) and cut is not None:
+    if cut is not None:
         noise = noise_at_cut(aligned, scores, cut)
     bins = np.histogram_bin_edges(scores[finite].astype(np.float64), _BINS)
     lines = _lines(job, name, selection, scores)
@@ -134,11 +120,13 @@ def target_page(job: Job, plan: Plan, name: str, pool: Candidates, aligned: Scor
         refusals=Counter(selection.refused["reason"].to_pylist()),
         lines=lines,
         winners=_winners(job, name, {line.best for line in lines if line.best is not None}),
-        spectra=_spectra(path, name) if is_gist else {},
+        spectra=read_spectra(path, name) if is_gist else {},
         directions=_directions(job, name) if is_gist else (),
         exhibits=[
-            *read_exhibits(job.folder, "evaluation", name, plan.selections[name].fingerprint),
-            *read_exhibits(job.folder, "geometry", name, job.inputs.gradients(name)),
+            *read_exhibits(
+                job.folder, layout.EVALUATION, name, stages.selections[name].fingerprint
+            ),
+            *read_exhibits(job.folder, layout.GEOMETRY, name, job.inputs.gradients_key(name)),
         ],
     )
 
@@ -176,7 +164,7 @@ def _lines(
     ):
         chosen |= {row: status or f"refused: {reasons[row]}" for row in rows.tolist()}
     texts = _texts(job, job.pool, [*chosen])
-    facts = _facts(job, name, [*chosen])
+    facts = describe_rows(job.folder.path, job.config.method, name, [*chosen])
     return [
         Line(
             status=status,
@@ -186,19 +174,6 @@ def _lines(
             **fact,
         )
         for (row, status), text, fact in zip(chosen.items(), texts, facts, strict=True)
-    ]
-
-
-def _facts(job: Job, name: str, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Return what the scores say of some rows besides the score."""
-    path = job.path(scores_file(job.config.method))
-    best, facts = f"{name}/best", ["id", "source", "num_tokens"]
-    known = [*facts, best] if best in pq.read_schema(path).names else facts
-    table = pq.read_table(path, columns=known).take(rows).to_pylist()
-    shares = projected_shares(job, name, np.array(rows, np.int64)).to_pylist()
-    return [
-        {key: row[key] for key in facts} | {"share": share, "best": row.get(best)}
-        for row, share in zip(table, shares, strict=True)
     ]
 
 
@@ -223,39 +198,17 @@ def _texts(
     return [as_text(messages, _CHARACTERS)[:_TEXT] for messages in found]
 
 
-def _spectra(path: Path, name: str) -> dict[str, Any]:
-    return json.loads((path / "targets" / name / "spectrum.json").read_text(encoding="utf-8"))
-
-
-def _directions(job: Job, name: str) -> list[Direction]:
-    """Return who loads most on the first directions at the last checkpoint.
-
-    A loading is the cosine of an example's whole gradient with the direction.
-    """
-    label = job.checkpoints(gist.stages(job.inputs)[0])[-1].label
-    coordinates = job.stored("coordinates", f"coordinates/{name}", label)
-    norms = job.stored("coordinates", "gradient_norm", label)
-    pieces = [slice(start, start + _AT_ONCE) for start in range(0, len(job.pool), _AT_ONCE)]
-    loadings = np.concatenate(
-        [
-            coordinates[p][:, :_DIRECTIONS]
-            / np.maximum(norms[p], np.finfo(np.float32).tiny)[:, None]
-            for p in pieces
-        ]
-    )
-    spectrum = _spectra(job.folder.path, name)[label]
-    sigma = np.array(spectrum["singular_values"])
-    tail = job.config.gist.directions == "tail"
-    first = spectrum["span"] - spectrum["rank"] if tail else 0
-    result = []
-    for number, column in enumerate(loadings.T):
-        order = np.argsort(column, kind="stable")
-        sides = (order[::-1][:_EACH_SIDE], order[:_EACH_SIDE])
-        variance = float(sigma[first + number] ** 2 / (sigma**2).sum())
-        result.append(
-            Direction(first + number + 1, variance, *(_shown(job, column, s) for s in sides))
+def _directions(job: Job, name: str) -> list[DirectionExamples]:
+    """Return who loads most on the first directions at the last checkpoint."""
+    return [
+        DirectionExamples(
+            found.number,
+            found.variance,
+            _shown(job, found.loadings, found.positive),
+            _shown(job, found.loadings, found.negative),
         )
-    return result
+        for found in leading_directions(job, name)
+    ]
 
 
 def _shown(

@@ -9,26 +9,24 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from gradsift.errors import RunError, system_faults_told
+from gradsift.errors import RunError, translate_os_errors
 from gradsift.methods.job import Job, open_job
-from gradsift.methods.registry import METHODS
 from gradsift.report.exhibits import PARTS, exhibits_fault
 from gradsift.report.overview import overview
 from gradsift.report.page import render
 from gradsift.report.target_page import target_page
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
 from gradsift.selection.picks import candidates
-from gradsift.selection.score_table import read_scores
+from gradsift.selection.score_table import read_scores, scores_of
 from gradsift.selection.stability import can_double, measure_sample, sampling_stage
-from gradsift.selection.stages import Plan
+from gradsift.selection.stages import RunStages
 
 logger = logging.getLogger(__name__)
 
-FILE = "report.html"
 
-
-@system_faults_told()
+@translate_os_errors()
 def write_report(run: str | Path) -> Path:
     """Write `report.html` anew from what a finished run holds, and return its path.
 
@@ -40,49 +38,48 @@ def write_report(run: str | Path) -> Path:
         RunError: If the folder holds no finished run.
     """
     config = read_config(run)
-    plan = Plan.of(config)
+    stages = RunStages.of(config)
     with open_run(run) as folder:
-        folder.prepare(plan)
-        job = open_job(plan.inputs, folder)
-        fault = folder.find_fault(plan)
+        folder.prepare(stages)
+        job = open_job(stages.inputs, folder)
+        fault = folder.find_fault(stages)
         if not fault and _needs_sample(job):
-            fault = folder.find_fault([sampling_stage(plan.scores)])
+            fault = folder.find_fault([sampling_stage(stages.scores)])
         if fault:
             raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
         for fault in filter(None, (exhibits_fault(folder, part) for part in PARTS)):
             raise RunError(fault)
-        return leave_report(job, plan)
+        return leave_report(job, stages)
 
 
-def refresh_report(job: Job, plan: Plan) -> None:
+def refresh_report(job: Job, stages: RunStages) -> None:
     """Write `report.html` anew if the folder holds all stages as planned, or say what is missing.
 
     For what adds to a run: its picks are made by `select` alone.
     """
-    fault = job.folder.find_fault(plan)
+    fault = job.folder.find_fault(stages)
     if not fault:
         try:
-            leave_report(job, plan)
+            leave_report(job, stages)
         except RunError as error:  # a shard, say: what this command is for is done
             fault = str(error)
     if fault:
         logger.warning("report.html is as it was: %s; run `gradsift select` again", fault)
 
 
-def leave_report(job: Job, plan: Plan) -> Path:
+def leave_report(job: Job, stages: RunStages) -> Path:
     """Write `report.html`, measuring first what only it needs, and return its path."""
     path = job.folder.path
     if _needs_sample(job):
-        with job.folder.stage(sampling_stage(plan.scores)) as todo:
+        with job.folder.stage(sampling_stage(stages.scores)) as todo:
             if todo:
-                scores = {name: read_scores(path, "gist", name) for name in job.targets}
-                measure_sample(job, scores)
-    pool = candidates(job)
-    scored = METHODS[job.config.method].scores(job)
-    pages = [target_page(job, plan, name, pool, scored[name]) for name in job.targets]
-    write_atomically(path / FILE, render(overview(job, plan), pages).encode())
-    logger.info("%s explains it", path / FILE)
-    return path / FILE
+                ranked = {name: read_scores(path, "gist", name) for name in job.targets}
+                measure_sample(job, ranked)
+    pool, scores = candidates(job.pool, job.config.data.columns), scores_of(job)
+    pages = [target_page(job, stages, name, pool, scores[name]) for name in job.targets]
+    write_atomically(path / layout.REPORT, render(overview(job, stages), pages).encode())
+    logger.info("%s explains it", path / layout.REPORT)
+    return path / layout.REPORT
 
 
 def _needs_sample(job: Job) -> bool:

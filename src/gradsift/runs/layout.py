@@ -1,50 +1,116 @@
-"""Names of the files and folders in a run folder, each decided here and nowhere else."""
+"""Names of the files in a run folder, each decided here and nowhere else.
+
+All are relative to the folder, `/` between their parts. A stage is named by what it leaves there.
+"""
 
 from __future__ import annotations
-import hashlib
-import json
-import logging
-import os
-import platform
-import re
-import shutil
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from gradsift.config import Config
-from gradsift.sections import read_yaml
-from gradsift.errors import BusyError, ModelError, RunError, is_full
-from gradsift.runs.remote import Mirror, is_remote
-from gradsift.types import Checkpoint
-from collections.abc import Iterator, Mapping
-from gradsift.config import Config
-from gradsift.data.sources import resolve
-from gradsift.methods.base import Inputs
-from gradsift.methods.registry import METHODS
-from gradsift.runs.stage import Stage
-from gradsift.models.identity import identity
-
-
-OPTIMIZER_STATE = "optimizer.safetensors"
-"""Where Adam's moments lie in the folder of an adapter."""
-
 
 CONFIG = "config.yaml"
+REJECTED = "rejected.jsonl"
+REPORT = "report.html"
+LOG = "log.txt"
+MANIFESTS = "manifests"
+OWNER = ".owner"  # which process works in the folder, for people
+LOCK = ".lock"  # by which other processes of this machine are kept out
+PARTIAL = ".partial"  # the suffix of what is being written
+ENCODED = "data"  # pool and targets, encoded
+POOL = "pool"
+WARMUP = "warmup"
+LESS_WARMUP = "less/warmup"
+CHECKPOINTS = "checkpoints.json"  # of a warm-up: its adapters' labels and weights
+TRAINING_LOG = "log.json"  # of a warm-up
+OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
+COORDINATES = "coordinates"
+COSINE_PRODUCTS = "cosine/pool"
+STABILITY = "stability"
+STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
+SELECTED = "selected"
+LLAMA_FACTORY_ENTRIES = f"{SELECTED}/dataset_info.json"
+AXOLOTL_ENTRIES = f"{SELECTED}/axolotl.yaml"
+EVALUATION = "evaluation"
+EVALUATION_CONFIG = f"{EVALUATION}/config.yaml"
+EVALUATION_REPORT = f"{EVALUATION}/report.md"
+TESTS = f"{EVALUATION}/data"  # held-out examples, encoded
+FINE_TUNINGS = f"{EVALUATION}/cells"
+GEOMETRY = "geometry"
+GEOMETRY_NUMBERS = f"{GEOMETRY}/geometry.json"
 
 
-MANIFESTS, OWNER = "manifests", ".owner"
+def manifest(stage: str) -> str:
+    """Return the manifest of a stage."""
+    return f"{MANIFESTS}/{stage}.json"
 
 
-def scores_file(method: str) -> str:
-    """Return where in a run folder the scores of a method lie."""
+def target_set(target: str) -> str:
+    """Return the name of a target's encoded set."""
+    return f"target.{target}"
+
+
+def test_set(target: str) -> str:
+    """Return the name of the encoded set of a target's held-out examples."""
+    return f"test.{target}"
+
+
+def encoded(name: str, folder: str = ENCODED) -> str:
+    """Return an encoded set."""
+    return f"{folder}/{name}.parquet"
+
+
+def rejected(name: str, folder: str = ENCODED) -> str:
+    """Return the rows of a set that could not be encoded, and why."""
+    return f"{folder}/{name}.rejected.jsonl"
+
+
+def target_folder(target: str) -> str:
+    """Return the folder of a target's subspaces."""
+    return f"targets/{target}"
+
+
+def subspace(target: str, checkpoint: str) -> str:
+    """Return a target's subspace at a checkpoint."""
+    return f"{target_folder(target)}/{checkpoint}.safetensors"
+
+
+def spectrum(target: str) -> str:
+    """Return the singular values of a target at every checkpoint."""
+    return f"{target_folder(target)}/spectrum.json"
+
+
+def scores(method: str) -> str:
+    """Return the scores of the whole pool by a method."""
     return f"scores/{method}.parquet"
+
+
+def selection(target: str) -> str:
+    """Return the stage that picks for a target."""
+    return f"{SELECTED}/{target}"
+
+
+def picks(target: str) -> str:
+    """Return the picks for a target, byte for byte as they came in."""
+    return f"{selection(target)}.jsonl"
+
+
+def reasons(target: str) -> str:
+    """Return why each of the picks was picked."""
+    return f"{selection(target)}.parquet"
+
+
+def refusals(target: str) -> str:
+    """Return what was passed over for a target, and why."""
+    return f"{selection(target)}.refused.parquet"
+
+
+def exhibits(part: str) -> str:
+    """Return what a part of the run, such as `evaluation`, has for the report."""
+    return f"{part}/exhibits.json"
+
+
+def evaluation_table(name: str) -> str:
+    """Return a table of the evaluation."""
+    return f"{EVALUATION}/{name}.parquet"
+
+
+def geometry_at(target: str, adapter: str) -> str:
+    """Return what was measured of a target's loss at one adapter."""
+    return f"{GEOMETRY}/{target}/{adapter.replace(' ', '-')}.json"

@@ -6,6 +6,7 @@ elsewhere a file is brought under another name and renamed. The copy may be remo
 """
 
 from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -20,31 +21,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import fsspec
+
 from gradsift.errors import BusyError, RunError
 
-
 logger = logging.getLogger(__name__)
-
 BEAT, LEASE = 10.0, 60.0
 """Seconds between signs of life of the owner of a run, and without one until it counts as dead."""
 
 
 _LOCK = ".lock.json"
-
-
 _MARKS = ".mirror"
-
-
 _LOCAL = {_MARKS, ".lock", ".owner", _LOCK}  # never published or brought
-
-
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
-
-
 _SHARD = re.compile(r"\d{10}\.safetensors")
-
-
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "modified")
 
 
@@ -62,7 +53,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GRADSIFT_CACHE") or Path.home() / ".cache" / "gradsift")
 
 
-class Mirror:
+class RemoteFolder:
     """A remote folder and its copy; what is the same on both sides is not transferred again."""
 
     def __init__(self, url: str, path: Path | None = None) -> None:
@@ -81,7 +72,7 @@ class Mirror:
             raise RunError(f"cannot reach the run folder {url!r}: {error}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Mirror, (self.url, self.path)
+        return RemoteFolder, (self.url, self.path)
 
     def fetch(self, name: str = "", shards: bool = True) -> None:
         """Bring a file, or all under a folder, as far as they differ; perhaps without shards.

@@ -85,8 +85,8 @@ class Alignment:
         parts = [self.best(rows) for rows in self._pieces()]
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
-    def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
-        """Return the alignment with each whose turn it can be: the whole target, or one each."""
+    def rankings(self, policy: PolicyConfig) -> Float[np.ndarray, "example ranking"]:
+        """Return a column for each ranking: of the whole target, or one per example or task."""
         if policy.strategy == "top":
             return self.scores()[0][:, None]
         parts = [self.with_examples(rows) for rows in self._pieces()]
@@ -96,12 +96,12 @@ class Alignment:
         return np.concatenate(parts)
 
     def winners(
-        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], turns: Int[np.ndarray, " row"]
+        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], rankings: Int[np.ndarray, " row"]
     ) -> Int[np.ndarray, " row"]:
         """Return the target example that each pick was made for."""
         if policy.strategy == "top":
             return self.best(rows)[1]
-        return turns if policy.per == "example" else self.best(rows, turns)[1]
+        return rankings if policy.per == "example" else self.best(rows, rankings)[1]
 
     def _pieces(self) -> Iterator[slice]:
         """Yield ranges of the pool whose cosines fit into memory at once."""

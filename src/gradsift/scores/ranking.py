@@ -22,12 +22,12 @@ class Scores(Protocol):
         """Return every pool example's score, and the target example that won it, if one did."""
         ...
 
-    def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
-        """Return the scores for each whose turn it can be to pick."""
+    def rankings(self, policy: PolicyConfig) -> Float[np.ndarray, "example ranking"]:
+        """Return a column for each ranking that the policy picks from in turn."""
         ...
 
     def winners(
-        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], turns: Int[np.ndarray, " row"]
+        self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], rankings: Int[np.ndarray, " row"]
     ) -> Int[np.ndarray, " row"] | None:
         """Return the target example that each pick was made for, if any was."""
         ...
@@ -51,11 +51,11 @@ class Ranking:
         """Return the scores; no target example wins any."""
         return self._values, None
 
-    def turns(self, policy: PolicyConfig) -> Float[np.ndarray, "example turn"]:
+    def rankings(self, policy: PolicyConfig) -> Float[np.ndarray, "example ranking"]:
         """Return the scores as the only column.
 
         Raises:
-            ConfigError: If target examples were to take turns.
+            ConfigError: If the policy picks for target examples in turn.
         """
         if policy.strategy != "top":
             raise ConfigError(
@@ -64,7 +64,7 @@ class Ranking:
             )
         return self._values[:, None]
 
-    def winners(self, policy: PolicyConfig, rows: np.ndarray, turns: np.ndarray) -> None:
+    def winners(self, policy: PolicyConfig, rows: np.ndarray, rankings: np.ndarray) -> None:
         """Return nothing: no pick was made for a target example."""
 
     def with_examples(self, rows: Rows) -> None:

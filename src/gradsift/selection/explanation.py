@@ -8,23 +8,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from gradsift.data.conversations import as_text
-from gradsift.errors import DataError, RunError, system_faults_told
+from gradsift.errors import DataError, RunError, translate_os_errors
 from gradsift.methods.job import Job, open_job
-from gradsift.methods.registry import METHODS
+from gradsift.runs import layout
 from gradsift.runs.folder import Run
-from gradsift.runs.layout import scores_file
 from gradsift.runs.opening import local_folder, read_config
 from gradsift.scores.ranking import Scores
 from gradsift.selection.picks import read_selection
-from gradsift.selection.stages import Plan
+from gradsift.selection.score_table import read_table, scores_of
+from gradsift.selection.stages import RunStages
 
 _SHOWN = 3  # target examples most like it
-
-
 _CHARACTERS = 400  # of each turn
 
 
@@ -80,7 +77,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@system_faults_told()
+@translate_os_errors()
 def explain(run: str | Path, example_id: str) -> list[Explanation]:
     """Return one explanation per target for the pool example (or examples) of this id.
 
@@ -94,11 +91,11 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
     config, path = read_config(run), local_folder(run, fetch=False)
     if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-    plan, folder = Plan.of(config), Run(path)
-    if fault := folder.find_fault(plan):
+    stages, folder = RunStages.of(config), Run(path)
+    if fault := folder.find_fault(stages):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
     try:
-        return _explain_all(open_job(plan.inputs, folder), run, example_id)
+        return _explain_all(open_job(stages.inputs, folder), run, example_id)
     except (OSError, pa.ArrowException, SafetensorError, LookupError) as error:
         raise RunError(
             f"{run} changed while it was read, perhaps by another `gradsift select`: {error}"
@@ -107,14 +104,14 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
 
 def _explain_all(job: Job, run: str | Path, example_id: str) -> list[Explanation]:
     method = job.config.method
-    table = pq.read_table(job.path(scores_file(method)))
+    table = read_table(job.folder.path, method)
     rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
     if not len(rows):
         raise DataError(
             f"the pool of {run} has no example {example_id!r}; ids stand in its "
-            f"{scores_file(method)}, rows that could not be used in rejected.jsonl"
+            f"{layout.scores(method)}, rows that could not be used in {layout.REJECTED}"
         )
-    scored = METHODS[method].scores(job)
+    scored = scores_of(job)
     return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
 
 
@@ -147,8 +144,8 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
 def _verdict(run: Path, name: str, row: int) -> str:
     selection = read_selection(run, name)
     for pick in selection.picks.filter(pc.field("row") == row).to_pylist():
-        told = f"picked as number {pick['rank']} of {len(selection.picks)}"
-        return f"{told}, for {pick['best']}" if pick["best"] else told
+        place = f"picked as number {pick['rank']} of {len(selection.picks)}"
+        return f"{place}, for {pick['best']}" if pick["best"] else place
     for refusal in selection.refused.filter(pc.field("row") == row).to_pylist():
         like = f" {refusal['like']}" if refusal["like"] else ""
         return f"refused: {refusal['reason']}{like}"

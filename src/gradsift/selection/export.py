@@ -13,15 +13,26 @@ from typing import Any
 
 import yaml
 
+from gradsift.methods.job import Job
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
+from gradsift.selection.picks import read_selection
 
 logger = logging.getLogger(__name__)
-
 _PLAIN = "{instruction}"
 
 
+def export_picks(job: Job) -> None:
+    """Write beside the picks of a run the entries by which other trainers find them."""
+    schemas = {}
+    for name in job.targets:
+        rows = read_selection(job.folder.path, name).picks["row"].to_numpy()
+        schemas[name] = set(job.pool.take(rows, ["schema"])["schema"].to_pylist())
+    export_entries(job.folder.path, schemas, job.config.data.columns)
+
+
 def export_entries(
-    directory: Path, schemas: Mapping[str, Collection[str]], columns: Mapping[str, str]
+    run: Path, schemas: Mapping[str, Collection[str]], columns: Mapping[str, str]
 ) -> None:
     """Write `dataset_info.json` (LLaMA-Factory) and `axolotl.yaml` beside the picks.
 
@@ -32,7 +43,7 @@ def export_entries(
     factory: dict[str, Any] = {}
     axolotl = []
     for name, found in schemas.items():
-        path = directory / f"{name}.jsonl"
+        path = run / layout.picks(name)
         entries = _entries(path, found, columns)
         if entries is None:
             logger.warning("%s: no trainer reads these rows in one go; no entry is written", path)
@@ -40,9 +51,9 @@ def export_entries(
         factory[f"gradsift_{name}"] = {"file_name": path.name, **entries[0]}
         axolotl.append({"path": str(path), "ds_type": "json", **entries[1]})
     content = json.dumps(factory, indent=2).encode() + b"\n"
-    write_atomically(directory / "dataset_info.json", content)
+    write_atomically(run / layout.LLAMA_FACTORY_ENTRIES, content)
     content = yaml.safe_dump({"datasets": axolotl}, sort_keys=False).encode()
-    write_atomically(directory / "axolotl.yaml", content)
+    write_atomically(run / layout.AXOLOTL_ENTRIES, content)
 
 
 def _entries(
@@ -129,8 +140,6 @@ def _pair(
 
 
 _ASSISTANTS = ("gpt", "assistant", "chatgpt", "bing", "bard", "model")
-
-
 _ALPACA = {
     "field_instruction": "instruction",
     "field_input": "input",
@@ -138,8 +147,6 @@ _ALPACA = {
     "format": "{instruction}\n\n{input}",
     "no_input_format": _PLAIN,
 }
-
-
 _FORMATS = {
     "messages": _messages,
     "sharegpt": _sharegpt,

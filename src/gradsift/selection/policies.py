@@ -1,4 +1,4 @@
-"""From scores to picks: whose turn it is, what is refused and why, until the budget is spent."""
+"""From scores to picks: from which ranking, what is refused and why, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from gradsift.config import PolicyConfig
-from gradsift.data.duplicates import Refusal, Repeats, Texts
+from gradsift.data.duplicates import DuplicateFinder, Refusal, Texts
 from gradsift.errors import ConfigError
 from gradsift.sections import parse_share
 from gradsift.types import Budget
@@ -30,31 +30,31 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Picks:
-    """The rows picked, best first; `turns` says which column of the alignment each was for."""
+    """The rows picked, best first; `rankings` says from which column each was picked."""
 
     rows: list[int]
-    turns: list[int]
+    rankings: list[int]
     refused: list[Refusal]
     shortfall: str | None
 
 
 def pick(
-    alignment: Float[np.ndarray, "example turn"],
+    rankings: Float[np.ndarray, "example ranking"],
     pool: Candidates,
     target: Texts,
     policy: PolicyConfig,
 ) -> Picks:
-    """Return the best examples within the budget, the columns of `alignment` taking turns.
+    """Return the best examples within the budget, one from each column of `rankings` in turn.
 
-    Each column picks its best example that nobody has taken or refused; ties go to the one that
-    comes first in the pool. With a single column that is the plain top of the ranking.
+    From each column, the best example that is neither picked nor refused yet; ties go to the one
+    that comes first in the pool. With a single column that is the plain top of the ranking.
 
     Raises:
         ConfigError: If the budget is more than the pool, or too small for a single example.
     """
     purse = _Purse.of(policy, pool.sources, pool.num_tokens)
-    orders = [np.argsort(-column, kind="stable") for column in alignment.T]
-    orders = [order[np.isfinite(alignment[order, j])] for j, order in enumerate(orders)]
+    orders = [np.argsort(-column, kind="stable") for column in rankings.T]
+    orders = [order[np.isfinite(rankings[order, j])] for j, order in enumerate(orders)]
     positions = [0] * len(orders)
 
     def upcoming() -> list[int]:
@@ -63,26 +63,26 @@ def pick(
             {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
         )
 
-    repeats = Repeats(pool.texts, target, policy, upcoming)
+    repeats = DuplicateFinder(pool.texts, target, policy, upcoming)
     picked: dict[int, int] = {}
     refused: dict[int, Refusal] = {}
 
-    def take_turn(turn: int) -> bool:
-        for row in map(int, orders[turn][positions[turn] :]):
+    def pick_from(ranking: int) -> bool:
+        for row in map(int, orders[ranking][positions[ranking] :]):
             if row not in picked and row not in refused:
                 refusal = purse.refuses(row) or repeats.refuses(row)
                 if refusal is None and not purse.can_pay(row):
                     return False
                 if refusal is None:
-                    picked[row] = turn
+                    picked[row] = ranking
                     purse.pay(row)
                     repeats.remember(row)
                     return True
                 refused[row] = refusal
-            positions[turn] += 1
+            positions[ranking] += 1
         return False
 
-    while sum(map(take_turn, range(len(orders)))):
+    while sum(map(pick_from, range(len(orders)))):
         pass
     shortfall = purse.shortfall(Counter(r.reason for r in refused.values()))
     if not picked:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -11,31 +11,25 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import PolicyConfig
-from gradsift.data.duplicates import Repeats, texts_of
+from gradsift.data.duplicates import DuplicateFinder, texts_of
+from gradsift.gradients.subspace import Subspace, fit_subspace, load_gram
 from gradsift.methods import gist
 from gradsift.methods.job import Job
-from gradsift.pool.coordinates import project_rows
+from gradsift.pool.coordinates import coordinates_of, prepare_projection
+from gradsift.pool.examples import measure_examples
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
-from gradsift.scores.similarity import Cosines, View
-from gradsift.selection.picks import choose
-from gradsift.selection.policies import Candidates
+from gradsift.scores.ranking import Scores
+from gradsift.scores.similarity import Rows, RowStore, View
+from gradsift.selection.policies import Candidates, pick
 from gradsift.types import Budget, Checkpoint
 
 _SEED = 0
-
-
 _HALVES = 16
-
-
 _NEAR_CUT = 400  # rows whose noise is looked at
-
-
 _DENSITY = 40  # the best so many are all in the sample, of twice as many every second, and so on
-
-
-FILE = "stability/sample.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,12 +57,16 @@ class Change:
 
 
 def noise_at_cut(
-    aligned: Alignment, scores: Float[np.ndarray, " example"], cut: float
+    aligned: Scores, scores: Float[np.ndarray, " example"], cut: float
 ) -> Noise | None:
-    """Return the noise of the scores around the cut; none for fewer than 4 target examples.
+    """Return the noise of the scores around the cut.
+
+    None for fewer than 4 target examples, or a method that does not compare with them.
 
     Over target examples alone: the subspace is kept.
     """
+    if not isinstance(aligned, Alignment):
+        return None
     alive = np.flatnonzero(aligned.alive)
     if len(alive) < 4:
         return None
@@ -99,18 +97,51 @@ def changes(
     near ones are not looked for anew.
     """
     found, policy = [], _without_near(job.config.policy)
-    for settings, aligned in gist.variants(job, name).items():
-        turns = aligned.turns(policy)
-        turns[repeated] = -np.inf
-        others = choose(job, name, turns, policy, pool).rows
+    target = texts_of(job.targets[name], job.config.data.columns)
+    for settings, aligned in _variants(job, name).items():
+        rankings = aligned.rankings(policy)
+        rankings[repeated] = -np.inf
+        others = pick(rankings, pool, target, policy).rows
         shared = len(np.intersect1d(picks, others))
         found.append(Change(settings, shared / (len(picks) + len(others) - shared)))
     return found
 
 
+@dataclass(frozen=True)
+class _Half:
+    """The leading half of the directions, at least one."""
+
+    whole: RowStore
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        found = self.whole[rows]
+        return found[:, : max(1, found.shape[1] // 2)]
+
+
+def _variants(job: Job, name: str) -> dict[str, Alignment]:
+    """Return the scores of a target as other settings would have them, from the same coordinates.
+
+    With the first half of the directions, and with each other aggregation.
+    """
+    stored, config = gist.views(job, name), job.config.gist
+    halved = [replace(v, pool=_Half(v.pool), target=_Half(v.target)[:]) for v in stored]
+    wanted: dict[str, tuple[Sequence[View], str]] = {}
+    if config.directions == "leading" and max(v.target.shape[1] for v in halved) > 1:
+        wanted["half the rank"] = (halved, config.aggregation)
+    for other in ("max", "task-mean", "mean-cosine"):
+        if other != config.aggregation:
+            wanted[f"aggregation {other}"] = (stored, other)
+    return {change: gist.align(job, name, *variant) for change, variant in wanted.items()}
+
+
 def sampling_stage(scores: Stage) -> Stage:
     """Return the stage that measures a sample of the pool in twice as many directions."""
-    return Stage("stability", {}, (FILE,), (scores, *scores.sources), cheap=True)
+    return Stage(
+        layout.STABILITY, {}, (layout.STABILITY_SAMPLE,), (scores, *scores.sources), cheap=True
+    )
 
 
 def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]) -> None:
@@ -123,12 +154,15 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     drawn = np.random.default_rng(_SEED).random(len(chances)) < chances
     rows = np.flatnonzero(drawn)
     tensors = {"rows": rows, "weights": 1 / chances[rows]}
-    for checkpoint in _checkpoints(job):
+    for checkpoint in gist.checkpoints(job):
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
         further = {name: _further(job, name, checkpoint) for name in job.targets}
-        measured = project_rows(job, checkpoint, rows, further)
+        args = (job.models, checkpoint.path, job.targets, further, job.config.engine)
+        prepare = partial(prepare_projection, *args)
+        work = partial(measure_examples, job.pool, rows, prepare, job.config.engine)
+        measured = job.call(work)
         tensors |= {f"{checkpoint.label}/{key}": values for key, values in measured.items()}
-    path = job.path(FILE)
+    path = job.path(layout.STABILITY_SAMPLE)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, partial(save_file, tensors))
 
@@ -136,7 +170,7 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
 def can_double(job: Job, name: str) -> bool:
     """Return whether more directions could have been kept, and picks be compared on a sample.
 
-    On a sample there is only the plain top by count: no turns, no caps, no count of tokens.
+    On a sample there is only the plain top by count: no rankings, no caps, no count of tokens.
     """
     policy, gist_config = job.config.policy, job.config.gist
     plain = policy.strategy == "top" and not policy.source_cap
@@ -145,7 +179,7 @@ def can_double(job: Job, name: str) -> bool:
         plain
         and counted
         and gist_config.directions == "leading"
-        and any(_further(job, name, checkpoint).shape[1] for checkpoint in _checkpoints(job))
+        and any(_further(job, name, checkpoint).shape[1] for checkpoint in gist.checkpoints(job))
     )
 
 
@@ -160,12 +194,13 @@ def doubled(
 
     As many are picked as the sample says were picked before, so that the same ranking gives 1.
     """
-    tensors = load_file(job.path(FILE))
+    coordinates = job.pool_pass(layout.COORDINATES)
+    tensors = load_file(job.path(layout.STABILITY_SAMPLE))
     rows, weights, views, ranks = tensors["rows"], tensors["weights"], [], set()
-    for checkpoint in _checkpoints(job):
-        stored = job.stored("coordinates", f"coordinates/{name}", checkpoint.label)[rows]
-        further = tensors[f"{checkpoint.label}/coordinates/{name}"]
-        wider = gist.load_wider(job, name, checkpoint)
+    for checkpoint in gist.checkpoints(job):
+        stored = coordinates.read(coordinates_of(name), checkpoint.label)[rows]
+        further = tensors[f"{checkpoint.label}/{coordinates_of(name)}"]
+        wider = _wider(job, name, checkpoint)
         ranks.add(wider.rank)
         views.append(
             View(
@@ -175,10 +210,9 @@ def doubled(
                 gradient_norms=tensors[f"{checkpoint.label}/gradient_norm"],
             )
         )
-    config = job.config.gist
-    aligned = Alignment(Cosines(views, config.norm_power), job.tasks(name), config.aggregation)
+    aligned = gist.align(job, name, views, job.config.gist.aggregation)
     target = texts_of(job.targets[name], job.config.data.columns)
-    repeats = Repeats(pool.texts, target, _without_near(job.config.policy), upcoming=list)
+    repeats = DuplicateFinder(pool.texts, target, _without_near(job.config.policy), upcoming=list)
     before, now = np.isin(rows, picks), np.zeros(len(rows), dtype=bool)
     left = weights[before].sum() * (1 + 1e-9)
     for place in np.argsort(-aligned.scores()[0], kind="stable"):
@@ -190,14 +224,21 @@ def doubled(
         now[place], left = True, left - weights[place]
         repeats.remember(row)
     jaccard = weights[now & before].sum() / weights[now | before].sum()
-    told = f"up to twice the rank ({', '.join(map(str, sorted(ranks)))})"
-    return Change(told, float(jaccard), len(rows))
+    settings = f"up to twice the rank ({', '.join(map(str, sorted(ranks)))})"
+    return Change(settings, float(jaccard), len(rows))
+
+
+def _wider(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
+    """Return the subspace of twice the rank of a stored one, or of all that the target spans."""
+    own = gist.stored_subspace(job, name, checkpoint)
+    gram = load_gram(job.path(layout.subspace(name, checkpoint.label)))
+    return fit_subspace(gram, min(2 * own.rank, own.span))
 
 
 def _further(job: Job, name: str, checkpoint: Checkpoint) -> Float[np.ndarray, "query direction"]:
     """Return the combinations that make the directions between the rank and twice the rank."""
-    kept = gist.load_subspace(job, name, checkpoint).rank
-    return np.ascontiguousarray(gist.load_wider(job, name, checkpoint).combination[:, kept:])
+    kept = gist.stored_subspace(job, name, checkpoint).rank
+    return np.ascontiguousarray(_wider(job, name, checkpoint).combination[:, kept:])
 
 
 def _without_near(policy: PolicyConfig) -> PolicyConfig:

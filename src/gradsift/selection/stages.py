@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gradsift.config import Config
 from gradsift.data.stages import data_sets, encoding_stages
-from gradsift.methods.base import Inputs
+from gradsift.methods.job import Inputs
 from gradsift.methods.registry import METHODS
 from gradsift.models.identity import identity
-from gradsift.runs.layout import scores_file
+from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunStages:
     """The stages in the order of their work: encoding, the method's own, scores, picks."""
 
     inputs: Inputs
@@ -27,7 +28,7 @@ class Plan:
     selections: Mapping[str, Stage]
 
     @classmethod
-    def of(cls, config: Config) -> Plan:
+    def of(cls, config: Config) -> RunStages:
         """Return the stages of a configuration.
 
         Raises:
@@ -35,15 +36,17 @@ class Plan:
             ModelError: If the model or adapter is not there.
         """
         model = identity(config.model.name)
-        inputs = Inputs(config, model, encoding_stages(config, model, data_sets(config)))
+        sets = data_sets(config.data)
+        data = encoding_stages(config.data, tokenizer_settings(config, model), sets)
+        inputs = Inputs(config, model, data)
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
-        name, settings = scores_file(config.method), method.settings(config)
+        table = layout.scores(config.method)
         scores = Stage(
-            name.removesuffix(".parquet"),
-            {"method": config.method, **settings},
-            (name,),
-            (*inputs.data.values(), *measured),
+            table.removesuffix(".parquet"),
+            {"method": config.method, **method.settings(config)},
+            (table,),
+            (*data.values(), *measured),
             cheap=True,
         )
         selections = {name: _selection(inputs, name, scores) for name in config.data.targets}
@@ -56,8 +59,13 @@ class Plan:
         yield from self.selections.values()
 
 
+def tokenizer_settings(config: Config, model: str) -> dict[str, Any]:
+    """Return what tells the tokenizer from others, given the identity of its model."""
+    return {"tokenizer": model, "trust_remote_code": config.model.trust_remote_code}
+
+
 def _selection(inputs: Inputs, name: str, scores: Stage) -> Stage:
     settings = {"method": inputs.config.method} | inputs.config.policy.model_dump()
-    outputs = tuple(f"selected/{name}{end}" for end in (".jsonl", ".parquet", ".refused.parquet"))
-    sources = (scores, inputs.data["pool"], inputs.target(name))
-    return Stage(f"selected/{name}", settings, outputs, sources, cheap=True)
+    outputs = (layout.picks(name), layout.reasons(name), layout.refusals(name))
+    sources = (scores, inputs.pool, inputs.target(name))
+    return Stage(layout.selection(name), settings, outputs, sources, cheap=True)

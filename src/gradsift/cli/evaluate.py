@@ -1,0 +1,122 @@
+"""`gradsift evaluate`: fine-tune on what each method picks, and compare with random picks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradsift.cli.options import (
+    ConfigFile,
+    Engine,
+    RayAddress,
+    RunFolder,
+    Settings,
+    drop_unset,
+    engine_settings,
+    parse_targets,
+)
+from gradsift.cli.output import log_to, make_console, print_path
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gradsift.evaluation.results import Evaluation
+
+HeldOut = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=FILE", help="held-out examples of a target; repeatable"),
+]
+Methods = Annotated[
+    list[str], typer.Option(help="repeatable (default: all but embed); base and random always")
+]
+Budgets = Annotated[list[str], typer.Option(help="repeatable (default: that of the run)")]
+NumSeeds = Annotated[int | None, typer.Option(help="trainings per selection (default: 2)")]
+WholePool = Annotated[bool | None, typer.Option(help="also train on the whole pool")]
+NumSubsets = Annotated[
+    int | None, typer.Option(help="also the linear datamodeling score, on so many subsets")
+]
+HarnessTasks = Annotated[
+    str | None, typer.Option(metavar="TASK,…", help="tasks of lm-evaluation-harness")
+]
+
+
+def evaluate(
+    run: RunFolder,
+    test: HeldOut = [],  # noqa: B006
+    method: Methods = [],  # noqa: B006
+    budget: Budgets = [],  # noqa: B006
+    seeds: NumSeeds = None,
+    full: WholePool = None,
+    lds: NumSubsets = None,
+    lm_eval: HarnessTasks = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Find out which method helps: the same fine-tuning on what each picks, against random."""
+    from gradsift.sections import merge, parse_assignment, read_yaml
+
+    flags = {
+        "tests": parse_targets(test),
+        "methods": method,
+        "budgets": budget,
+        "seeds": seeds,
+        "full": full,
+        "lds": {"subsets": lds},
+        "lm_eval": lm_eval and lm_eval.split(","),
+    }
+    in_file = read_yaml(config) if config else {}
+    assigned = map(parse_assignment, settings)
+    with log_to(run):
+        from gradsift.evaluation.config import EvaluationConfig
+        from gradsift.evaluation.evaluate import run_evaluation
+
+        merged = merge(in_file, drop_unset(flags), *assigned, replaced=("tests",))
+        where = engine_settings(engine, ray_address)
+        evaluation = run_evaluation(run, EvaluationConfig.build(merged), where)
+    _show_evaluation(evaluation, run)
+
+
+def _show_evaluation(evaluation: Evaluation, run: str) -> None:
+    """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
+    console = make_console()
+    for target, budget in dict.fromkeys((row.target, row.budget) for row in evaluation.rows):
+        console.print(_method_table(evaluation, target, budget))
+    if evaluation.lds:
+        console.print(_datamodeling_table(evaluation))
+    for line in evaluation.verdicts:
+        console.print(line, markup=False)
+    for name in ("evaluation/report.md", "evaluation/table.parquet", "report.html"):
+        print_path(console, run, name)
+
+
+def _method_table(evaluation: Evaluation, target: str, budget: str) -> Table:
+    """Return how each method did on one target within one budget, a row each."""
+    from rich.table import Table
+
+    from gradsift.evaluation.results import interval, plus_minus
+
+    titles = ["method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", ""]
+    tasks = sorted({name for row in evaluation.rows for name in row.tasks})
+    table = Table(*titles, *tasks, title=f"{target}, {budget}")
+    for row in evaluation.rows:
+        if (row.target, row.budget) == (target, budget):
+            gap = "" if row.difference is None else interval(row.difference, 3)
+            loss, accuracy = plus_minus(row.loss, row.loss_std), f"{row.accuracy:.1%}"
+            cells = [row.method, f"{row.num_picks:,}", loss, accuracy, gap, row.verdict]
+            table.add_row(*cells, *(f"{row.tasks[task]:.4f}" for task in tasks))
+    return table
+
+
+def _datamodeling_table(evaluation: Evaluation) -> Table:
+    """Return the linear datamodeling score of each target and method, a row each."""
+    from rich.table import Table
+
+    from gradsift.evaluation.results import interval
+
+    table = Table("target", "method", "[95 %]", title="linear datamodeling score")
+    for score in evaluation.lds:
+        table.add_row(score.target, score.method, interval(score.correlation, 2))
+    return table

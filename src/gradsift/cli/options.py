@@ -1,0 +1,130 @@
+"""The options that several verbs share, and the settings that they stand for.
+
+Typer reads an option's type, help and spelling from its `Annotated` type. The names of these
+types are looked up when the app starts, so a verb's module imports them outside `TYPE_CHECKING`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradsift.types import MethodName
+
+if TYPE_CHECKING:
+    from gradsift.config import Config
+
+
+class Executor(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    ray = "ray"
+
+
+class Warmup(StrEnum):
+    """What precedes the measuring."""
+
+    train = "train"
+    none = "none"
+
+
+OutputDir = Annotated[
+    str, typer.Option(help="the run folder, also s3://bucket/run; the same one resumes")
+]
+Model = Annotated[str | None, typer.Option(help="a local folder or a Hub id")]
+Pool = Annotated[list[str], typer.Option(help="file, glob, folder or Hub id; may be repeated")]
+Target = Annotated[
+    list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
+]
+Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
+Method = Annotated[MethodName | None, typer.Option(help="how the pool is scored (default: gist)")]
+Adapter = Annotated[
+    str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
+]
+WarmupMode = Annotated[Warmup | None, typer.Option(help="'none' measures at a fresh adapter")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="for target gradients and bases on the device: 20GiB (default: half of it)"),
+]
+Engine = Annotated[Executor | None, typer.Option(help="'ray' spreads the work over machines")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="of a Ray cluster, or auto (default: begin one here)")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="of the pool pass on Ray (default: one per GPU or machine)")
+]
+RunFolder = Annotated[str, typer.Argument(help="the run folder")]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags go before it")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any other setting")
+]
+Strict = Annotated[bool, typer.Option(help="stop at the first unusable row")]
+Overwrite = Annotated[bool, typer.Option(help="redo stages made with other settings")]
+
+
+def settings_of_flags(
+    model: str | None,
+    pool: list[str],
+    target: list[str],
+    budget: str | None,
+    adapter: str | None,
+    warmup: Warmup | None,
+    memory: str | None,
+) -> dict[str, Any]:
+    """Return the settings that the flags stand for, by section."""
+    return {
+        "model": {"name": model},
+        "data": {"pool": pool, "targets": parse_targets(target)},
+        "policy": {"budget": budget},
+        "warmup": {"adapter": adapter, "mode": warmup and warmup.value},
+        "engine": {"memory": memory},
+    }
+
+
+def engine_settings(engine: Executor | None, ray_address: str | None) -> dict[str, Any]:
+    """Return the settings of the engine that flags stand for; another one forgets the address."""
+    if engine is None:
+        return {} if ray_address is None else {"ray_address": ray_address}
+    return {"executor": engine.value, "ray_address": ray_address}
+
+
+def parse_targets(targets: list[str]) -> dict[str, list[str]]:
+    """Read NAME=FILE, or FILE alone under its stem; a name given twice joins its files.
+
+    >>> parse_targets(["a/dev.jsonl", "x=b.jsonl", "x=c.jsonl"])
+    {'dev': ['a/dev.jsonl'], 'x': ['b.jsonl', 'c.jsonl']}
+    """
+    files: dict[str, list[str]] = {}
+    for text in targets:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).name.split(".")[0], text
+        files.setdefault(name, []).append(path)
+    return files
+
+
+def drop_unset(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return what was given, without the flags and sections that were not.
+
+    >>> drop_unset({"model": {"name": None}, "policy": {"budget": "5%"}, "data": {"pool": []}})
+    {'policy': {'budget': '5%'}}
+    """
+    inner = {k: drop_unset(v) if isinstance(v, dict) else v for k, v in flags.items()}
+    return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
+
+
+def resolve_config(file: Path | None, flags: dict[str, Any], settings: list[str]) -> Config:
+    """Return the whole configuration: `--set` goes before the flags, and these before the file.
+
+    Raises:
+        ConfigError: If a setting is unknown, missing or out of range, or the file is unreadable.
+    """
+    from gradsift.config import Config
+    from gradsift.sections import merge, parse_assignment, read_yaml
+
+    in_file = read_yaml(file) if file else {}
+    return Config.build(merge(in_file, drop_unset(flags), *map(parse_assignment, settings)))

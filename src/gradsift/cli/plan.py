@@ -1,0 +1,74 @@
+"""`gradsift plan`: what a selection will take, before it is begun."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradsift.cli.options import (
+    Adapter,
+    Budget,
+    ConfigFile,
+    Memory,
+    Model,
+    OutputDir,
+    Pool,
+    Settings,
+    Strict,
+    Target,
+    WarmupMode,
+    resolve_config,
+    settings_of_flags,
+)
+from gradsift.cli.output import log_to, make_console
+
+if TYPE_CHECKING:
+    from gradsift.forecast import Forecast
+
+
+def plan(
+    output_dir: OutputDir,
+    model: Model = None,
+    pool: Pool = [],  # noqa: B006
+    target: Target = [],  # noqa: B006
+    budget: Budget = None,
+    adapter: Adapter = None,
+    warmup: WarmupMode = None,
+    memory: Memory = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+    strict: Strict = False,
+) -> None:
+    """Say what `select` with the same arguments will take: seconds, memory, disk."""
+    flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory)
+    resolved = resolve_config(config, flags, settings)
+    with log_to(output_dir):
+        from gradsift.forecast import forecast
+
+        result = forecast(resolved, output_dir, strict=strict)
+    _show_forecast(result)
+
+
+def _show_forecast(forecast: Forecast) -> None:
+    """Print seconds by stage, memory and disk."""
+    from rich.table import Table
+
+    console = make_console()
+    table = Table(
+        "stage", "seconds", title=f"{forecast.num_pool:,} examples, {forecast.num_tokens:,} tokens"
+    )
+    for stage, seconds in forecast.seconds.items():
+        table.add_row(stage, f"{seconds:,.1f}")
+    total = sum(forecast.seconds.values())
+    table.add_row("in all, but for loading the model", f"{total:,.0f} ({total / 3600:.2f} h)")
+    console.print(table)
+    ranks = ", ".join(f"{name} {rank}" for name, rank in forecast.ranks.items())
+    gib = 2**30
+    for line in (
+        f"batches of {forecast.batch_tokens:,} tokens; ranks about: {ranks}",
+        f"host memory: {forecast.host_memory / gib:.2f} GiB",
+        f"device memory: {forecast.device_memory / gib:.2f} GiB" if forecast.device_memory else "",
+        f"disk: {forecast.disk / gib:.3f} GiB",
+        "encoding is done and kept; the other stages were tried on a sample",
+    ):
+        if line:
+            console.print(line, markup=False, highlight=False)

@@ -1,0 +1,17 @@
+"""`gradsift report`: write the page of a finished run anew."""
+
+from __future__ import annotations
+
+import typer
+
+from gradsift.cli.options import RunFolder
+from gradsift.cli.output import log_to, path_in_run
+
+
+def report(run: RunFolder) -> None:
+    """Write report.html anew: the page that explains a selection; it needs no network."""
+    with log_to(run):
+        from gradsift.report.write import write_report
+
+        path = write_report(run)
+    typer.echo(f"→ {path_in_run(run, path.name)}")

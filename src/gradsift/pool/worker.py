@@ -1,0 +1,101 @@
+"""What one process does in a pass over the pool: it measures shards and stores them.
+
+A shard is measured window by window: batches are formed among the examples of a window alone, so
+that neither the size of shards nor the number of workers changes a bit. While the device works on
+a window, one thread reads the next and another writes the shard before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gradsift.config import EngineConfig
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.encoding import Encoded
+from gradsift.gradients.batch_size import find_batch_tokens, within_memory
+from gradsift.models.batches import ahead, lengths_of
+from gradsift.pool.examples import Prepare, check_finite
+from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard
+from gradsift.runs.folder import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Worker:
+    """Measures shards and stores them; `worker(shards)` yields each when it is safe."""
+
+    def __init__(
+        self,
+        pool: EncodedSet,
+        folder: Run,
+        engine: EngineConfig,
+        prepare: Prepare,
+        known_tokens: int | None,
+    ) -> None:
+        """Load what the measure needs, and find the batch size.
+
+        `known_tokens`: the tokens per batch of the shards that are there already.
+        """
+        folder.fetch_inputs()
+        self._pool, self._folder, self._window = pool, folder, engine.window
+        self._measure, device = prepare()
+        if known_tokens and engine.batch_tokens == "auto":
+            self._max_tokens = known_tokens
+        else:
+            lengths = pool.column("num_tokens").to_numpy()
+            self._max_tokens = find_batch_tokens(self._measure, lengths, engine, device)
+
+    def __call__(self, shards: Iterable[Shard]) -> Iterator[Shard]:
+        """Measure the shards, and yield each when its file is whole."""
+        writing: tuple[Shard, Future[None]] | None = None
+        parts: list[Mapping[str, Tensor]] = []
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for shard, is_last, examples in ahead(self._windows(shards)):
+                    if not examples:
+                        yield shard
+                        continue
+                    parts.append(self._measure_window(examples))
+                    if is_last:
+                        if writing:
+                            writing[1].result()
+                            yield writing[0]
+                        writing = shard, writer.submit(self._write, shard, parts, self._max_tokens)
+                        parts = []
+            finally:
+                if writing:
+                    writing[1].result()
+            if writing:
+                yield writing[0]
+
+    def _windows(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, bool, list[Encoded]]]:
+        """Yield the examples of each window, and whether it is the last of its shard.
+
+        A shard that is there already has none: a worker stored it and died before it could say so.
+        """
+        for shard in shards:
+            if shard.path.exists() and find_damage(shard) is None:
+                yield shard, True, []
+                continue
+            for start in range(shard.start, shard.stop, self._window):
+                stop = min(start + self._window, shard.stop)
+                yield shard, stop == shard.stop, self._pool.examples(np.arange(start, stop))
+
+    def _measure_window(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor]:
+        work = partial(self._measure, examples)
+        found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
+        return found
+
+    def _write(self, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
+        names = parts[0]
+        tensors = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in names}
+        check_finite(tensors, "of the pool", self._pool, shard.start)
+        save_shard(shard, tensors, {BATCH_TOKENS: max_tokens})
+        self._folder.publish(shard.path)

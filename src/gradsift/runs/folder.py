@@ -1,0 +1,232 @@
+"""The run folder: stages that are done once, each with a manifest that says what it depends on.
+
+A manifest is written before the work begins, and again, marked complete and with the hash of every
+output, when the work is done. A complete stage with the same manifest is not run again; one that
+differs is named, with the difference; one whose outputs are damaged or gone is named too, and done
+again. Shards of a pass over the pool carry hashes of their own, because they are kept before their
+stage is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gradsift.config import Config
+from gradsift.errors import RunError
+from gradsift.runs import layout
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.hashing import digest
+from gradsift.runs.manifests import Manifest, Manifests, describe_change, describe_replaced
+from gradsift.runs.provenance import package_versions, peak_memory
+from gradsift.runs.remote import RemoteFolder
+from gradsift.runs.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """An open run folder; use `open_run`.
+
+    Where it lies on another file system, `path` is its copy here: what is finished is published,
+    and what other machines have finished is fetched.
+    """
+
+    def __init__(self, path: Path, remote: RemoteFolder | None = None) -> None:
+        self.path = path
+        self._manifests = Manifests(path)
+        self._relied_on: set[str] = set()  # stages that were found whole or done
+        self._remote = remote
+        self._opened_on = platform.node()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = (self.path, self._remote, self._opened_on, self._relied_on)
+        return _at_another_process, given
+
+    @property
+    def intact(self) -> set[Path]:
+        """The files that this process checked or wrote, and need not look at again."""
+        return self._manifests.intact
+
+    def publish(self, path: Path) -> None:
+        """Let other machines see what lies at this path."""
+        if self._remote:
+            self._remote.publish(self._name(path))
+
+    def fetch(self, path: Path) -> None:
+        """Bring what other machines left at this path."""
+        if self._remote:
+            self._remote.fetch(self._name(path))
+
+    def fetch_inputs(self) -> None:
+        """Bring what a worker begins with, on another machine than that which opened the folder."""
+        if self._remote and self._opened_on != platform.node():
+            self._remote.fetch(shards=False)
+            for name in sorted(self._relied_on):
+                manifest = self._manifests.read(name)
+                if manifest is None:
+                    continue
+                for path in self._manifests.damaged(manifest):  # perhaps here alone
+                    path.unlink(missing_ok=True)
+                    self._remote.fetch(self._name(path))
+                if damage := self._manifests.damage(manifest):
+                    raise RunError(f"{damage} on {platform.node()}; run the same command again")
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder."""
+        self.intact.difference_update([p for p in self.intact if p.is_relative_to(path)])
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        if self._remote:
+            self._remote.remove(self._name(path))
+
+    def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
+        """Compare every stage with what the folder holds, before any work.
+
+        Raises:
+            RunError: If that would cost work, unless `overwrite`: it names the stage, and the
+                first difference, which may lie in an earlier stage.
+        """
+        reason = ""
+        for stage in stages:
+            manifest = self._manifests.read(stage.name)
+            if manifest is None or not (change := describe_change(manifest, stage)):
+                continue
+            reason = reason or f"{stage.name}: {change}"
+            costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
+            if costly and not overwrite:
+                raise RunError(
+                    f"{self.path} holds the stage {stage.name!r} made with other settings "
+                    f"({reason}). To keep its settings but for some, start from its own with "
+                    f"--config {self.path / layout.CONFIG}; else use another --output-dir, or "
+                    "--overwrite to do it again"
+                )
+
+    @contextmanager
+    def stage(self, stage: Stage, whole: bool = True) -> Iterator[bool]:
+        """Yield whether the stage is still to do; mark it complete when the block ends well.
+
+        It is where its manifest says so, its outputs are as they were written, what it was made
+        from is still there, and it is `whole`. What it left otherwise is removed first.
+        """
+        made_from = self._manifests.contents(stage.sources)
+        manifest = self._keep_or_remove(stage, made_from)
+        if manifest and manifest["complete"] and whole:
+            logger.info("%s: already done", stage.name)
+            self._relied_on.add(stage.name)
+            yield False
+            return
+        begun = {"stage": stage.name, "inputs": stage.inputs, "made_from": made_from}
+        self._write(stage.name, begun | {"complete": False, "outputs": {}})
+        for output in () if stage.keeps_parts else stage.outputs:
+            if (self.path / output).exists():
+                self.remove(self.path / output)
+        started = time.perf_counter()
+        yield True
+        seconds = time.perf_counter() - started
+        hashes = {} if stage.keeps_parts else self._manifests.seal(stage.outputs)
+        for output in stage.outputs:
+            self.publish(self.path / output)
+        done = {
+            "complete": True,
+            "outputs": hashes,
+            "seconds": round(seconds, 3),
+            "resumed": manifest is not None,
+            "peak_memory_bytes": peak_memory(),
+            "versions": package_versions(),
+        }
+        self._write(stage.name, begun | done)
+        self._relied_on.add(stage.name)
+        logger.info("%s: %.1f s", stage.name, seconds)
+
+    def find_fault(self, stages: Iterable[Stage]) -> str:
+        """Return why a stage is not there as it is planned; nothing if all of them are."""
+        for stage in stages:
+            manifest = self._manifests.read(stage.name)
+            if manifest is None or not manifest["complete"]:
+                return f"{stage.name} is not done"
+            made_from = self._manifests.contents(stage.sources)
+            change = describe_change(manifest, stage) or describe_replaced(manifest, made_from)
+            if change:
+                return f"{stage.name} is not as it is to be: {change}"
+            if damage := self._manifests.damage(manifest):
+                return damage
+        return ""
+
+    def key(self, name: str) -> str:
+        """Return what every shard of a stage is marked with, so that another run's is known."""
+        manifest = self._manifests.read(name)
+        if manifest is None:
+            raise RunError(f"{self.path} has no stage {name!r}; run `gradsift select` with it")
+        return digest([manifest["inputs"], manifest["made_from"]])[:16]
+
+    def facts(self, stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the complete stages: `seconds`, `peak_memory_bytes` and so on."""
+        manifests = {stage.name: self._manifests.read(stage.name) for stage in stages}
+        return {name: m for name, m in manifests.items() if m and m["complete"]}
+
+    def write_config(self, config: Config) -> None:
+        """Keep the resolved configuration."""
+        path = self.path / layout.CONFIG
+        write_atomically(path, config.to_yaml().encode())
+        hashes = self._manifests.seal((layout.CONFIG,))
+        self.publish(path)
+        done = {"stage": layout.CONFIG, "inputs": {}, "made_from": {}, "complete": True}
+        self._write(layout.CONFIG, done | {"outputs": hashes})
+
+    def damage(self, name: str) -> str:
+        """Return what is wrong with what was kept under this name, nothing if nothing is."""
+        manifest = self._manifests.read(name)
+        return self._manifests.damage(manifest) if manifest and manifest["complete"] else ""
+
+    def has_manifest(self, name: str) -> bool:
+        """Return whether something was kept under this name, and its manifest can be read."""
+        return self._manifests.read(name) is not None
+
+    def _keep_or_remove(self, stage: Stage, made_from: dict[str, str | None]) -> Manifest | None:
+        """Return a stage's manifest if what it left is to be kept; else remove that."""
+        manifest = self._manifests.read(stage.name)
+        if manifest:
+            change = describe_change(manifest, stage)
+            reason = change or describe_replaced(manifest, made_from)
+            if not reason and manifest["complete"]:
+                reason = self._manifests.damage(manifest)
+            if not reason:
+                return manifest
+            log = logger.info if change else logger.warning  # a change is the user's choice
+            log("%s is done again: %s", stage.name, reason)
+            self._remove(stage, manifest)
+        elif any((self.path / output).exists() for output in stage.outputs):
+            path = self._manifests.path(stage.name)
+            logger.warning("%s is gone or damaged: %s is done again", path, stage.name)
+        return None
+
+    def _remove(self, stage: Stage, manifest: Manifest) -> None:
+        """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""
+        self._write(stage.name, {**manifest, "complete": False})
+        for output in stage.outputs:
+            self.remove(self.path / output)
+        self.remove(self._manifests.path(stage.name))
+
+    def _write(self, name: str, manifest: Manifest) -> None:
+        self.publish(self._manifests.write(name, manifest))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+
+def _at_another_process(
+    path: Path, remote: RemoteFolder | None, opened_on: str, relied_on: set[str]
+) -> Run:
+    """Return a run folder for a worker, which has checked nothing yet."""
+    run = Run(path, remote)
+    run._opened_on, run._relied_on = opened_on, relied_on
+    return run

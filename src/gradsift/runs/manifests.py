@@ -1,0 +1,146 @@
+"""Manifests: for each stage, a file that says what its result depends on and what came out.
+
+It holds the stage's inputs, what it was made from, the hash of every output, and its own hash.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gradsift.errors import RunError
+from gradsift.runs import layout
+from gradsift.runs.atomic import write_atomically
+from gradsift.runs.hashing import HASH_THREADS, digest, hash_file, sync_and_hash
+from gradsift.runs.stage import Stage
+
+logger = logging.getLogger(__name__)
+Manifest = Mapping[str, Any]
+_UNREAD = (f"/{layout.TRAINING_LOG}", layout.rejected("").rpartition("/")[2])
+"""Ends of the names of outputs on which no later stage depends."""
+
+
+class Manifests:
+    """The manifests of a run folder, and which of its files are known to be as they were written.
+
+    `intact`: what was checked, or written, by this process and need not be looked at again.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.intact: set[Path] = set()
+        self._run = run
+        self._reported: set[Path] = set()  # damaged manifests, each named once
+
+    def path(self, name: str) -> Path:
+        """Return where the manifest of a stage lies."""
+        return self._run / layout.manifest(name)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Return what a stage's manifest says; one that is not as it was written is none."""
+        path = self.path(name)
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest.pop("sha256") == digest(manifest) and manifest["stage"] == name:
+                return manifest
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            pass
+        if path not in self._reported:
+            logger.warning("%s is damaged, or of an earlier version: it counts as not there", path)
+            self._reported.add(path)
+        return None
+
+    def write(self, name: str, manifest: Manifest) -> Path:
+        """Write a stage's manifest and return where it lies.
+
+        Raises:
+            RunError: If the run folder is there no more.
+        """
+        if not (self._run / layout.OWNER).exists():
+            raise RunError(
+                f"the run folder {self._run} was removed while it was worked in; run the same "
+                "command again"
+            )
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({**manifest, "sha256": digest(manifest)}, indent=2)
+        write_atomically(path, content.encode())
+        return path
+
+    def contents(self, stages: Iterable[Stage]) -> dict[str, str | None]:
+        """Return what tells the outputs of some stages from others of the same settings."""
+        return {stage.name: _content_key(self.read(stage.name)) for stage in stages}
+
+    def seal(self, outputs: Iterable[str]) -> dict[str, str]:
+        """Bring outputs to the disk for good, and return the hash of each of their files."""
+        paths = [path for output in outputs for path in _files_of(self._run / output)]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            hashes = [*threads.map(sync_and_hash, paths)]
+        self.intact |= {*paths}
+        names = [path.relative_to(self._run).as_posix() for path in paths]
+        return dict(zip(names, hashes, strict=True))
+
+    def damaged(self, manifest: Manifest) -> list[Path]:
+        """Return the outputs of a stage that are not as they were written."""
+        expected = {self._run / name: wanted for name, wanted in manifest["outputs"].items()}
+        unchecked = [path for path in expected if path not in self.intact]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            found = [*threads.map(lambda p: hash_file(p) if p.is_file() else None, unchecked)]
+        pairs = zip(unchecked, found, strict=True)
+        damaged = [path for path, own in pairs if own != expected[path]]
+        self.intact |= {*unchecked} - {*damaged}
+        return damaged
+
+    def damage(self, manifest: Manifest) -> str:
+        """Return in words which outputs are not as they were written, nothing if none."""
+        paths = self.damaged(manifest)
+        return "; ".join(f"{path} is {'damaged' if path.is_file() else 'gone'}" for path in paths)
+
+
+def describe_change(manifest: Manifest, stage: Stage) -> str:
+    """Return how a stage differs from the one that was done; nothing if it does not."""
+    old, new = dict(manifest["inputs"]), dict(stage.inputs)
+    before, now = old.pop("sources", {}), new.pop("sources", {})
+    changes = [*_differences(old, new)]
+    if not changes:
+        names = {**before, **now}
+        changes = [f"{name} changed" for name in names if before.get(name) != now.get(name)]
+    return "; ".join(changes)
+
+
+def describe_replaced(manifest: Manifest, made_from: Mapping[str, str | None]) -> str:
+    """Return which of the stages that it was made from are not what they were."""
+    before = manifest["made_from"]
+    return "; ".join(
+        f"{name} was made anew and is not what it was"
+        for name in made_from
+        if before.get(name) != made_from[name]
+    )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            inner = f"{path}.{key}" if path else key
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{path} was {json.dumps(old)}, is now {json.dumps(new)}"
+
+
+def _content_key(manifest: Manifest | None) -> str | None:
+    """Return what tells the outputs of a stage from others of the same settings."""
+    if manifest is None:
+        return None
+    outputs = {n: own for n, own in manifest["outputs"].items() if not n.endswith(_UNREAD)}
+    return digest(outputs or [manifest["inputs"], manifest["made_from"]])[:16]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the finished files of an output, itself or all under it."""
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [file for file in found if file.suffix != layout.PARTIAL]

@@ -39,7 +39,7 @@ from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
 from gradsift.models.batches import lengths_of
 from gradsift.models.lora import attach_lora
-from gradsift.runs.manifests import peak_memory
+from gradsift.runs.provenance import peak_memory
 
 SHARED = Path(__file__).parents[2] / "shared"
 # tokens, and the share of them that is supervised, of a real pool: every 5 % of its examples

@@ -68,7 +68,7 @@ def workers(folder: Path) -> None:
         path = folder / f"{count}.yaml"
         path.write_text(config.to_yaml())
         code = (
-            f"import ray, gradsift; from gradsift.config import read_yaml\n"
+            f"import ray, gradsift; from gradsift.sections import read_yaml\n"
             f"ray.init('local', num_cpus={count}, include_dashboard=False)\n"
             f"gradsift.run(gradsift.Config.build(read_yaml({str(path)!r})), "
             f"{str(folder / str(count))!r})"
@@ -228,14 +228,13 @@ def _warmup(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _subspace(folder: Path, rng: np.random.Generator) -> None:
-    from gradsift.gradients.subspace import describe
-    from gradsift.methods.gist import _save_subspace
+    from gradsift.gradients.subspace import describe, save_subspace
 
     rows = rng.normal(size=(QUERIES, 4096))
     gram = rows @ rows.T
     found = fit_subspace(gram, COORDINATES)
     path = folder / "targets" / "t" / "fresh.safetensors"
-    _save_subspace(found, gram, path)
+    save_subspace(found, gram, path)
     content = json.dumps({"fresh": describe(found)}).encode()
     write_atomically(path.with_name("spectrum.json"), content)
 

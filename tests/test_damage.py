@@ -273,7 +273,7 @@ def test_a_pool_is_never_measured_with_two_adapters(
     (folder / "coordinates/epoch-1/0000000016.safetensors").unlink()
     before = {p: p.read_bytes() for p in (folder / "coordinates").rglob("*.safetensors")}
     with pytest.MonkeyPatch.context() as patch:  # other hardware, other rounding
-        from gradsift import warmup
+        from gradsift.models import warmup
 
         save = warmup.save_adapter
 

@@ -161,7 +161,7 @@ def test_the_law(long_config: Config, whole: Path, alone: None, tmp_path: Path) 
         config = long_config.model_copy(update={"engine": engine})
         folders[-1].with_suffix(".yaml").write_text(config.to_yaml())
     code = (
-        "import gradsift, sys, logging; from gradsift.config import read_yaml\n"
+        "import gradsift, sys, logging; from gradsift.sections import read_yaml\n"
         "logging.basicConfig(level='INFO')\n"
         "for path in sys.argv[1:]:\n"
         "    gradsift.run(gradsift.Config.build(read_yaml(path + '.yaml')), path)"

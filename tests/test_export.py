@@ -107,12 +107,14 @@ def test_entries_of_other_schemas(
     schema: str, row: dict[str, Any], columns: dict[str, str], factory: dict[str, Any],
     axolotl: dict[str, Any], tmp_path: Path,
 ) -> None:  # fmt: skip
-    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    folder = tmp_path / "selected"
+    folder.mkdir()
+    (folder / "t.jsonl").write_text(json.dumps(row) + "\n")
     export_entries(tmp_path, {"t": {schema}}, columns)
-    found = json.loads((tmp_path / "dataset_info.json").read_text())
+    found = json.loads((folder / "dataset_info.json").read_text())
     assert found == {"gradsift_t": {"file_name": "t.jsonl", **factory}}
-    [dataset] = yaml.safe_load((tmp_path / "axolotl.yaml").read_text())["datasets"]
-    assert dataset == {"path": str(tmp_path / "t.jsonl"), "ds_type": "json", **axolotl}
+    [dataset] = yaml.safe_load((folder / "axolotl.yaml").read_text())["datasets"]
+    assert dataset == {"path": str(folder / "t.jsonl"), "ds_type": "json", **axolotl}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,9 @@ def test_entries_of_other_schemas(
 def test_what_no_trainer_reads_in_one_go_has_no_entry(
     schemas: set[str], row: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    folder = tmp_path / "selected"
+    folder.mkdir()
+    (folder / "t.jsonl").write_text(json.dumps(row) + "\n")
     export_entries(tmp_path, {"t": schemas}, {})
-    assert json.loads((tmp_path / "dataset_info.json").read_text()) == {}
+    assert json.loads((folder / "dataset_info.json").read_text()) == {}
     assert "no trainer reads these rows in one go" in caplog.text

@@ -228,7 +228,7 @@ def test_a_data_set_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_folders_above_a_glob_need_not_be_listed(tmp_path: Path) -> None:
     put(tmp_path / "above/data/a.jsonl", *rows("a"))
     code = (
-        "import sys; from gradsift.data import resolve\n"
+        "import sys; from gradsift.data.sources import resolve\n"
         "print(len(resolve(sys.argv[1:])), [source.name for source in resolve(sys.argv[1:])])"
     )
     (tmp_path / "above").chmod(0o111)

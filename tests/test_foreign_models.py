@@ -293,7 +293,8 @@ def test_adapters_are_kept_the_same_bytes_whatever_the_hashes(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; from gradsift.config import ModelConfig\n"
-        "from gradsift.model import load_adapter, load_base, save_adapter\n"
+        "from gradsift.models.adapters import load_adapter, save_adapter\n"
+        "from gradsift.models.loading import load_base\n"
         "base, adapter, into = map(Path, sys.argv[1:])\n"
         "model = load_adapter(load_base(ModelConfig(name=str(base), device='cpu')), adapter)\n"
         "save_adapter(model, into)\n"

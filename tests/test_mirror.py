@@ -16,7 +16,7 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift import mirror
+from gradsift.runs import remote as mirror
 from gradsift.errors import BusyError, RunError
 from gradsift.pipeline import run
 from gradsift.runs.opening import open_run

@@ -110,7 +110,7 @@ def test_scripts_without_spaces_have_words_too() -> None:
 def test_examples_take_turns() -> None:
     alignment = [[9, 1], [8, 2], [7, 9], [1, 8]]
     picks = run(alignment, budget="4", strategy="round-robin")
-    assert (picks.rows, picks.turns) == ([0, 2, 1, 3], [0, 1, 0, 1])
+    assert (picks.rows, picks.rankings) == ([0, 2, 1, 3], [0, 1, 0, 1])
 
 
 def test_a_refused_example_does_not_cost_the_turn() -> None:
@@ -119,13 +119,13 @@ def test_a_refused_example_does_not_cost_the_turn() -> None:
         alignment, ["same words here", "Same words here", "c d e", "f g h"], budget="3",
         strategy="round-robin",
     )  # fmt: skip
-    assert (picks.rows, picks.turns) == ([0, 2, 3], [0, 1, 0])
+    assert (picks.rows, picks.rankings) == ([0, 2, 3], [0, 1, 0])
     assert [(r.row, r.reason, r.like) for r in picks.refused] == [(1, "repeats a pick", "p0")]
 
 
 def test_a_target_example_without_direction_has_no_turn() -> None:
     picks = run([[1, -np.inf], [2, -np.inf]], budget="2", strategy="round-robin")
-    assert (picks.rows, picks.turns) == ([1, 0], [0, 0])
+    assert (picks.rows, picks.rankings) == ([1, 0], [0, 0])
 
 
 def test_source_caps() -> None:

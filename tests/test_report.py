@@ -22,7 +22,8 @@ from gradsift.methods import gist
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.pipeline import run
-from gradsift.report import figures, stability
+from gradsift.report import figures
+from gradsift.selection import stability
 from gradsift.report.overview import overview
 from gradsift.report.target_page import TargetPage, target_page
 from gradsift.runs.folder import Run
@@ -79,7 +80,7 @@ def job(folder: Path) -> Job:
 
 def page_of(job: Job, name: str) -> TargetPage:
     scores = METHODS["gist"].scores(job)[name]
-    return target_page(job, RunStages.of(job.config), name, candidates(job), scores)
+    return target_page(job, RunStages.of(job.config), name, candidates(job.pool, job.config.data.columns), scores)
 
 
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
@@ -132,15 +133,15 @@ def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
 
 
 def test_directions_are_those_of_the_coordinates(folder: Path, job: Job) -> None:
-    from gradsift.methods.gist import load_subspace, stages
+    from gradsift.methods.gist import stages, stored_subspace
 
     page = page_of(job, "u")
     [checkpoint] = job.checkpoints(stages(job.inputs)[0])
-    coordinates = job.stored("coordinates", "coordinates/u", checkpoint.label)[:]
-    norms = job.stored("coordinates", "gradient_norm", checkpoint.label)[:]
+    coordinates = job.pool_pass("coordinates").read("coordinates/u", checkpoint.label)[:]
+    norms = job.pool_pass("coordinates").read("gradient_norm", checkpoint.label)[:]
     loadings = coordinates / norms[:, None]
     ids = job.pool.column("id").to_pylist()
-    sigma = load_subspace(job, "u", checkpoint).singular_values
+    sigma = stored_subspace(job, "u", checkpoint).singular_values
     for number, direction in enumerate(page.directions):
         assert direction.positive[0][0] == pytest.approx(loadings[:, number].max())
         assert direction.negative[0][0] == pytest.approx(loadings[:, number].min())
@@ -165,19 +166,19 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     own = pq.read_table(folder / "selected/u.parquet")["row"].to_pylist()
     shared = len({*own} & {*other})
     refused = pq.read_table(folder / "selected/u.refused.parquet")["row"].to_numpy()
-    assert doubled(job, "u", np.array(own), refused, candidates(job)) == change
+    assert doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns)) == change
     scores = {name: read_scores(folder, "gist", name) for name in "tu"}
     with monkeypatch.context() as everything:
         everything.setattr(stability, "_DENSITY", 10**6)  # all of the pool is in the sample
         measure_sample(job, scores)
-        whole = doubled(job, "u", np.array(own), refused, candidates(job))
+        whole = doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns))
     measure_sample(job, scores)
     assert whole.sampled == 92
     with monkeypatch.context() as nothing:  # no further directions: the ranking stays as it is
-        nothing.setattr(gist, "load_wider", gist.load_subspace)
+        nothing.setattr(stability, "_wider", gist.stored_subspace)
         nothing.setattr(stability, "_DENSITY", 10)
         measure_sample(job, scores)
-        same = doubled(job, "u", np.array(own), refused, candidates(job))
+        same = doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns))
     measure_sample(job, scores)
     assert same.sampled is not None
     assert same.sampled < 80

@@ -102,9 +102,9 @@ def test_turns_and_winners() -> None:
     rows = np.array([4, 9])
     top, example = PolicyConfig(), PolicyConfig(strategy="round-robin")
     task = PolicyConfig(strategy="round-robin", per="task")
-    assert alignment.turns(top).shape == (30, 1)
-    assert alignment.turns(example).shape == (30, 7)
-    assert alignment.turns(task).shape == (30, 3)
+    assert alignment.rankings(top).shape == (30, 1)
+    assert alignment.rankings(example).shape == (30, 7)
+    assert alignment.rankings(task).shape == (30, 3)
     turns = np.array([2, 1])
     np.testing.assert_array_equal(alignment.winners(top, rows, turns * 0), COSINES[rows].argmax(1))
     np.testing.assert_array_equal(alignment.winners(example, rows, turns), turns)
@@ -125,10 +125,10 @@ def test_stored_similarities_are_weighted_and_aggregated_alike() -> None:
 def test_a_ranking_knows_no_target_examples() -> None:
     ranking = Ranking(NORMS)
     assert ranking.scores()[1] is None
-    assert ranking.turns(PolicyConfig())[:, 0].tolist() == NORMS.tolist()
+    assert ranking.rankings(PolicyConfig())[:, 0].tolist() == NORMS.tolist()
     assert ranking.winners(PolicyConfig(), np.array([1]), np.array([0])) is None
     with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .*=top"):
-        ranking.turns(PolicyConfig(strategy="round-robin"))
+        ranking.rankings(PolicyConfig(strategy="round-robin"))
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

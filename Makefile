@@ -20,7 +20,7 @@ check: format lint types imports everything
 # apart from the others: with bitsandbytes installed every import of PEFT takes five seconds longer
 extras: $(ready)
 	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized,embed,lm-eval]'
-	$(python) -m pytest tests/test_quantized.py tests/test_embed.py tests/test_harness.py
+	$(python) -m pytest tests/gradients/test_quantized.py tests/methods/test_embed.py tests/evaluation/test_lm_eval.py
 
 format: $(ready)
 	$(python) -m ruff format --check .

@@ -40,17 +40,17 @@ def configure(base: Path, pool: Path, targets: dict[str, Path], **sections: Any)
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama with a tokenizer and a chat template."""
-    import models
+    import tiny_models
 
-    return models.save_base(tmp_path_factory.mktemp("base") / "tiny")
+    return tiny_models.save_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a LoRA adapter of that model, both of its matrices random."""
-    import models
+    import tiny_models
 
-    return models.save_adapter(base, tmp_path_factory.mktemp("adapter") / "lora")
+    return tiny_models.save_adapter(base, tmp_path_factory.mktemp("adapter") / "lora")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradsift
-import models
+import tiny_models
 from conftest import Write, configure
 from gradsift.cli import main
 from gradsift.config import Config, ModelConfig
@@ -39,7 +39,7 @@ GOOD = {"prompt": "q", "completion": "a"}
 
 def encode(tmp_path: Path, content: bytes, name: str = "pool.jsonl") -> EncodedSet:
     (tmp_path / name).write_bytes(content)
-    encoder = Encoder(models.tokenizer(), 64)
+    encoder = Encoder(tiny_models.tokenizer(), 64)
     return encode_set("pool", resolve([str(tmp_path / name)]), encoder, {}, tmp_path / "data")
 
 
@@ -154,7 +154,7 @@ def test_a_mapped_column_that_a_file_lacks_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "pool.jsonl").write_text(LINE)
-    encoder, sources = Encoder(models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
+    encoder, sources = Encoder(tiny_models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
     with caplog.at_level("INFO", "gradsift"):
         encode_set("pool", sources, encoder, {"messages": "nope"}, tmp_path / "data")
     assert "prompt-completion (no column nope as mapped)" in caplog.text

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import gradsift
-import models
 import reference
+import tiny_models
 from conftest import QUICK, Write, configure
 from gradsift.config import ModelConfig
 from gradsift.data.encoded import EncodedSet
@@ -196,7 +196,7 @@ def test_padding_changes_nothing(base: Path, adapter: Path) -> None:
     from gradsift.gradients.subspace import fit_subspace
 
     model = load_adapter(load_base(ModelConfig(name=str(base), device="cpu")), adapter)
-    examples = models.examples(12, seed=4)
+    examples = tiny_models.examples(12, seed=4)
     subspace = fit_subspace(gram_matrix(model, examples, 10_000, memory=10**8), "full")
     basis = build_basis(model, [(examples, subspace.combination)], 10_000, memory=10**8)
     together, alone = (project(model, examples, tokens, basis) for tokens in (10_000, 1))
@@ -377,8 +377,8 @@ def test_a_mistake_costs_nothing_that_is_stored(
     kept |= {p: p.read_bytes() for p in (tmp_path / "run" / "coordinates").rglob("*.safetensors")}
     with pytest.raises(ConfigError, match=r"a budget of 91"):
         run(configure(*given, policy={"budget": "91"}), tmp_path / "run")
-    wider = models.save_base(tmp_path / "wider", hidden_size=64)
-    other = {"adapter": str(models.save_adapter(wider, tmp_path / "other"))}
+    wider = tiny_models.save_base(tmp_path / "wider", hidden_size=64)
+    other = {"adapter": str(tiny_models.save_adapter(wider, tmp_path / "other"))}
     with pytest.raises(ModelError, match=r"belongs to another base model"):
         run(configure(*given, warmup=other), tmp_path / "run", overwrite=True)
     assert kept == {p: p.read_bytes() for p in kept}
@@ -452,7 +452,7 @@ def test_template_and_order_of_files_count(
     base: Path, files: dict[str, Path], write: Write, pool_rows: Rows, tmp_path: Path
 ) -> None:
     template = tmp_path / "t.jinja"
-    template.write_text(models.CHATML)
+    template.write_text(tiny_models.CHATML)
     other = write("other.jsonl", pool_rows[:5])
     data = {"template": str(template), "pool": [str(files["pool"]), str(other)]}
     given = (base, files["pool"], {"t": files["t"]})
@@ -461,7 +461,7 @@ def test_template_and_order_of_files_count(
     swapped = data | {"pool": [str(other), str(files["pool"]), str(other)]}
     with pytest.raises(RunError, match=r"the stage 'coordinates' .*data/pool: files.1 "):
         run(configure(*given, data=swapped, warmup=warmup), tmp_path / "run")
-    template.write_text(models.CHATML + " ")
+    template.write_text(tiny_models.CHATML + " ")
     with pytest.raises(RunError, match=r"data/pool: template_hash was"):
         run(configure(*given, data=data, warmup=warmup), tmp_path / "run")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from gradsift.config import Config
 from gradsift.data.stages import data_sets, encode_sets
 from gradsift.errors import DataError, translate_os_errors
-from gradsift.executors.base import choose_executor
+from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.report.write import leave_report
@@ -149,7 +149,7 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
     Raises:
         DataError: If one has no usable row, or any unusable one under `strict`.
     """
-    from gradsift.models.files import load_encoder
+    from gradsift.models.loading import load_encoder
 
     config = stages.inputs.config
     load, columns = partial(load_encoder, config.model, config.data), config.data.columns

@@ -78,8 +78,8 @@ class Section(BaseModel):
         try:
             built = cls.model_validate(values)
         except ValidationError as error:
-            told = (_explain(dict(item), cls) for item in error.errors())
-            raise ConfigError("\n".join(told)) from None
+            problems = (_explain(dict(item), cls) for item in error.errors())
+            raise ConfigError("\n".join(problems)) from None
         if "\0" in built.model_dump_json().replace("\\u0000", "\0"):
             raise ConfigError("a setting has a NUL character in it, which no name or path can have")
         return built

@@ -1,6 +1,7 @@
-"""Comes in: the words of the command line. Goes out: messages, a run folder, an exit code.
+"""The command line: one file for each verb, and the exit codes.
 
-May import: everything beneath.
+In: the words of the command line. Out: messages, a run folder, an exit code.
+May import: everything.
 """
 
 from gradsift.cli.app import main

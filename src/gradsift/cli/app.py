@@ -49,7 +49,7 @@ def _print_version(
 def main() -> None:
     """Run the command line, with one line for a fault that the user can mend."""
     from gradsift.errors import GradsiftError, translate_os_errors, visible
-    from gradsift.executors.base import set_environment
+    from gradsift.executors.environment import set_environment
     from gradsift.executors.torchrun import launched_processes
 
     set_environment()

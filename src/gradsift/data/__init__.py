@@ -1,1 +1,14 @@
-"""."""
+"""Pool and target files: found, read, understood, encoded once, and compared with each other.
+
+In: paths, Hub ids and settings. Out: encoded examples (tokens, masks, raw bytes), rejected rows,
+duplicates.
+May import: `runs`, `executors`.
+"""
+
+PUBLIC = {
+    "conversations": ("as_text", "text_of"),
+    "duplicates": ("DuplicateFinder", "Refusal", "Texts", "texts_of"),
+    "encoded": ("EncodedSet",),
+    "encoding": ("Encoded", "Encoder"),
+    "stages": ("data_sets", "encode_sets", "encoding_stages"),
+}

@@ -221,14 +221,14 @@ def _candidates(
                 if schema is None:
                     found = shorten(", ".join(row.value))
                     lacking = [c for c in columns.values() if c not in row.value]
-                    told = f"; no column {', '.join(lacking)} as mapped" if lacking else ""
+                    hint = f"; no column {', '.join(lacking)} as mapped" if lacking else ""
                     raise DataError(
                         f"{row.file}:{row.line}: no known schema; expected {EXPECTED}; "
-                        f"found the columns {found or '(none)'}{told}"
+                        f"found the columns {found or '(none)'}{hint}"
                     )
                 lacking = [c for c in columns.values() if c not in row.value]
-                told = f" (no column {', '.join(lacking)} as mapped)" if lacking else ""
-                logger.info("%s: %s%s", source.name, schema, told)
+                hint = f" (no column {', '.join(lacking)} as mapped)" if lacking else ""
+                logger.info("%s: %s%s", source.name, schema, hint)
             fields = rename(row.value, columns)
             try:
                 messages, tools = to_messages(fields, schema), to_tools(fields)

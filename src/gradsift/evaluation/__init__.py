@@ -1,1 +1,11 @@
-"""."""
+"""Does it work for me? The same fine-tuning on what each method picks, against random picks.
+
+In: a run and held-out examples. Out: tables, verdicts, and exhibits for the report.
+May import: `pipeline` and what is beneath it, but no pool pass.
+"""
+
+PUBLIC = {
+    "config": ("EvaluationConfig",),
+    "evaluate": ("evaluate", "run_evaluation"),
+    "results": ("Evaluation", "interval", "plus_minus"),
+}

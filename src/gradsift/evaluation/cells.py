@@ -26,12 +26,12 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import NumericsError
 from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
-from gradsift.executors.base import decided_by_first, is_first
+from gradsift.executors.processes import decided_by_first, is_first
 from gradsift.methods.job import Job
-from gradsift.pool.shards import hash_tensors
 from gradsift.progress import track
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
+from gradsift.runs.hashing import hash_tensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -133,7 +133,7 @@ def _stages_by_method(config: Config, settings: EvaluationConfig) -> dict[str, R
 
 def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
     """Return the held-out examples of every target, encoded now or before."""
-    from gradsift.models.files import load_encoder
+    from gradsift.models.loading import load_encoder
 
     config = job.config
     specs = {layout.test_set(name): sources for name, sources in settings.tests.items()}

@@ -82,14 +82,14 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         named = {v: [r.method for r in own if r.verdict == v] for v in ("better", "worse")}
         beaten = [m for m in named["better"] if m != "base"]
         worse = [m for m in named["worse"] if m != "base"]
-        told = f"{_listed(beaten)} beat{'s' * (len(beaten) == 1)} random"
+        sentence = f"{_listed(beaten)} beat{'s' * (len(beaten) == 1)} random"
         if not beaten:
-            told = "nothing beats random beyond the noise"
+            sentence = "nothing beats random beyond the noise"
         if worse:
-            told += f"; {_listed(worse)} {'is' if len(worse) == 1 else 'are'} worse"
+            sentence += f"; {_listed(worse)} {'is' if len(worse) == 1 else 'are'} worse"
         if "base" in named["better"]:
-            told += "; not fine-tuning at all is better than random"
-        result.append(f"{target}, {budget}: {told}.")
+            sentence += "; not fine-tuning at all is better than random"
+        result.append(f"{target}, {budget}: {sentence}.")
     return result
 
 

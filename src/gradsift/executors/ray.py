@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import ConfigError, GradsiftError, RunError
-from gradsift.executors.base import ENVIRONMENT, set_environment
+from gradsift.executors.environment import ENVIRONMENT, set_environment
 from gradsift.progress import VisibleFormatter
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,10 @@ class RayCluster:
 
         share, count = self._connect(self.workers)
         if len(tasks) < (self.workers or count):
-            told = "%d shards to do for %d workers; a smaller engine.shard_size keeps all at work"
-            logger.warning(told, len(tasks), self.workers or count)
+            message = (
+                "%d shards to do for %d workers; a smaller engine.shard_size keeps all at work"
+            )
+            logger.warning(message, len(tasks), self.workers or count)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress and log are our own
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -151,7 +153,7 @@ class RayCluster:
         try:
             _raise({"failure": trainer.fit().return_value})
         except TrainingFailedError as error:
-            _raise({"failure": _told(error)})
+            _raise({"failure": _user_error(error)})
             raise RunError(f"the training failed on the cluster: {error}") from error
 
     def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
@@ -177,8 +179,8 @@ class RayCluster:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise _unreachable(self.address, error) from error
             nodes, of_all = ray.nodes(), ray.cluster_resources()
-            told = (len(nodes), of_all.get("CPU", 0), of_all.get("GPU", 0))
-            logger.info("Ray: %d machines, %g CPUs, %g GPUs", *told)
+            cpus, gpus = of_all.get("CPU", 0), of_all.get("GPU", 0)
+            logger.info("Ray: %d machines, %g CPUs, %g GPUs", len(nodes), cpus, gpus)
         while not (found := _able_machines()):
             logger.info("waiting for a machine of the Ray cluster that has CPUs")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -259,7 +261,7 @@ def _train_loop(config: dict[str, Any]) -> str | None:
     return failure
 
 
-def _told(error: Any) -> str | None:
+def _user_error(error: Any) -> str | None:
     """Return what a user can mend, if that is what ended a training."""
     for found in getattr(error, "worker_failures", {}).values():
         cause = getattr(found, "cause", found)

@@ -1,6 +1,6 @@
-"""The processes that `torchrun` or `accelerate launch` began, which lend the first one a hand.
+"""The processes that `torchrun` or `accelerate launch` started.
 
-The first process runs the command. The others wait for what it sends them: their share of the
+The first (rank 0) runs the command. The others wait for what it sends them: their share of the
 tasks, or a training to take part in.
 """
 
@@ -23,7 +23,7 @@ class Torchrun:
     """All processes of a launch, of which this is the first."""
 
     def map(self, open_worker: Callable[[], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-        """Do every n-th task here, n being the number of processes, and the others over there."""
+        """Do every n-th task in this process, of n processes; the others do theirs."""
         _send(partial(_share, open_worker, tasks))
         yield from open_worker()(_own(tasks))
         yield from _gather(tasks)
@@ -40,9 +40,10 @@ class Torchrun:
 
 @contextmanager
 def launched_processes() -> Iterator[bool]:
-    """Yield whether this process runs the command; one that lends a hand has done so already.
+    """Yield whether this process is to run the command.
 
-    Without a launcher, every process runs its own.
+    Of those that a launcher started, the first is; each of the others works for it until it ends,
+    and yields after that. Without a launcher, every process runs its own command.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True

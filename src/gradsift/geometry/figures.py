@@ -75,9 +75,9 @@ def _angles(places: Mapping[str, Any]) -> Exhibit:
     for number, (label, place) in enumerate(places.items()):
         angles, line = place["hessian"]["angles"], {"line_color": colour(number)}
         ranks = [angle["rank"] for angle in angles]
-        for key, told, dash in (("largest_sine", "largest", "solid"), ("rms_sine", "rms", "dot")):
+        for key, kind, dash in (("largest_sine", "largest", "solid"), ("rms_sine", "rms", "dot")):
             y = [angle[key] for angle in angles]
-            figure.add_scatter(x=ranks, y=y, name=f"{label}, {told}", line_dash=dash, **line)
+            figure.add_scatter(x=ranks, y=y, name=f"{label}, {kind}", line_dash=dash, **line)
         for angle in angles:
             numbers = [str(angle["rank"]), str(angle["eigenvectors"])]
             rows.append(
@@ -113,13 +113,13 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
     figure.update_xaxes(automargin=True, tickfont_size=9)
     figure.update_layout(height=460)
     drawn = f"; the first {_LAYERS} of {len(layers)} are drawn" if len(layers) > _LAYERS else ""
-    told = {name: _plus_minus(coupling[name]) for name in ("off_diagonal", "cross")}
+    share = {name: _plus_minus(coupling[name]) for name in ("off_diagonal", "cross")}
     text = (
-        f"No diagonal matrix holds {told['off_diagonal']} of the Hessian's squared Frobenius norm: "
-        "the best diagonal D leaves ‖H − D‖² of that size, so that much of the curvature a "
+        f"No diagonal matrix holds {share['off_diagonal']} of the Hessian's squared Frobenius "
+        "norm: the best diagonal D leaves ‖H − D‖² of that size, so that much of the curvature a "
         "diagonal preconditioner such as Adam's cannot hold, whatever its entries (in axes turned "
         "at random nearly any matrix of this size would be as far from a diagonal). "
-        f"{told['cross']} of the norm lies between A and B of the same layer (in the figure: of "
+        f"{share['cross']} of the norm lies between A and B of the same layer (in the figure: of "
         f"each layer's own part{drawn}), "
         f"{_plus_minus(coupling['between_layers'])} between different layers. Random probes, over "
         f"{coupling['num_examples']} target examples; ± is the standard error."

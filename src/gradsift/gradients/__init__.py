@@ -1,1 +1,26 @@
-"""."""
+"""Per-example gradients of LoRA weights, and everything that is computed from them.
+
+In: a model with its adapter, and encoded examples. Out: Gram matrices, subspaces, bases,
+coordinates, products with the Hessian.
+May import: `models` and what is beneath it.
+"""
+
+PUBLIC = {
+    "basis": ("Basis", "fitting_basis"),
+    "batch_size": ("find_batch_tokens", "probe", "start_tokens", "within_memory"),
+    "distinct": ("distinct_examples", "merge_rows"),
+    "gram": ("fitting_gram", "row_bytes"),
+    "hessian": ("Hessian", "entries", "leading_eigenpairs", "measure_coupling", "sines"),
+    "memory": ("memory_budget",),
+    "per_example": ("blocks", "gradient_rows"),
+    "projection": ("project",),
+    "random_projection": ("Projection",),
+    "subspace": (
+        "Subspace",
+        "describe",
+        "fit_subspace",
+        "load_gram",
+        "load_subspace",
+        "save_subspace",
+    ),
+}

@@ -85,12 +85,13 @@ def within_memory(
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise
-            told = str(error).partition("\n")[0]
+            cause = str(error).partition("\n")[0]
         clear_device_cache(garbage_collection=True)
         if max_tokens < 2 * lengths.min():
             raise ModelError(
                 f"out of memory with one example per batch, the longest of {lengths.max()} tokens; "
-                f"lower data.max_length, lora.rank or engine.memory, or quantize the model ({told})"
+                f"lower data.max_length, lora.rank or engine.memory, or quantize the model "
+                f"({cause})"
             )
         max_tokens //= 2
         logger.warning("out of memory; going on with batches of %d tokens", max_tokens)

@@ -6,8 +6,8 @@ For `h = x Aᵀ` and `y = h Bᵀ`, the gradient of one example is a sum over its
 
 with a', b' the gradients that reach the outputs of A and B (Goodfellow, 2015, arXiv 1510.01799).
 Both are at hand while the backward pass is at that layer, so each gradient is formed there in the
-model's precision, handed on (what follows is float32 or better) and forgotten: no weight gradient
-and no whole row is ever formed.
+model's precision, given to the caller's function (what follows is float32 or better) and forgotten:
+no weight gradient and no whole row is ever formed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def blocks(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def gradient_scale(model: nn.Module) -> float:
-    """Return by what gradients are too large when they are handed on: 1, but in float16.
+    """Return the factor by which gradients are too large at first: 1, but in float16.
 
     Small ones would vanish there on their way back, so it is taken out of what is made of them.
     """
@@ -101,7 +101,7 @@ class PerExampleGradients:
         self._handles = []
 
     def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " example"]:
-        """Return the losses of the batch, having handed on every block's gradients."""
+        """Return the losses of the batch, having given every block's gradients to `consume`."""
         assert self._handles, "use it as a context manager"
         self._batch, self._consume = batch, consume
         self._seen.clear()

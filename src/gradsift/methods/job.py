@@ -14,7 +14,9 @@ from gradsift.config import Config
 from gradsift.data.conversations import text_of
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ModelError
-from gradsift.executors.base import Executor, choose_executor, is_first
+from gradsift.executors.base import Executor
+from gradsift.executors.choice import choose_executor
+from gradsift.executors.processes import is_first
 from gradsift.models.checkpoints import read_checkpoints
 from gradsift.models.identity import identity
 from gradsift.pool.pool_pass import PoolPass

@@ -1,1 +1,28 @@
-"""."""
+"""Base models with LoRA adapters: checked, loaded, trained and run forward.
+
+In: settings and encoded examples. Out: models, adapters, checkpoints, losses.
+May import: `data` and what is beneath it.
+"""
+
+PUBLIC = {
+    "adapters": ("load_adapter", "save_adapter"),
+    "batches": (
+        "Batch",
+        "MAX_EXAMPLES",
+        "ahead",
+        "lay_out",
+        "lengths_of",
+        "plan_batches",
+        "to_device",
+    ),
+    "cache": ("Models",),
+    "checkpoints": ("read_checkpoints",),
+    "files": ("load_tokenizer", "refuse_pickled_weights", "translate_load_errors"),
+    "forward": ("run_forward",),
+    "identity": ("identity",),
+    "loading": ("load_base", "load_encoder", "resolve_device"),
+    "lora": ("LoraPair", "attach_lora", "lora_pairs"),
+    "losses": ("label_logits", "token_losses"),
+    "training": ("steps_per_epoch", "train"),
+    "warmup": ("warm_up",),
+}

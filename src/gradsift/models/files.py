@@ -6,24 +6,19 @@ pickled weights are not read.
 
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer
 
-from gradsift.config import DataConfig, ModelConfig
-from gradsift.data.encoding import Encoder
+from gradsift.config import ModelConfig
 from gradsift.errors import GradsiftError, ModelError, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -136,21 +131,3 @@ def config_of(config: ModelConfig) -> PreTrainedConfig:
         raise ModelError(f"cannot load the model {config.name!r}: the folder has no config.json")
     with translate_load_errors(f"the model {config.name!r}"):
         return AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
-
-
-def load_encoder(model: ModelConfig, data: DataConfig) -> Encoder:
-    """Return the encoder of a model, that cuts examples to what data and model allow.
-
-    Raises:
-        ModelError: If there is no such device, configuration or tokenizer.
-    """
-    from gradsift.models.loading import resolve_device
-
-    resolve_device(model)  # before the work, not after it
-    sizes, length = known_sizes(model), data.max_length
-    if sizes.positions is not None and sizes.positions < length:
-        length = sizes.positions
-        logger.info("examples are cut to the model's %d positions", length)
-    tokenizer = load_tokenizer(model)
-    with translate_load_errors(f"the tokenizer of {model.name!r}"):
-        return Encoder(tokenizer, length, data.template, sizes.embeddings)

@@ -11,12 +11,21 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gradsift.config import ModelConfig
+from gradsift.config import DataConfig, ModelConfig
+from gradsift.data.encoding import Encoder
 from gradsift.errors import ModelError, shorten
-from gradsift.models.files import check_model_files, config_of, translate_load_errors
+from gradsift.models.files import (
+    check_model_files,
+    config_of,
+    known_sizes,
+    load_tokenizer,
+    translate_load_errors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
 
@@ -44,6 +53,22 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
+
+
+def load_encoder(model: ModelConfig, data: DataConfig) -> Encoder:
+    """Return the encoder of a model, that cuts examples to what data and model allow.
+
+    Raises:
+        ModelError: If there is no such device, configuration or tokenizer.
+    """
+    resolve_device(model)  # before the work, not after it
+    sizes, length = known_sizes(model), data.max_length
+    if sizes.positions is not None and sizes.positions < length:
+        length = sizes.positions
+        logger.info("examples are cut to the model's %d positions", length)
+    tokenizer = load_tokenizer(model)
+    with translate_load_errors(f"the tokenizer of {model.name!r}"):
+        return Encoder(tokenizer, length, data.template, sizes.embeddings)
 
 
 def load_base(config: ModelConfig) -> PreTrainedModel:

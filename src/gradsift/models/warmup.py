@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from gradsift.config import LoraConfig, WarmupConfig
 from gradsift.data.encoded import EncodedSet
-from gradsift.executors.base import is_first
+from gradsift.executors.processes import is_first
 from gradsift.models.adapters import save_adapter
 from gradsift.models.cache import Models
 from gradsift.models.checkpoints import write_checkpoints
 from gradsift.models.training import optimizer_state, steps_per_epoch, train
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.layout import OPTIMIZER_STATE, TRAINING_LOG
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def warm_up(
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / "adapter"
         save_adapter(models.at(given), kept)
-        if (given / OPTIMIZER_STATE).exists():
-            shutil.copyfile(given / OPTIMIZER_STATE, kept / OPTIMIZER_STATE)
+        if (given / layout.OPTIMIZER_STATE).exists():
+            shutil.copyfile(given / layout.OPTIMIZER_STATE, kept / layout.OPTIMIZER_STATE)
         write_checkpoints(directory, {"adapter": 1.0})
         return
     with models.fresh(lora, warmup.seed) as model:
@@ -66,7 +66,7 @@ def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: 
         folder = directory / f"epoch-{epoch}"
         save_adapter(model, folder)
         if warmup.keep_optimizer:
-            save_file(optimizer_state(model, optimizer), folder / OPTIMIZER_STATE)
+            save_file(optimizer_state(model, optimizer), folder / layout.OPTIMIZER_STATE)
         rates[folder.name] = mean_rate
 
     steps = steps_per_epoch(count, warmup) * warmup.epochs
@@ -75,5 +75,5 @@ def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: 
     log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
     if not is_first():
         return
-    write_atomically(directory / TRAINING_LOG, json.dumps(log, indent=1).encode())
+    write_atomically(directory / layout.TRAINING_LOG, json.dumps(log, indent=1).encode())
     write_checkpoints(directory, rates)

@@ -1,1 +1,14 @@
-"""."""
+"""Passes over the whole pool: shard by shard, by all workers, stored and read back.
+
+In: the encoded pool, and what to measure of some examples. Out: tensors with a row per pool
+example.
+May import: `gradients` and what is beneath it.
+"""
+
+PUBLIC = {
+    "coordinates": ("coordinates_of", "prepare_projection"),
+    "examples": ("Measure", "Prepare", "check_finite", "measure_examples", "not_finite"),
+    "hidden_states": ("prepare_forward",),
+    "pool_pass": ("PoolPass",),
+    "shards": ("StoredTensor", "save_shard"),
+}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.hashing import HASH_THREADS
+from gradsift.runs.hashing import HASH_THREADS, hash_tensors
 
 logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
@@ -56,9 +54,9 @@ def save_shard(
 ) -> None:
     """Write what was found of a shard's examples, a row for each, atomically and with its hash."""
     whole = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    told = dict(facts or {})
+    beside = dict(facts or {})
     # in one entry: safetensors writes several in no fixed order
-    metadata = {_ENTRY: json.dumps(told | {_HASH: _hash(shard, whole, told)})}
+    metadata = {_ENTRY: json.dumps(beside | {_HASH: _hash(shard, whole, beside)})}
     write_atomically(shard.path, lambda path: save_file(whole, path, metadata))
 
 
@@ -97,7 +95,7 @@ def damaged_shards(shards: Sequence[Shard], intact: set[Path]) -> dict[Shard, st
 def missing_shards(
     shards: Sequence[Shard], intact: set[Path], remove: Callable[[Path], object]
 ) -> list[Shard]:
-    """Return the shards that are still to do; `remove` is told of damaged ones, which count."""
+    """Return the shards that are still to do; for damaged ones, `remove` is called."""
     for shard, damage in damaged_shards(shards, intact).items():
         logger.warning("%s is damaged and is measured again: %s", shard.path, damage)
         remove(shard.path)
@@ -107,16 +105,6 @@ def missing_shards(
 def _hash(shard: Shard, tensors: Mapping[str, np.ndarray], facts: Mapping[str, int]) -> str:
     """Return a hash of a shard's content, the rows that it is about, and what it was made from."""
     return hash_tensors(tensors, [shard.start, shard.stop, shard.key, facts])
-
-
-def hash_tensors(tensors: Mapping[str, np.ndarray], about: Any) -> str:
-    """Return the SHA-256 of some tensors, and of what they are about."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        values = tensors[name]
-        digest.update(f"{name} {values.dtype} {values.shape}".encode())
-        digest.update(values.data if values.size else b"")
-    return digest.hexdigest()
 
 
 class StoredTensor:

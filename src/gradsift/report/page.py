@@ -28,7 +28,7 @@ def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _told_bytes, "seconds": _told_seconds, "json": _embedded}
+    environment.filters |= {"bytes": _format_bytes, "seconds": _format_duration, "json": _embedded}
     return environment.get_template("page.html").render(
         overview=overview,
         pages=pages,
@@ -95,7 +95,7 @@ def _embedded(value: Any) -> Markup:
     return Markup(text)
 
 
-def _told_bytes(number: int) -> str:
+def _format_bytes(number: int) -> str:
     for unit in ("bytes", "KB", "MB", "GB"):
         if number < 1000 or unit == "GB":
             return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
@@ -103,10 +103,10 @@ def _told_bytes(number: int) -> str:
     raise AssertionError
 
 
-def _told_seconds(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """Return a duration in words.
 
-    >>> _told_seconds(3725.0)
+    >>> _format_duration(3725.0)
     '1 h 2 min'
     """
     if seconds < 60:

@@ -1,1 +1,16 @@
-"""."""
+"""The run folder: stages that are done once, atomic files, copies on other file systems.
+
+In: stages with all that they depend on. Out: whether each is still to do, and a manifest when it is
+done.
+May import: settings and errors alone.
+"""
+
+PUBLIC = {
+    "atomic": ("room_for", "write_atomically"),
+    "folder": ("Run",),
+    "hashing": ("HASH_THREADS", "hash_tensors"),
+    "layout": ("*",),
+    "opening": ("local_folder", "open_run", "read_config"),
+    "provenance": ("peak_memory",),
+    "stage": ("Stage",),
+}

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gradsift.errors import RunError, is_disk_full
-from gradsift.runs.layout import PARTIAL
+from gradsift.runs import layout
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> None:
@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> N
         RunError: If the disk is full.
     """
     # of its own: another machine may be writing the same, in place of one that seemed dead
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{layout.PARTIAL}")
     try:
         with room_for(path):
             if callable(content):

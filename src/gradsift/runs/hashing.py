@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 HASH_THREADS = min(8, os.cpu_count() or 1)
 
@@ -34,3 +37,13 @@ def sync_and_hash(path: Path) -> str:
         finally:
             os.close(descriptor)
     return hash_file(path)
+
+
+def hash_tensors(tensors: Mapping[str, np.ndarray], about: Any) -> str:
+    """Return the SHA-256 of some tensors, and of what they are about."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name]
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(values.data if values.size else b"")
+    return digest.hexdigest()

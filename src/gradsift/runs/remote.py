@@ -195,8 +195,8 @@ class RemoteFolder:
     def lock(self) -> Iterator[str | None]:
         """Keep every other machine out for as long as this lasts; it is held by signs of life.
 
-        The caller keeps other processes of this machine away from the copy. Yields what is to be
-        told, if a dead owner was replaced.
+        The caller keeps other processes of this machine away from the copy. Yields a message
+        if a dead owner was replaced.
 
         Raises:
             BusyError: If another machine has it.
@@ -204,7 +204,7 @@ class RemoteFolder:
         me = {"host": platform.node(), "copy": str(self.path), "process": os.getpid()}
         me["token"] = uuid.uuid4().hex
         where = f"{self._root}/{_LOCK}"
-        told = None
+        message = None
         if not self._whole_at_once:
             self._try(self._files.makedirs, self._root, exist_ok=True)
         while not self._claim(where, me):
@@ -219,13 +219,13 @@ class RemoteFolder:
                     f"sign of life {max(silent, 0):.0f} s ago); wait for it to end (or, if it "
                     f"died, {LEASE:.0f} s) or use another --output-dir"
                 )
-            told = f"the process that had {self.url} is gone; going on in its place"
+            message = f"the process that had {self.url} is gone; going on in its place"
             self._try(self._files.rm, where)
         stop = threading.Event()
         thread = threading.Thread(target=self._beat, args=(where, me, stop), daemon=True)
         thread.start()
         try:
-            yield told
+            yield message
         finally:
             stop.set()
             thread.join()
@@ -271,13 +271,13 @@ class RemoteFolder:
                     content = json.dumps(me | {"at": last}).encode()
                     self._try(self._files.pipe_file, where, content)
                     continue
-                told = "another process has taken it over"
+                reason = "another process has taken it over"
             except (RunError, ValueError) as error:
-                told = f"no sign of life could be given ({error})"
+                reason = f"no sign of life could be given ({error})"
                 if time.time() - last < LEASE:
-                    logger.warning("%s: %s; trying again", self.url, told)
+                    logger.warning("%s: %s; trying again", self.url, reason)
                     continue
-            logger.error("%s: %s; this process stops: what is finished is kept", self.url, told)
+            logger.error("%s: %s; this process stops: what is finished is kept", self.url, reason)
             os._exit(1)
 
 

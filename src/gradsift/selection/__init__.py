@@ -1,1 +1,26 @@
-"""."""
+"""From scores to picks, why each was picked, and how sure the choice is.
+
+In: a `Job` and the scores of its method. Out: tables of scores, picks, refusals, explanations.
+May import: `methods` and what is beneath it.
+"""
+
+PUBLIC = {
+    "directions": ("leading_directions", "read_spectra"),
+    "explanation": ("Explanation", "explain"),
+    "export": ("export_picks",),
+    "picks": ("Selection", "candidates", "read_selection", "write_selection"),
+    "policies": ("Candidates", "check_policy", "pick"),
+    "score_table": ("describe_rows", "read_scores", "read_table", "scores_of", "write_scores"),
+    "source_shares": ("SourceShare", "source_shares"),
+    "stability": (
+        "Change",
+        "Noise",
+        "can_double",
+        "changes",
+        "doubled",
+        "measure_sample",
+        "noise_at_cut",
+        "sampling_stage",
+    ),
+    "stages": ("RunStages", "tokenizer_settings"),
+}

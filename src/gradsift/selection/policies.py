@@ -52,13 +52,13 @@ def pick(
     Raises:
         ConfigError: If the budget is more than the pool, or too small for a single example.
     """
-    purse = _Purse.of(policy, pool.sources, pool.num_tokens)
+    limits = _Limits.of(policy, pool.sources, pool.num_tokens)
     orders = [np.argsort(-column, kind="stable") for column in rankings.T]
     orders = [order[np.isfinite(rankings[order, j])] for j, order in enumerate(orders)]
     positions = [0] * len(orders)
 
     def upcoming() -> list[int]:
-        share = (1024 + int(1.1 * purse.examples_left)) // len(orders) + 1
+        share = (1024 + int(1.1 * limits.examples_left)) // len(orders) + 1
         return sorted(
             {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
         )
@@ -70,12 +70,12 @@ def pick(
     def pick_from(ranking: int) -> bool:
         for row in map(int, orders[ranking][positions[ranking] :]):
             if row not in picked and row not in refused:
-                refusal = purse.refuses(row) or repeats.refuses(row)
-                if refusal is None and not purse.can_pay(row):
+                refusal = limits.refuses(row) or repeats.refuses(row)
+                if refusal is None and not limits.can_pay(row):
                     return False
                 if refusal is None:
                     picked[row] = ranking
-                    purse.pay(row)
+                    limits.pay(row)
                     repeats.remember(row)
                     return True
                 refused[row] = refusal
@@ -84,7 +84,7 @@ def pick(
 
     while sum(map(pick_from, range(len(orders)))):
         pass
-    shortfall = purse.shortfall(Counter(r.reason for r in refused.values()))
+    shortfall = limits.shortfall(Counter(r.reason for r in refused.values()))
     if not picked:
         raise ConfigError(f"nothing can be picked within a budget of {policy.budget}: {shortfall}")
     return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
@@ -99,8 +99,8 @@ def check_policy(
         ConfigError: If the budget is more than the pool, a capped source is not in it, or a cap
             does not leave room for one example.
     """
-    purse = _Purse.of(policy, sources, num_tokens)
-    for source, cap in purse.caps.items():
+    limits = _Limits.of(policy, sources, num_tokens)
+    for source, cap in limits.caps.items():
         if cap < 1:
             raise ConfigError(
                 f"policy.source_cap leaves {source!r} nothing of a budget of {policy.budget}; "
@@ -109,7 +109,7 @@ def check_policy(
 
 
 @dataclass
-class _Purse:
+class _Limits:
     """The budget and the caps on sources, in examples or tokens, as they are spent."""
 
     policy: PolicyConfig
@@ -124,7 +124,7 @@ class _Purse:
     @classmethod
     def of(
         cls, policy: PolicyConfig, sources: pa.Array, num_tokens: Int[np.ndarray, " example"]
-    ) -> _Purse:
+    ) -> _Limits:
         budget = Budget.parse(policy.budget)
         size, unit = len(num_tokens), "examples"
         if budget.unit == "tok":
@@ -185,5 +185,5 @@ class _Purse:
         if self.closed or self.spent == self.limit:
             return None
         unit = "tokens" if self.in_tokens else "examples"
-        told = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
-        return f"{self.spent} of {self.limit} {unit} picked, the rest was refused ({told})"
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in refusals.most_common())
+        return f"{self.spent} of {self.limit} {unit} picked, the rest was refused ({reasons})"

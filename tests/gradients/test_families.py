@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
 import reference
+import tiny_models
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import PerExampleGradients
 from gradsift.models.batches import Batch
@@ -38,7 +38,7 @@ CASES = [
 def adapted(
     family: str, attention: str, targets: str = "attention", dtype: torch.dtype = torch.float32
 ) -> peft.PeftModel:
-    model = models.adapted(family, targets=targets, dtype=dtype)
+    model = tiny_models.adapted(family, targets=targets, dtype=dtype)
     base = model.get_base_model()
     base.set_attn_implementation(attention)
     if family == EXPERTS and dtype == torch.float64:  # the default, grouped_mm, stops at float32
@@ -72,7 +72,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("family", "attention", "targets"), CASES)
 def test_rows_and_losses_equal_the_plain_loop(family: str, attention: str, targets: str) -> None:
-    examples = models.examples(6, seed=4)
+    examples = tiny_models.examples(6, seed=4)
     assert max(len(example.input_ids) for example in examples) > 3 * 8  # windows are of 8 tokens
     plain = adapted(family, attention, targets, torch.float64)
     expected = reference.gradient_rows(plain, examples)
@@ -110,7 +110,7 @@ def test_tokens_go_to_the_experts_they_go_to_alone() -> None:
 
 
 def test_caps_on_attention_scores_are_never_dropped() -> None:
-    model, ids = models.build("gemma2"), torch.arange(3, 40)[None]
+    model, ids = tiny_models.build("gemma2"), torch.arange(3, 40)[None]
     assert model.config._attn_implementation == "eager"  # transformers' own choice
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         model.set_attn_implementation("sdpa")
@@ -124,6 +124,6 @@ def short_and_long() -> tuple[Encoded, Encoded]:
     rng = np.random.default_rng(8)
     made = []
     for length in (9, 60):
-        ids = rng.integers(3, models.VOCABULARY, size=length).astype(np.int32)
+        ids = rng.integers(3, tiny_models.VOCABULARY, size=length).astype(np.int32)
         made.append(Encoded(ids, np.arange(length) >= length - 4))
     return made[0], made[1]

@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 
-import models
 import reference
+import tiny_models
 from gradsift.config import LoraConfig, ModelConfig, WarmupConfig
 from gradsift.errors import ModelError
 from gradsift.gradients.per_example import PerExampleGradients, blocks
@@ -22,7 +22,7 @@ from gradsift.models.training import train
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    models.build("llama").save_pretrained(str(tmp_path / "base"))
+    tiny_models.build("llama").save_pretrained(str(tmp_path / "base"))
     return tmp_path / "base"
 
 
@@ -53,7 +53,7 @@ def adapted(path: Path, quantization: str, targets: str = "all-linear") -> peft.
 def test_gradients_equal_the_plain_loop_on_the_same_model(
     saved: Path, quantization: str, tolerance: float, targets: str
 ) -> None:
-    examples, found = models.examples(12, seed=3), {}
+    examples, found = tiny_models.examples(12, seed=3), {}
     model = adapted(saved, quantization, targets).requires_grad_(False).eval()
     run_forward(model, examples, 100)  # a pass without gradients must change nothing
     with PerExampleGradients(model) as gradients:
@@ -72,7 +72,7 @@ def test_gradients_equal_the_plain_loop_on_the_same_model(
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_the_warm_up_trains_on_a_quantized_base(saved: Path, quantization: str) -> None:
     warmup = WarmupConfig(epochs=4, batch_size=8, micro_batch_size=4, learning_rate=1e-2)
-    log = train(adapted(saved, quantization), models.examples(16), warmup, steps=2, seed=0)
+    log = train(adapted(saved, quantization), tiny_models.examples(16), warmup, steps=2, seed=0)
     assert log[-1]["loss"] < log[0]["loss"]
 
 

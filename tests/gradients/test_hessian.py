@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import models
+import tiny_models
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
 from gradsift.gradients.per_example import blocks
 from gradsift.models.lora import lora_pairs
 
-EXAMPLES = models.examples(5, longest=12)
+EXAMPLES = tiny_models.examples(5, longest=12)
 WEIGHTS = np.array([0.4, 0.1, 0.2, 0.2, 0.1])
 
 
@@ -39,7 +39,7 @@ def full_hessian(
 
 @pytest.fixture(scope="module")
 def truth() -> tuple[Hessian, Tensor]:
-    model = models.adapted("llama", dtype=torch.float64, rank=2)
+    model = tiny_models.adapted("llama", dtype=torch.float64, rank=2)
     matrix = full_hessian(model, EXAMPLES, WEIGHTS)
     model.requires_grad_(False)
     return Hessian(model, EXAMPLES, WEIGHTS, max_tokens=30), matrix
@@ -123,7 +123,7 @@ def test_entries_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> 
     rows += [b.start, (b.start + b.stop - 1) // 2, b.stop - 1]
     np.testing.assert_allclose(found, matrix.numpy()[np.ix_(rows, rows)], rtol=1e-4, atol=1e-6)
     assert labels[0] == "A[0,0]"
-    shape = blocks(models.adapted("llama", rank=2))[f"{layer}.B"]
+    shape = blocks(tiny_models.adapted("llama", rank=2))[f"{layer}.B"]
     assert labels[-1] == f"B[{shape[0] - 1},{shape[1] - 1}]"
 
 

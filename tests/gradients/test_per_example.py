@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import models
 import reference
+import tiny_models
 from gradsift.gradients.basis import build_basis
 from gradsift.gradients.gram import gram_matrix
 from gradsift.gradients.per_example import PerExampleGradients, blocks
@@ -33,13 +33,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("family", "tied", "targets"), CASES)
 def test_coordinates_and_scores_equal_the_plain_loop(family: str, tied: bool, targets: str) -> None:
     # seeds without nearly equal singular values: there coordinates turn, though no score does
-    target, pool = models.examples(20, seed=3), models.examples(60, seed=2)
-    plain = models.adapted(family, tied, targets, torch.float64)
+    target, pool = tiny_models.examples(20, seed=3), tiny_models.examples(60, seed=2)
+    plain = tiny_models.adapted(family, tied, targets, torch.float64)
     target_rows = reference.gradient_rows(plain, target)
     pool_rows = reference.gradient_rows(plain, pool)
     coordinates, references, scores = reference.select(target_rows, pool_rows)
 
-    model = models.adapted(family, tied, targets)
+    model = tiny_models.adapted(family, tied, targets)
     subspace = fit_subspace(gram_matrix(model, target, max_tokens=150, memory=MEMORY), "auto")
     basis = build_basis(model, [(target, subspace.combination)], max_tokens=150, memory=MEMORY)
     found = project(model, pool, 150, basis)
@@ -73,8 +73,8 @@ def test_losses_and_their_gradient_equal_cross_entropy(monkeypatch: pytest.Monke
 
 
 def test_every_block_is_handed_on_once_and_nothing_is_left_behind() -> None:
-    model = models.adapted("llama", targets="all-linear")
-    batch = Batch.of(models.examples(3), torch.device("cpu"))
+    model = tiny_models.adapted("llama", targets="all-linear")
+    batch = Batch.of(tiny_models.examples(3), torch.device("cpu"))
     seen: list[str] = []
     with PerExampleGradients(model) as gradients:
         gradients(batch, lambda name, gradient: seen.append(name))
@@ -84,7 +84,7 @@ def test_every_block_is_handed_on_once_and_nothing_is_left_behind() -> None:
 
 
 def test_a_batch_holds_what_leads_up_to_the_last_label() -> None:
-    example = models.examples(1)[0]
+    example = tiny_models.examples(1)[0]
     last = int(np.flatnonzero(example.supervised)[-1])
     batch = Batch.of([example], torch.device("cpu"))
     assert batch.input_ids.tolist() == [example.input_ids[:last].tolist()]

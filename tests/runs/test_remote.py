@@ -16,9 +16,9 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift.runs import remote as mirror
 from gradsift.errors import BusyError, RunError
 from gradsift.pipeline import run
+from gradsift.runs import remote
 from gradsift.runs.opening import open_run
 from gradsift.runs.remote import RemoteFolder
 
@@ -143,9 +143,9 @@ def test_a_second_machine_is_refused_until_the_first_is_dead(
     other.communicate()
     with pytest.raises(BusyError, match="is in use by process"), open_run(url):
         pass  # nobody can know yet that it is dead
-    monkeypatch.setattr(mirror, "LEASE", 0.0)
+    monkeypatch.setattr(remote, "LEASE", 0.0)
     with open_run(url) as folder:
-        monkeypatch.setattr(mirror, "LEASE", 60.0)
+        monkeypatch.setattr(remote, "LEASE", 60.0)
         lock = json.loads(stored(url)[".lock.json"])
         assert lock["process"] == os.getpid()
         (folder.path / "log.txt").write_text("x")
@@ -157,7 +157,10 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
     bucket: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"{bucket}/run"
-    code = f"import os; from gradsift.runs.opening import open_run\nwith open_run({url!r}): os._exit(1)"
+    code = (
+        "import os; from gradsift.runs.opening import open_run\n"
+        f"with open_run({url!r}): os._exit(1)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
     assert ".lock.json" in stored(url)
     with caplog.at_level("INFO", "gradsift"), open_run(url):
@@ -166,7 +169,7 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
 
 
 def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "BEAT", 0.05)
+    monkeypatch.setattr(remote, "BEAT", 0.05)
     url = f"{bucket}/run"
     with open_run(url):
         first = json.loads(stored(url)[".lock.json"])
@@ -179,9 +182,9 @@ def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPa
 def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirror, "BEAT", 0.05)
+    monkeypatch.setattr(remote, "BEAT", 0.05)
     ends: list[int] = []
-    monkeypatch.setattr(mirror.os, "_exit", ends.append)
+    monkeypatch.setattr(remote.os, "_exit", ends.append)
     with caplog.at_level("WARNING", "gradsift"), open_run(f"{bucket}/run"):
         first = json.loads(stored(f"{bucket}/run")[".lock.json"])
         with monkeypatch.context() as patch:
@@ -193,7 +196,7 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
         time.sleep(0.5)
         assert json.loads(stored(f"{bucket}/run")[".lock.json"])["at"] > first["at"] + 0.3
         assert "no sign of life could be given (no net); trying again" in caplog.text
-        monkeypatch.setattr(mirror, "LEASE", 0.1)
+        monkeypatch.setattr(remote, "LEASE", 0.1)
         with monkeypatch.context() as patch:
             patch.setattr(
                 RemoteFolder, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net"))

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
 
-import models
+import tiny_models
 from gradsift.config import LoraConfig, ModelConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
@@ -59,7 +59,7 @@ def test_an_adapter_comes_back_as_it_was(base: Path, adapter: Path) -> None:
 def test_what_is_not_plain_lora_is_refused(
     base: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    adapter = models.save_adapter(base, tmp_path / "adapter", **changes)
+    adapter = tiny_models.save_adapter(base, tmp_path / "adapter", **changes)
     with pytest.raises(ModelError, match=message):
         lora_pairs(load_adapter(load_base(on(base)), adapter))
 
@@ -75,12 +75,12 @@ def test_an_adapter_that_is_no_lora_is_refused(base: Path, tmp_path: Path) -> No
 
 
 def test_an_adapter_of_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
-    wider = models.save_base(tmp_path / "wider", hidden_size=64)
+    wider = tiny_models.save_base(tmp_path / "wider", hidden_size=64)
     with pytest.raises(
         ModelError, match=r"belongs to another base model: .*lora_A.* is \[4, 32\] th"
     ):
         load_adapter(load_base(on(wider)), adapter)
-    models.build("gpt2").save_pretrained(str(tmp_path / "gpt2"))
+    tiny_models.build("gpt2").save_pretrained(str(tmp_path / "gpt2"))
     with pytest.raises(ModelError, match=r"does not fit .*gpt2"):
         load_adapter(load_base(on(tmp_path / "gpt2")), adapter)
 
@@ -88,7 +88,7 @@ def test_an_adapter_of_another_base_model_is_refused(adapter: Path, tmp_path: Pa
 def test_a_model_of_another_name_but_equal_shapes_is_told(
     base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load_adapter(load_base(on(models.save_base(tmp_path / "copy"))), adapter)
+    load_adapter(load_base(on(tiny_models.save_base(tmp_path / "copy"))), adapter)
     assert "says it was trained on" in caplog.text
 
 
@@ -104,8 +104,8 @@ def test_half_precision_leaves_rotary_frequencies_alone(base: Path, adapter: Pat
 
 @pytest.mark.parametrize("length", [50, 1500])
 def test_gradients_in_half_precision_point_the_same_way(tmp_path: Path, length: int) -> None:
-    base = models.save_base(tmp_path / "long", max_position_embeddings=2048)
-    adapter = models.save_adapter(base, tmp_path / "adapter")
+    base = tiny_models.save_base(tmp_path / "long", max_position_embeddings=2048)
+    adapter = tiny_models.save_adapter(base, tmp_path / "adapter")
     rng = np.random.default_rng(0)
     supervised = np.arange(length) >= length - 20
     example = Encoded(rng.integers(4, 290, size=length).astype(np.int32), supervised)
@@ -161,7 +161,7 @@ def test_no_adapter_at_all(base: Path, tmp_path: Path) -> None:
     ],
 )
 def test_attention_means_its_projections_alone(family: str, layers: set[str]) -> None:
-    pairs = lora_pairs(attach_lora(models.build(family), LoraConfig(rank=2), seed=0))
+    pairs = lora_pairs(attach_lora(tiny_models.build(family), LoraConfig(rank=2), seed=0))
     assert {name.rpartition(".")[2] for name in pairs} == layers
     assert all("attn" in name for name in pairs)
 
@@ -169,7 +169,9 @@ def test_attention_means_its_projections_alone(family: str, layers: set[str]) ->
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_fresh_adapter_is_the_same_for_the_same_seed() -> None:
     states = [
-        peft.get_peft_model_state_dict(attach_lora(models.build("llama"), LoraConfig(rank=2), seed))
+        peft.get_peft_model_state_dict(
+            attach_lora(tiny_models.build("llama"), LoraConfig(rank=2), seed)
+        )
         for seed in (3, 3, 4)
     ]
     name = next(key for key in states[0] if "lora_A" in key)
@@ -193,7 +195,7 @@ def test_a_model_that_is_not_causal_is_refused() -> None:
 
 
 def test_gradient_checkpointing_is_refused() -> None:
-    model = models.adapted("llama")
+    model = tiny_models.adapted("llama")
     model.gradient_checkpointing_enable()
     with pytest.raises(ModelError, match="gradient checkpointing is on"):
         PerExampleGradients(model)
@@ -207,7 +209,7 @@ def test_one_base_model_serves_one_adapter_after_the_other(
     monkeypatch.setattr(
         "gradsift.models.cache.load_base", lambda config: loads.append(config) or load_base(config)
     )
-    other = models.save_adapter(
+    other = tiny_models.save_adapter(
         base, tmp_path / "other", r=2, target_modules=["o_proj", "down_proj"]
     )
     switch, ids = Models(on(base)), torch.arange(40)[None]
@@ -224,13 +226,13 @@ def test_lora_on_experts_is_refused() -> None:
     for dropout, message in ((0.0, "experts' parameters model.layers.0"), (0.1, "cannot adapt")):
         config = LoraConfig(rank=2, dropout=dropout, target_modules="all-linear")
         with pytest.raises(ModelError, match=message):
-            attach_lora(models.build("qwen3_moe"), config, seed=0)
+            attach_lora(tiny_models.build("qwen3_moe"), config, seed=0)
 
 
 def test_a_layer_that_is_used_twice_is_refused() -> None:
-    model = models.adapted("llama")
+    model = tiny_models.adapted("llama")
     layers = model.get_base_model().model.layers
     layers[1] = layers[0]
-    batch = Batch.of(models.examples(2), torch.device("cpu"))
+    batch = Batch.of(tiny_models.examples(2), torch.device("cpu"))
     with PerExampleGradients(model) as gradients, pytest.raises(ModelError, match="more than once"):
         gradients(batch, lambda name, gradient: None)

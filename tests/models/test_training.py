@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import models
 import reference
+import tiny_models
 from gradsift.config import LoraConfig, WarmupConfig
 from gradsift.models.batches import Batch
 from gradsift.models.forward import run_forward
@@ -17,15 +17,15 @@ from gradsift.models.training import steps_per_epoch, train
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
 def test_a_step_is_adamw_on_the_mean_over_all_tokens(micro_batch_size: int) -> None:
-    examples = models.examples(16, seed=5)
+    examples = tiny_models.examples(16, seed=5)
     lora = LoraConfig(rank=3, alpha=6, dropout=0.0)
     settings = WarmupConfig(
         batch_size=16, micro_batch_size=micro_batch_size, learning_rate=1e-2, warmup_ratio=0.0
     )
-    found = attach_lora(models.build("llama"), lora, seed=1)
+    found = attach_lora(tiny_models.build("llama"), lora, seed=1)
     log = train(found, examples, settings, steps=2, seed=0)
 
-    expected = attach_lora(models.build("llama"), lora, seed=1)
+    expected = attach_lora(tiny_models.build("llama"), lora, seed=1)
     parameters = [p for p in expected.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     counts = [int(e.supervised.sum()) for e in examples]
@@ -51,7 +51,7 @@ def test_steps_of_an_epoch_round_up() -> None:
 
 @pytest.mark.parametrize("max_tokens", [1, 90, 10_000])
 def test_a_forward_pass_gives_what_the_plain_model_gives(max_tokens: int) -> None:
-    model, examples = models.adapted("llama"), models.examples(11, seed=2)
+    model, examples = tiny_models.adapted("llama"), tiny_models.examples(11, seed=2)
     found = run_forward(model, examples, max_tokens)
     with torch.no_grad():
         for row, example in enumerate(examples):
@@ -69,7 +69,7 @@ def test_a_forward_pass_gives_what_the_plain_model_gives(max_tokens: int) -> Non
 
 
 def test_a_whole_batch_holds_what_follows_the_last_label_too() -> None:
-    examples = models.examples(4, seed=1)
+    examples = tiny_models.examples(4, seed=1)
     batch = Batch.of(examples, torch.device("cpu"), whole=True)
     assert batch.input_ids.shape[1] == max(len(e.input_ids) for e in examples)
     for row, example in enumerate(examples):

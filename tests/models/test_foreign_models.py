@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import models
+import tiny_models
 from conftest import Write, configure
 from gradsift.config import Config, ModelConfig
 from gradsift.data.encoded import EncodedSet
@@ -245,7 +245,7 @@ def test_adapters_that_change_the_base_are_refused(
 def test_the_base_is_bit_for_bit_what_it_was_after_any_adapter(
     base: Path, adapter: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    path = models.save_adapter(base, tmp_path / "adapter", **changes)
+    path = tiny_models.save_adapter(base, tmp_path / "adapter", **changes)
     switch = Models(on(base))
     before = {name: value.clone() for name, value in switch.base().state_dict().items()}
     for step in (path, adapter, path):
@@ -299,7 +299,7 @@ def test_adapters_are_kept_the_same_bytes_whatever_the_hashes(
         "model = load_adapter(load_base(ModelConfig(name=str(base), device='cpu')), adapter)\n"
         "save_adapter(model, into)\n"
     )
-    wide = models.save_adapter(base, tmp_path / "wide", target_modules=[
+    wide = tiny_models.save_adapter(base, tmp_path / "wide", target_modules=[
         "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"])  # fmt: skip
     found = []
     for seed in ("1", "2"):
@@ -315,7 +315,7 @@ def test_adapters_are_kept_the_same_bytes_whatever_the_hashes(
 def test_tokens_beyond_the_embeddings_cost_their_row(
     copy: Path, write: Write, pool_rows: Rows, tmp_path: Path
 ) -> None:
-    tokenizer = models.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     tokenizer.add_tokens([f"<|more {i}|>" for i in range(300 - len(tokenizer))] + ["<|beyond|>"])
     tokenizer.save_pretrained(str(copy))
     said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<|beyond|>"}]

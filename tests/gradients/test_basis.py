@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import models
 import reference
+import tiny_models
 from gradsift.errors import ModelError
 from gradsift.gradients.basis import Basis, build_basis, choose_waiting
 from gradsift.gradients.gram import gram_matrix, row_bytes
@@ -24,10 +24,10 @@ AMPLE = 10**9
 
 @pytest.mark.parametrize("num_rows", [1, 3, 7, 20, 100])
 def test_row_blocks_change_no_product(num_rows: int) -> None:
-    model, examples = models.adapted("llama"), models.examples(20, seed=3)
+    model, examples = tiny_models.adapted("llama"), tiny_models.examples(20, seed=3)
     memory = num_rows * row_bytes(model) + 5
     found = gram_matrix(model, examples, max_tokens=120, memory=memory)
-    rows = reference.gradient_rows(models.adapted("llama", dtype=torch.float64), examples)
+    rows = reference.gradient_rows(tiny_models.adapted("llama", dtype=torch.float64), examples)
     expected = (rows @ rows.T).numpy()
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert np.array_equal(found, found.T)
@@ -38,17 +38,17 @@ def test_row_blocks_change_no_product(num_rows: int) -> None:
 def test_a_target_of_512_examples_holds_no_more_than_its_block_of_rows() -> None:
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import models, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import tiny_models, torch
 from math import prod
 from gradsift.gradients import blocks
 from gradsift.passes import gram_matrix
 from gradsift.runs.provenance import peak_memory
-model = models.adapted("llama", rank=800)  # 1.1 MiB a row
+model = tiny_models.adapted("llama", rank=800)  # 1.1 MiB a row
 row, memory = 4 * sum(map(prod, blocks(model).values())), int(sys.argv[1])
-gram_matrix(model, models.examples(16), max_tokens=100, memory=16 * row)
+gram_matrix(model, tiny_models.examples(16), max_tokens=100, memory=16 * row)
 before = peak_memory()
-gram_matrix(model, models.examples(512), max_tokens=100, memory=memory * row)
+gram_matrix(model, tiny_models.examples(512), max_tokens=100, memory=memory * row)
 print(row, peak_memory() - before)
 """
     grown = {}
@@ -62,13 +62,17 @@ print(row, peak_memory() - before)
 
 
 def test_a_single_row_that_does_not_fit_is_an_error() -> None:
-    model = models.adapted("llama")
+    model = tiny_models.adapted("llama")
     with pytest.raises(ModelError, match=r"one example's gradient takes .* engine.memory"):
-        gram_matrix(model, models.examples(2), 100, memory=row_bytes(model) - 1)
+        gram_matrix(model, tiny_models.examples(2), 100, memory=row_bytes(model) - 1)
 
 
 def test_the_basis_is_the_same_in_one_part_or_many() -> None:
-    model, first, second = models.adapted("llama"), models.examples(9), models.examples(5, seed=1)
+    model, first, second = (
+        tiny_models.adapted("llama"),
+        tiny_models.examples(9),
+        tiny_models.examples(5, seed=1),
+    )
     rng = np.random.default_rng(0)
     targets = [(first, rng.normal(size=(9, 4))), (second, rng.normal(size=(5, 3)))]
     total = 7 * row_bytes(model)
@@ -83,7 +87,7 @@ def test_the_basis_is_the_same_in_one_part_or_many() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_blocks_that_wait_in_host_memory_give_the_same_coordinates(share: float) -> None:
-    model, examples = models.adapted("llama", targets="all-linear"), models.examples(20)
+    model, examples = tiny_models.adapted("llama", targets="all-linear"), tiny_models.examples(20)
     rng = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(6, prod(s), generator=rng) for n, s in blocks(model).items()}
     names = list(tensors)
@@ -108,9 +112,9 @@ def test_what_waits_leaves_room_for_two_slots() -> None:
 
 
 def test_small_gradients_survive_float16() -> None:
-    examples, found = models.examples(12), {}
+    examples, found = tiny_models.examples(12), {}
     for dtype in (torch.float32, torch.float16):
-        model = models.adapted("llama", dtype=dtype)
+        model = tiny_models.adapted("llama", dtype=dtype)
         with torch.no_grad():  # the loss hardly depends on anything below
             model.get_output_embeddings().weight.mul_(1e-4)  # type: ignore[union-attr]
         gram = gram_matrix(model, examples, 200, AMPLE)
@@ -127,10 +131,10 @@ def test_small_gradients_survive_float16() -> None:
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.99), (torch.float16, 0.9999)])
 def test_coordinates_in_half_precision_point_the_same_way(dtype: torch.dtype, least: float) -> None:
-    examples, combination = models.examples(12), np.eye(12)[:, :8]
+    examples, combination = tiny_models.examples(12), np.eye(12)[:, :8]
     found = {}
     for precision in (torch.float32, dtype):
-        model = models.adapted("llama", dtype=precision)
+        model = tiny_models.adapted("llama", dtype=precision)
         basis = build_basis(model, [(examples, combination)], 200, AMPLE)
         found[precision] = project(model, examples, 200, basis).coordinates
     assert torch.cosine_similarity(found[torch.float32], found[dtype]).min() > least

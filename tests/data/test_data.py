@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-import models
+import tiny_models
 from conftest import Write
 from gradsift.data.conversations import UnusableRowError, detect, rename, to_messages
 from gradsift.data.encoded import EncodedSet, encode_set
@@ -35,7 +35,7 @@ MARKED = (
 def encode(
     tmp_path: Path, *specs: str | Path, strict: bool = False, columns: dict[str, str] | None = None
 ) -> EncodedSet:
-    encoder = Encoder(models.tokenizer(), 64)
+    encoder = Encoder(tiny_models.tokenizer(), 64)
     sources = resolve([str(spec) for spec in specs])
     return encode_set("pool", sources, encoder, columns or {}, tmp_path / "data", strict)
 
@@ -188,10 +188,10 @@ def test_odd_json_is_rejected_row_by_row(tmp_path: Path, write: Write) -> None:
 
 def test_an_empty_turn_beside_others_is_no_fault() -> None:
     empty = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, *QA]
-    for template in (models.CHATML, MARKED):
-        [encoded] = Encoder(models.tokenizer(template), 99).encode([empty])  # type: ignore[list-item]
+    for template in (tiny_models.CHATML, MARKED):
+        [encoded] = Encoder(tiny_models.tokenizer(template), 99).encode([empty])  # type: ignore[list-item]
         assert isinstance(encoded, Encoded)
-        text = models.tokenizer().decode(encoded.input_ids[encoded.supervised])
+        text = tiny_models.tokenizer().decode(encoded.input_ids[encoded.supervised])
         assert text == "<|im_end|>one two<|im_end|>"
 
 
@@ -275,7 +275,7 @@ CONVERSATION = [
 
 
 def supervised_text(template: str | None) -> tuple[list[str], Encoded]:
-    tokenizer = models.tokenizer(template)
+    tokenizer = tiny_models.tokenizer(template)
     [encoded] = Encoder(tokenizer, 200).encode([CONVERSATION])  # type: ignore[list-item]
     assert isinstance(encoded, Encoded)
     edges = np.flatnonzero(np.diff(encoded.supervised, prepend=False, append=False))
@@ -286,10 +286,10 @@ def supervised_text(template: str | None) -> tuple[list[str], Encoded]:
 def test_only_assistant_turns_with_their_end_are_supervised() -> None:
     expected = ["one two<|im_end|>", "    and\n  the answer<|im_end|>"]
     marked, by_markers = supervised_text(MARKED)
-    prefixes, by_prefixes = supervised_text(models.CHATML)
+    prefixes, by_prefixes = supervised_text(tiny_models.CHATML)
     assert marked == prefixes == expected
     np.testing.assert_array_equal(by_markers.input_ids, by_prefixes.input_ids)
-    tokenizer = models.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=True)["input_ids"]
     assert by_prefixes.input_ids.tolist() == ids
 
@@ -303,12 +303,12 @@ def test_a_template_that_ends_turns_by_white_space_alone() -> None:
 
 
 def test_without_a_template_the_tulu_format_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    encoder = Encoder(models.tokenizer(None), 200)
+    encoder = Encoder(tiny_models.tokenizer(None), 200)
     assert "has no chat template; using the Tulu format" in caplog.text
     assert encoder.template == TULU
     spans, encoded = supervised_text(None)
     assert spans == ["one two<|im_end|>", "    and\n  the answer<|im_end|>"]
-    text = models.tokenizer().decode(encoded.input_ids)
+    text = tiny_models.tokenizer().decode(encoded.input_ids)
     assert text.startswith(
         "<|system|>\nof the\n<|user|>\nthe what\n<|assistant|>\none two<|im_end|>"
     )
@@ -317,9 +317,9 @@ def test_without_a_template_the_tulu_format_is_used(caplog: pytest.LogCaptureFix
 def test_a_template_file(tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_text(MARKED)
-    assert Encoder(models.tokenizer(None), 200, str(path)).template == MARKED
+    assert Encoder(tiny_models.tokenizer(None), 200, str(path)).template == MARKED
     with pytest.raises(DataError, match="cannot read the chat template"):
-        Encoder(models.tokenizer(), 200, str(tmp_path / "none.jinja"))
+        Encoder(tiny_models.tokenizer(), 200, str(tmp_path / "none.jinja"))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
@@ -328,7 +328,7 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
         "loop.last %}{{ '(left out)' }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
     )
-    encoder = Encoder(models.tokenizer(template), 200)
+    encoder = Encoder(tiny_models.tokenizer(template), 200)
     assert isinstance(encoder.encode([QA])[0], Encoded)  # type: ignore[list-item]
     with pytest.raises(DataError, match="the chat template rewrites earlier turns"):
         encoder.encode([CONVERSATION])  # type: ignore[list-item]
@@ -336,12 +336,12 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
 
 def test_a_template_that_refuses_a_conversation_rejects_the_row() -> None:
     template = "{{ raise_exception('no system turn, please') }}"
-    [reason] = Encoder(models.tokenizer(template), 9).encode([QA])  # type: ignore[list-item]
+    [reason] = Encoder(tiny_models.tokenizer(template), 9).encode([QA])  # type: ignore[list-item]
     assert str(reason) == "the chat template refuses it: no system turn, please"
 
 
 def test_truncation() -> None:
-    tokenizer = models.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     [whole] = Encoder(tokenizer, 200).encode([QA])  # type: ignore[list-item]
     assert isinstance(whole, Encoded)
     first = int(whole.supervised.argmax())
@@ -362,5 +362,5 @@ def test_encoded_examples_come_back_in_any_order(tmp_path: Path, write: Write) -
     [ids, table] = encoded.examples(wanted), encoded.take(wanted, ["id", "num_tokens"])
     assert table["id"].to_pylist() == [str(i) for i in wanted]
     assert [len(e.input_ids) for e in ids] == table["num_tokens"].to_pylist()
-    assert models.tokenizer().decode(ids[0].input_ids[ids[0].supervised]) == "2400<|im_end|>"
+    assert tiny_models.tokenizer().decode(ids[0].input_ids[ids[0].supervised]) == "2400<|im_end|>"
     assert len(encoded.take([], ["id"])) == 0

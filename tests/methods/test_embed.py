@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import models
+import tiny_models
 from conftest import Write, configure
 from gradsift.errors import ModelError
 from gradsift.pipeline import run
@@ -31,7 +31,7 @@ def encoder(tmp_path: Path) -> Path:
     BertModel(
         BertConfig(vocab_size=300, num_attention_heads=4, initializer_range=0.3, **shape)
     ).save_pretrained(str(tmp_path / "bert"))
-    models.tokenizer().save_pretrained(str(tmp_path / "bert"))
+    tiny_models.tokenizer().save_pretrained(str(tmp_path / "bert"))
     inner = Transformer(str(tmp_path / "bert"), max_seq_length=64)
     SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(tmp_path / "encoder"))
     return tmp_path / "encoder"

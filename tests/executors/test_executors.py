@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from conftest import Write, configure
 from gradsift.config import Config, EngineConfig
 from gradsift.errors import ConfigError, RunError
-from gradsift.executors.base import choose_executor
+from gradsift.executors.choice import choose_executor
 from gradsift.executors.local import Local
 from gradsift.pipeline import run
 

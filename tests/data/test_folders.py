@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import models
+import tiny_models
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoder
 from gradsift.data.sources import log_what_is_left, resolve
@@ -35,7 +35,7 @@ def put(path: Path, *given: dict[str, Any] | str) -> Path:
 
 def encode(place: Path, *specs: str | Path) -> EncodedSet:
     sources = resolve([str(spec) for spec in specs])
-    return encode_set("pool", sources, Encoder(models.tokenizer(), 64), {}, place / "encoded")
+    return encode_set("pool", sources, Encoder(tiny_models.tokenizer(), 64), {}, place / "encoded")
 
 
 def rejected(place: Path) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ def test_what_may_not_be_read_is_named(
     folder: Path, base: Path, tmp_path: Path, hidden: str
 ) -> None:
     shutil.copytree(base, tmp_path / "model")
-    put(tmp_path / "template", models.CHATML)
+    put(tmp_path / "template", tiny_models.CHATML)
     target = put(tmp_path / "t.jsonl", *rows("t"))
     (tmp_path / hidden).chmod(0)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import models
+import tiny_models
 from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
 from gradsift.gradients.batch_size import probe, start_tokens, within_memory
@@ -91,8 +91,8 @@ def test_the_probe_tries_the_longest_and_the_shortest() -> None:
 def test_halving_where_memory_really_runs_out() -> None:
     script = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import models, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import tiny_models, torch
 from math import prod
 from gradsift.basis import Basis
 from gradsift.batches import lengths_of
@@ -102,7 +102,7 @@ from gradsift import passes
 from gradsift.passes import project
 torch.set_num_threads(1)
 passes.MAX_EXAMPLES = 10**6
-model, examples = models.adapted("llama"), models.examples(400)
+model, examples = tiny_models.adapted("llama"), tiny_models.examples(400)
 ones = {{name: torch.ones(2, prod(shape)) for name, shape in blocks(model).items()}}
 basis = Basis(ones, frozenset(), model.device)
 alone = project(model, examples, 50, basis).coordinates
@@ -144,6 +144,6 @@ def test_what_is_set_is_taken_and_auto_is_worked_out() -> None:
     assert memory_budget(engine, CPU) == 3 * 2**30
     assert start_tokens(EngineConfig(), CPU) == 2048
     assert memory_budget(EngineConfig(), CPU) > 2**20
-    assert lengths_of(models.examples(3)).tolist() == [
-        int(np.flatnonzero(e.supervised)[-1]) for e in models.examples(3)
+    assert lengths_of(tiny_models.examples(3)).tolist() == [
+        int(np.flatnonzero(e.supervised)[-1]) for e in tiny_models.examples(3)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import models
+import tiny_models
 from conftest import Write
 from gradsift.data.conversations import UnusableRowError, as_text, text_of, to_messages, to_tools
 from gradsift.data.encoded import EncodedSet, encode_set
@@ -71,7 +71,7 @@ def encoded(
     template: str, row: dict[str, Any], schema: str = "messages"
 ) -> tuple[str, list[str]] | str:
     """Return the whole text and what of it is supervised, or the reason why not."""
-    tokenizer = models.tokenizer(template)
+    tokenizer = tiny_models.tokenizer(template)
     encoder = Encoder(tokenizer, 999)
     [found] = encoder.encode([to_messages(row, schema)], [to_tools(row)])
     if isinstance(found, UnusableRowError):
@@ -87,7 +87,7 @@ def test_tools_calls_and_answers_are_what_the_trainer_sees(template: str) -> Non
         found = encoded(template, {"messages": ASKED, "tools": tools})
         assert not isinstance(found, str), found
         text, supervised = found
-        tokenizer = models.tokenizer(template)
+        tokenizer = tiny_models.tokenizer(template)
         assert text == tokenizer.apply_chat_template(ASKED, tools=TOOLS, tokenize=False)
         assert '"name": "weather"' in text
         assert len(supervised) == 2
@@ -103,7 +103,7 @@ def test_rows_of_a_table_fill_what_is_not_there_with_nothing() -> None:
     )
 
 
-CONTENT_ALONE = models.CHATML.replace("m['content']", "(m['content'] or '')")
+CONTENT_ALONE = tiny_models.CHATML.replace("m['content']", "(m['content'] or '')")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ CONTENT_ALONE = models.CHATML.replace("m['content']", "(m['content'] or '')")
         (CONTENT_ALONE, {"messages": ASKED}, "does not render tool call 1 of turn 2"),
         (CONTENT_ALONE, {"messages": ASKED[:1] + ASKED[3:], "tools": TOOLS},
          "does not render the row's tools"),
-        (models.CHATML, {"messages": ASKED}, "the chat template refuses it: "),
+        (tiny_models.CHATML, {"messages": ASKED}, "the chat template refuses it: "),
         (LLAMA, {"messages": [ASKED[0], ASKED[1] | {"tool_calls": [call("a"), call("b")]}]},
          "refuses it: one call at once"),
         (QWEN.replace("m['tool_calls'] %", "m['tool_calls'][:1] %"),
@@ -124,16 +124,17 @@ CONTENT_ALONE = models.CHATML.replace("m['content']", "(m['content'] or '')")
          {"messages": [*ASKED[:2], {"role": "tool", "content": "42"},
                        {"role": "assistant", "content": "the answer is 42"}]},
          "does not render the content of turn 4 (assistant)"),  # the 42 is taken for the tool's
-        (models.CHATML, {"messages": [ASKED[0], ASKED[3] | {"function_call": {"name": "weather"}}]},
+        (tiny_models.CHATML,
+         {"messages": [ASKED[0], ASKED[3] | {"function_call": {"name": "weather"}}]},
          "does not render the function_call of turn 2"),
-        (models.CHATML, {"messages": [ASKED[0], ASKED[3] | {"reasoning_content": "because"}]},
+        (tiny_models.CHATML, {"messages": [ASKED[0], ASKED[3] | {"reasoning_content": "because"}]},
          "does not render the reasoning of turn 2"),
-        (models.CHATML, {"messages": [ASKED[0] | {"content": [{"type": "text", "text": "x"}]},
+        (tiny_models.CHATML, {"messages": [ASKED[0] | {"content": [{"type": "text", "text": "x"}]},
                                       ASKED[3]]}, "the chat template refuses it: "),
-        (models.CHATML.replace("+ m['content'] +", "~ m['content'] ~"),
+        (tiny_models.CHATML.replace("+ m['content'] +", "~ m['content'] ~"),
          {"messages": [ASKED[0] | {"content": [{"type": "text", "text": "x"}]}, ASKED[3]]},
          "does not render the content of turn 1 (user)"),
-        (models.CHATML.replace("in messages", "in messages if m['role'] != 'system'"),
+        (tiny_models.CHATML.replace("in messages", "in messages if m['role'] != 'system'"),
          {"messages": [{"role": "system", "content": "of the"}, ASKED[0], ASKED[3]]},
          "does not render the content of turn 1 (system)"),
     ],
@@ -146,7 +147,7 @@ def test_what_a_template_does_not_render_costs_the_row(
     assert reason in found
 
 
-PARTS = models.CHATML.replace(
+PARTS = tiny_models.CHATML.replace(
     "m['content'] +",
     "(m['content'] if m['content'] is string else m['content'] | map(attribute='text') | join) +",
 )
@@ -160,7 +161,7 @@ def test_parts_of_text_are_rendered_where_the_template_knows_them() -> None:
     assert found[1] == ["one two<|im_end|>"]
 
 
-THINKS = models.CHATML.replace(
+THINKS = tiny_models.CHATML.replace(
     "m['role'] + '\n' +",
     "m['role'] + '\n' + ('<think>' + m['reasoning_content'] + '</think>' "
     "if m['reasoning_content'] else '') +",
@@ -175,7 +176,7 @@ def test_reasoning_is_supervised_where_the_template_renders_it(key: str) -> None
 
 
 def test_white_space_may_be_laid_out_otherwise() -> None:
-    template = models.CHATML.replace("m['content'] +", "m['content'] | replace('\n', ' ') +")
+    template = tiny_models.CHATML.replace("m['content'] +", "m['content'] | replace('\n', ' ') +")
     found = encoded(template, {"messages": [{"role": "user", "content": "a\nb"}, ASKED[3]]})
     assert not isinstance(found, str), found
 
@@ -248,7 +249,7 @@ def test_tools_that_are_none_cost_the_row(tools: Any, reason: str) -> None:
 def test_rows_that_differ_in_a_call_are_not_the_same(tmp_path: Path, write: Write) -> None:
     one, other = ({"messages": [ASKED[0], ASKED[1] | {"tool_calls": [call(c)]}]} for c in "ab")
     path = write("pool.jsonl", [one, other, one | {"tools": TOOLS}, one])
-    encoder = Encoder(models.tokenizer(QWEN), 400)
+    encoder = Encoder(tiny_models.tokenizer(QWEN), 400)
     found = encode_set("pool", resolve([str(path)]), encoder, {}, tmp_path / "data")
     assert isinstance(found, EncodedSet)
     hashes = found.table(["text_hash"])["text_hash"].to_pylist()
@@ -272,11 +273,11 @@ RAISING = {
 
 @pytest.mark.parametrize("what", RAISING)
 def test_whatever_a_template_raises_costs_the_row(what: str) -> None:
-    [found] = Encoder(models.tokenizer(RAISING[what]), 99).encode([[ASKED[0], ASKED[3]]])
+    [found] = Encoder(tiny_models.tokenizer(RAISING[what]), 99).encode([[ASKED[0], ASKED[3]]])
     assert isinstance(found, UnusableRowError)
     assert str(found).startswith("the chat template refuses it: ")
 
 
 def test_a_plain_row_is_encoded_as_before() -> None:
-    [found] = Encoder(models.tokenizer(), 99).encode([[ASKED[0], ASKED[3]]])
+    [found] = Encoder(tiny_models.tokenizer(), 99).encode([[ASKED[0], ASKED[3]]])
     assert isinstance(found, Encoded)

@@ -23,14 +23,15 @@ from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.pipeline import run
 from gradsift.report import figures
-from gradsift.selection import stability
 from gradsift.report.overview import overview
 from gradsift.report.target_page import TargetPage, target_page
 from gradsift.runs.folder import Run
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 from gradsift.sections import read_yaml
+from gradsift.selection import stability
 from gradsift.selection.picks import candidates
+from gradsift.selection.policies import Candidates
 from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare
 from gradsift.selection.stability import doubled, measure_sample, noise_at_cut
@@ -78,9 +79,13 @@ def job(folder: Path) -> Job:
     )
 
 
+def pool_of(job: Job) -> Candidates:
+    return candidates(job.pool, job.config.data.columns)
+
+
 def page_of(job: Job, name: str) -> TargetPage:
     scores = METHODS["gist"].scores(job)[name]
-    return target_page(job, RunStages.of(job.config), name, candidates(job.pool, job.config.data.columns), scores)
+    return target_page(job, RunStages.of(job.config), name, pool_of(job), scores)
 
 
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
@@ -166,19 +171,19 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     own = pq.read_table(folder / "selected/u.parquet")["row"].to_pylist()
     shared = len({*own} & {*other})
     refused = pq.read_table(folder / "selected/u.refused.parquet")["row"].to_numpy()
-    assert doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns)) == change
+    assert doubled(job, "u", np.array(own), refused, pool_of(job)) == change
     scores = {name: read_scores(folder, "gist", name) for name in "tu"}
     with monkeypatch.context() as everything:
         everything.setattr(stability, "_DENSITY", 10**6)  # all of the pool is in the sample
         measure_sample(job, scores)
-        whole = doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns))
+        whole = doubled(job, "u", np.array(own), refused, pool_of(job))
     measure_sample(job, scores)
     assert whole.sampled == 92
     with monkeypatch.context() as nothing:  # no further directions: the ranking stays as it is
         nothing.setattr(stability, "_wider", gist.stored_subspace)
         nothing.setattr(stability, "_DENSITY", 10)
         measure_sample(job, scores)
-        same = doubled(job, "u", np.array(own), refused, candidates(job.pool, job.config.data.columns))
+        same = doubled(job, "u", np.array(own), refused, pool_of(job))
     measure_sample(job, scores)
     assert same.sampled is not None
     assert same.sampled < 80

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 import gradsift
 from conftest import Write
-from gradsift.cli import app, main
+from gradsift.cli import main
 from gradsift.errors import DataError, RunError
 from gradsift.selection.explanation import explain
 
@@ -155,10 +154,10 @@ def test_missing_arguments_are_named(
 
 
 def test_a_target_without_a_name_has_that_of_its_file() -> None:
-    from gradsift.cli import _targets
+    from gradsift.cli.options import parse_targets
 
     given = ["a/dev.jsonl", "x=b.jsonl", "x=c.jsonl"]
-    assert _targets(given) == {"dev": ["a/dev.jsonl"], "x": ["b.jsonl", "c.jsonl"]}
+    assert parse_targets(given) == {"dev": ["a/dev.jsonl"], "x": ["b.jsonl", "c.jsonl"]}
 
 
 def test_plan_takes_the_arguments_of_select(
@@ -185,45 +184,6 @@ def test_flags_of_ray_without_ray_are_refused(
     monkeypatch.setattr("gradsift.methods.embed.identity", lambda name: name)
     assert call(monkeypatch, *arguments, *embed) == 2
     assert "method=embed runs in one process alone" in capsys.readouterr().err
-
-
-def test_the_verbs_and_flags_are_these() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    flags = {
-        name: {option for parameter in command.params for option in parameter.opts}
-        for name, command in commands.items()
-    }
-    shared = {
-        "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
-        "--memory", "--config", "--set", "--strict",
-    }  # fmt: skip
-    assert flags == {
-        "select": shared
-        | {"--overwrite", "--method", "--engine", "--ray-address", "--workers"},
-        "plan": shared,
-        "evaluate": {
-            "run", "--test", "--method", "--budget", "--seeds", "--full", "--lds", "--lm-eval",
-            "--config", "--set", "--engine", "--ray-address",
-        },
-        "explain": {"run", "example"},
-        "report": {"run"},
-        "geometry": {
-            "run", "--examples", "--eigenvectors", "--probes", "--engine", "--ray-address",
-        },
-        "demo": {"--output-dir"},
-    }  # fmt: skip
-
-
-def test_the_public_names_are_these() -> None:
-    assert gradsift.__all__ == [
-        "Budget", "Config", "Evaluation", "EvaluationConfig", "Explanation", "Forecast",
-        "GradsiftError", "RunResult", "Selection", "evaluate", "explain", "measure_geometry",
-        "plan", "run", "select", "write_report",
-    ]  # fmt: skip
-    for _ in range(2):  # a submodule must never come to stand in a name's place
-        assert all(callable(getattr(gradsift, name)) for name in gradsift.__all__)
-    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'"):
-        gradsift.nonsense  # noqa: B018
 
 
 def test_help_needs_neither_torch_nor_time() -> None:

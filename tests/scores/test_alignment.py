@@ -135,8 +135,9 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     script = """
 import hashlib
 import numpy as np
-from gradsift.scores import Alignment, Cosines, View
-from gradsift.subspace import fit_subspace
+from gradsift.gradients.subspace import fit_subspace
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
 rng = np.random.default_rng(0)
 pool, target = (rng.normal(size=(count, 54)).astype(np.float32) for count in (600, 64))
 rows = rng.normal(size=(500, 600))

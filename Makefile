@@ -3,7 +3,7 @@
 python := .venv/bin/python
 ready := .venv/.ready
 
-.PHONY: demo test check everything extras format lint types imports
+.PHONY: demo test check everything extras format lint types imports sizes
 
 demo: $(ready)
 	.venv/bin/gradsift demo
@@ -33,6 +33,10 @@ types: $(ready)
 
 imports: $(ready)
 	.venv/bin/lint-imports
+
+# lines of files and functions, and what is over the bounds
+sizes:
+	python3 tests/test_structure.py
 
 # pip 25.1 and later read dependency groups
 $(ready): pyproject.toml constraints.txt

@@ -176,6 +176,19 @@ def test_one_target_example_is_enough(
     np.testing.assert_allclose(np.abs(result.scores()["t/score"].to_numpy()), 1, atol=1e-6)
 
 
+def rounds_equal_rows_alike() -> bool:
+    """Return whether this CPU's batched matrix product gives equal rows equal results.
+
+    Some with AVX-512 do not: a row's place in the batch decides with which kernel it is multiplied.
+    """
+    from gradsift.gradients.projection import product
+
+    torch.manual_seed(0)
+    rows, directions = torch.randn(20, 96).repeat_interleave(2, 0), torch.randn(19, 96)
+    found = product(rows, directions)
+    return torch.equal(found[0::2], found[1::2])
+
+
 def test_equal_examples_tie_and_the_first_is_picked(
     base: Path, adapter: Path, write: Write, pool_rows: Rows, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -185,8 +198,14 @@ def test_equal_examples_tie_and_the_first_is_picked(
         base, write("twins.jsonl", twins), {"t": files["t"]},
         warmup={"adapter": str(adapter)}, policy=policy,
     )  # fmt: skip
-    rows = run(config, tmp_path / "run").selections["t"].picks["row"].to_pylist()
-    assert all(rows.index(row) < rows.index(row + 1) for row in range(0, 40, 2))
+    result = run(config, tmp_path / "run")
+    rows, scores = result.selections["t"].picks["row"].to_pylist(), result.scores()["t/score"]
+    first, second = scores.to_numpy()[0::2], scores.to_numpy()[1::2]
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    assert all(first == second) or not rounds_equal_rows_alike()
+    for row, (one, other) in enumerate(zip(first, second, strict=True)):
+        if one == other:
+            assert rows.index(2 * row) < rows.index(2 * row + 1)
 
 
 def test_padding_changes_nothing(base: Path, adapter: Path) -> None:

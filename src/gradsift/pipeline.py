@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from gradsift.config import Config
-from gradsift.data.stages import data_sets, encode_sets
+from gradsift.data.sets import data_sets, encode_sets
 from gradsift.errors import DataError, translate_os_errors
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job

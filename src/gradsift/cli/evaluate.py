@@ -17,6 +17,7 @@ from gradsift.cli.options import (
     parse_targets,
 )
 from gradsift.cli.output import log_to, make_console, print_path
+from gradsift.runs import layout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,7 +89,7 @@ def _show_evaluation(evaluation: Evaluation, run: str) -> None:
         console.print(_datamodeling_table(evaluation))
     for line in evaluation.verdicts:
         console.print(line, markup=False)
-    for name in ("evaluation/report.md", "evaluation/table.parquet", "report.html"):
+    for name in (layout.EVALUATION_REPORT, layout.evaluation_table("table"), layout.REPORT):
         print_path(console, run, name)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from gradsift.cli.options import Engine, RayAddress, RunFolder, drop_unset, engine_settings
 from gradsift.cli.output import log_to, make_console, print_path
+from gradsift.runs import layout
 
 NumExamples = Annotated[
     int | None, typer.Option(help="of each target, for the Hessian (default: 32)")
@@ -53,5 +54,5 @@ def _show_geometry(targets: Mapping[str, Any], run: str) -> None:
         off_diagonal = f"{share['value']:.1%} ± {share['standard_error']:.1%}"
         table.add_row(name, str(spectrum["r95"]), inside, off_diagonal)
     console.print(table)
-    for name in ("geometry/geometry.json", "report.html"):
+    for name in (layout.GEOMETRY_NUMBERS, layout.REPORT):
         print_path(console, run, name)

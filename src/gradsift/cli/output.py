@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gradsift.runs import layout
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -49,7 +51,7 @@ def log_to(location: str | None) -> Iterator[None]:
         from gradsift.runs.opening import local_folder
 
         folder = local_folder(location, fetch=False)
-        handlers.append(LogFile(folder / "log.txt", delay=True, encoding="utf-8"))
+        handlers.append(LogFile(folder / layout.LOG, delay=True, encoding="utf-8"))
         handlers[-1].setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         logger.addHandler(handler)

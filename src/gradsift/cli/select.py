@@ -26,6 +26,7 @@ from gradsift.cli.options import (
     settings_of_flags,
 )
 from gradsift.cli.output import log_to, make_console, path_in_run, print_path
+from gradsift.runs import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,11 +88,11 @@ def _show_result(result: RunResult, location: str) -> None:
         console.print(_source_table(title, shares[:_SOURCES_SHOWN]))
         if selection.shortfall:
             console.print(f"short: {selection.shortfall}", style="yellow", markup=False)
-        print_path(console, location, f"selected/{selection.path.name}")
+        print_path(console, location, layout.picks(name))
     if result.num_rejected:
-        path = path_in_run(location, "rejected.jsonl")
+        path = path_in_run(location, layout.REJECTED)
         console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)
-    print_path(console, location, "report.html")
+    print_path(console, location, layout.REPORT)
     seconds = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     console.print(f"seconds of each stage when it was done: {seconds}", highlight=False)
     console.print(f"peak memory: {result.peak_memory / 2**30:.2f} GiB", highlight=False)

@@ -10,5 +10,5 @@ PUBLIC = {
     "duplicates": ("DuplicateFinder", "Refusal", "Texts", "texts_of"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),
-    "stages": ("data_sets", "encode_sets", "encoding_stages"),
+    "sets": ("data_sets", "encode_sets", "encoding_stages"),
 }

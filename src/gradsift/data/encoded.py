@@ -37,6 +37,7 @@ from gradsift.data.encoding import Encoded, Encoder, Tools
 from gradsift.data.readers import Row
 from gradsift.data.sources import Source
 from gradsift.errors import DataError, shorten
+from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
 _GROUP = 1024  # rows encoded, written and read together
@@ -158,8 +159,9 @@ def encode_set(
         DataError: If no row is usable, or the first unusable row under `strict`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path, partial = directory / f"{name}.parquet", directory / f"{name}.parquet.partial"
-    rejected, reasons = directory / f"{name}.rejected.jsonl", Counter[str]()
+    path = Path(layout.encoded(name, str(directory)))
+    rejected = Path(layout.rejected(name, str(directory)))
+    partial, reasons = path.with_name(f"{path.name}{layout.PARTIAL}"), Counter[str]()
     accepted = truncated = 0
     with (
         pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer,
@@ -187,11 +189,12 @@ def encode_set(
         raise DataError(f"{_nothing_usable(name, sources, reasons)} (all in {rejected})")
     if reasons:
         logger.warning(
-            "%s: %d of %d rows are unusable, for example: %s (all in rejected.jsonl)",
+            "%s: %d of %d rows are unusable, for example: %s (all in %s)",
             name,
             reasons.total(),
             reasons.total() + accepted,
             reasons.most_common(1)[0][0],
+            layout.REJECTED,
         )
     logger.info("%s: %d examples, %d of them truncated", name, accepted, truncated)
     partial.rename(path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gradsift.config import Config, moved
 from gradsift.data.duplicates import texts_of
 from gradsift.data.encoded import EncodedSet
-from gradsift.data.stages import encode_sets, encoding_stages
+from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.evaluation.cells import Bench, Cell, HeldOut
 from gradsift.evaluation.conclusions import Entry, conclude

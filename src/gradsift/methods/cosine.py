@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up and the pass over the pool."""
-    targets = [inputs.target(name) for name in inputs.config.data.targets]
+    targets = [inputs.target(name) for name in inputs.targets]
     warmup = inputs.warmup
     return warmup, inputs.pool_pass(layout.COSINE_PRODUCTS, warmup, *targets)
 

@@ -34,8 +34,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
         "identity": identity(inputs.config.embed.model),
         "trust_remote_code": inputs.config.model.trust_remote_code,
     }
-    targets = _EMBEDDINGS.target_stages(inputs, encoder=encoder)
-    return *targets, _EMBEDDINGS.pool_stage(inputs, encoder=encoder)
+    return _EMBEDDINGS.stages(inputs, encoder=encoder)
 
 
 def check(config: Config) -> None:

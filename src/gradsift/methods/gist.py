@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
     warmup, settings = inputs.warmup, inputs.config.gist.model_dump(include={"rank", "directions"})
-    folders = {name: layout.target_folder(name) for name in inputs.config.data.targets}
+    folders = {name: layout.target_folder(name) for name in inputs.targets}
     subspaces = [
         Stage(folder, settings, (folder,), (inputs.target(name), warmup))
         for name, folder in folders.items()

@@ -44,6 +44,11 @@ class Inputs:
     data: Mapping[str, Stage]
 
     @property
+    def targets(self) -> Sequence[str]:
+        """The names of the targets."""
+        return [*self.config.data.targets]
+
+    @property
     def pool(self) -> Stage:
         """The stage that encodes the pool."""
         return self.data[layout.POOL]

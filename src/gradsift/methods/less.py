@@ -50,8 +50,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     config = _with_own_warmup(inputs.config)
     name = layout.WARMUP if config == inputs.config else layout.LESS_WARMUP
     warmup, settings = inputs.warmup_of(config, name), config.less.model_dump()
-    targets = _GRADIENTS.target_stages(inputs, warmup, **settings)
-    return warmup, *targets, _GRADIENTS.pool_stage(inputs, warmup, **settings)
+    return warmup, *_GRADIENTS.stages(inputs, warmup, **settings)
 
 
 def measure(job: Job) -> None:
@@ -71,7 +70,7 @@ def measure(job: Job) -> None:
             for c in checkpoints
         }
 
-    _GRADIENTS.measure_targets(job, tuple(targets), prepare(with_moments=False))
+    _GRADIENTS.measure_targets(job, targets, prepare(with_moments=False))
     _GRADIENTS.measure_pool(job, pool, prepare(with_moments=True))
 
 

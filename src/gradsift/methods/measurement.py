@@ -6,7 +6,7 @@ Those that project on what the targets span keep a pass over the pool alone (`Jo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from gradsift.methods.job import Inputs, Job
 from gradsift.pool.examples import Prepare, check_finite, measure_examples
 from gradsift.pool.pool_pass import PoolPass
 from gradsift.pool.shards import StoredTensor
+from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
 
@@ -32,21 +33,27 @@ class Measurement:
     name: str
     at_checkpoints: bool = False
 
-    def pool_stage(self, inputs: Inputs, *sources: Stage, **settings: Any) -> Stage:
-        """Return the stage that measures the pool, given what the results depend on."""
-        return inputs.pool_pass(self._pool, *sources, **settings)
+    def stages(self, inputs: Inputs, *sources: Stage, **settings: Any) -> tuple[Stage, ...]:
+        """Return the stages that measure every target, then the pool.
 
-    def target_stages(self, inputs: Inputs, *sources: Stage, **settings: Any) -> tuple[Stage, ...]:
-        """Return the stages that measure the targets, given what the results depend on."""
-        return tuple(
-            Stage(
-                self._target(target),
-                settings,
-                (self._target(target) if self.at_checkpoints else self._file(target, ""),),
-                (inputs.target(target), *sources),
-            )
-            for target in inputs.config.data.targets
-        )
+        `sources` and `settings`: what the results depend on besides the examples.
+        """
+        of_targets = (self._target_stage(inputs, t, sources, settings) for t in inputs.targets)
+        return (*of_targets, self.pool_stage(inputs, *sources, **settings))
+
+    def pool_stage(self, inputs: Inputs, *sources: Stage, **settings: Any) -> Stage:
+        """Return the stage that measures the pool alone."""
+        return inputs.pool_pass(layout.measured_pool(self.name), *sources, **settings)
+
+    def measure(self, job: Job, stages: Sequence[Stage], prepare: Prepare) -> None:
+        """Measure what is not there yet of targets and pool, where there are no checkpoints.
+
+        Raises:
+            NumericsError: Naming the first example of which something is not finite.
+        """
+        *of_targets, of_pool = stages
+        self.measure_targets(job, of_targets, {"": lambda: prepare})
+        self.measure_pool(job, of_pool, {"": lambda: prepare})
 
     def measure_pool(self, job: Job, stage: Stage, prepare: PrepareAt) -> None:
         """Measure what is not there yet of the pool.
@@ -56,7 +63,7 @@ class Measurement:
         """
         self.pool_pass(job).run(stage, prepare)
 
-    def measure_targets(self, job: Job, stages: tuple[Stage, ...], prepare: PrepareAt) -> None:
+    def measure_targets(self, job: Job, stages: Sequence[Stage], prepare: PrepareAt) -> None:
         """Measure what is not there yet of the targets.
 
         Raises:
@@ -79,13 +86,13 @@ class Measurement:
             NumericsError: Naming the first example of which something is not finite.
         """
         check_finite(tensors, f"of the target {target!r}", job.targets[target])
-        path = job.path(self._file(target, label))
+        path = job.path(layout.target_tensors(self.name, target, label))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, partial(save_file, dict(tensors)))
 
     def pool_pass(self, job: Job) -> PoolPass:
         """Return the pass over the pool."""
-        return job.pool_pass(self._pool)
+        return job.pool_pass(layout.measured_pool(self.name))
 
     def of_pool(self, job: Job, key: str, label: str = "") -> StoredTensor:
         """Return what was found of the pool under a name, read as rows are asked for."""
@@ -93,15 +100,16 @@ class Measurement:
 
     def of_target(self, job: Job, target: str, key: str, label: str = "") -> np.ndarray:
         """Return what was found of a target under a name, in float32."""
-        return np.asarray(load_file(job.path(self._file(target, label)))[key], np.float32)
+        tensors = load_file(job.path(layout.target_tensors(self.name, target, label)))
+        return np.asarray(tensors[key], np.float32)
 
-    @property
-    def _pool(self) -> str:
-        return f"{self.name}/pool"
-
-    def _target(self, target: str) -> str:
-        return f"{self.name}/targets/{target}"
-
-    def _file(self, target: str, label: str) -> str:
-        inner = f"/{label}" if self.at_checkpoints else ""
-        return f"{self._target(target)}{inner}.safetensors"
+    def _target_stage(
+        self,
+        inputs: Inputs,
+        target: str,
+        sources: tuple[Stage, ...],
+        settings: Mapping[str, Any],
+    ) -> Stage:
+        name = layout.measured_target(self.name, target)
+        output = name if self.at_checkpoints else layout.target_tensors(self.name, target)
+        return Stage(name, settings, (output,), (inputs.target(target), *sources))

@@ -23,8 +23,8 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
 
 def measure(job: Job) -> None:
     """Leave the losses of the pool."""
-    [stage] = stages(job.inputs)
-    _FORWARD.measure_pool(job, stage, {"": lambda: partial(prepare_forward, job.models)})
+    [stage], prepare = stages(job.inputs), partial(prepare_forward, job.models)
+    _FORWARD.measure_pool(job, stage, {"": lambda: prepare})
 
 
 def scores(job: Job) -> dict[str, Ranking]:

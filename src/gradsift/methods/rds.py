@@ -21,16 +21,12 @@ _FORWARD = Measurement("base")  # `perplexity` reads the same pass over the pool
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the forward passes of the base model over targets and pool."""
-    settings = {"model": inputs.model_settings}
-    return (*_FORWARD.target_stages(inputs, **settings), _FORWARD.pool_stage(inputs, **settings))
+    return _FORWARD.stages(inputs, model=inputs.model_settings)
 
 
 def measure(job: Job) -> None:
     """Leave the pooled hidden states of targets and pool."""
-    *targets, pool = stages(job.inputs)
-    prepare = {"": lambda: partial(prepare_forward, job.models)}
-    _FORWARD.measure_targets(job, tuple(targets), prepare)
-    _FORWARD.measure_pool(job, pool, prepare)
+    _FORWARD.measure(job, stages(job.inputs), partial(prepare_forward, job.models))
 
 
 def scores(job: Job) -> dict[str, Alignment]:

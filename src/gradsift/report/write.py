@@ -64,7 +64,7 @@ def refresh_report(job: Job, stages: RunStages) -> None:
         except RunError as error:  # a shard, say: what this command is for is done
             fault = str(error)
     if fault:
-        logger.warning("report.html is as it was: %s; run `gradsift select` again", fault)
+        logger.warning("%s is as it was: %s; run `gradsift select` again", layout.REPORT, fault)
 
 
 def leave_report(job: Job, stages: RunStages) -> Path:

@@ -13,6 +13,8 @@ MANIFESTS = "manifests"
 OWNER = ".owner"  # which process works in the folder, for people
 LOCK = ".lock"  # by which other processes of this machine are kept out
 PARTIAL = ".partial"  # the suffix of what is being written
+REMOTE_LOCK = ".lock.json"  # by which other machines are kept out of a remote folder
+REMOTE_STATES = ".mirror"  # in the copy of such a folder: what is the same on both sides
 ENCODED = "data"  # pool and targets, encoded
 POOL = "pool"
 WARMUP = "warmup"
@@ -76,9 +78,30 @@ def spectrum(target: str) -> str:
     return f"{target_folder(target)}/spectrum.json"
 
 
+def measured_pool(name: str) -> str:
+    """Return what a measurement found of the pool."""
+    return f"{name}/pool"
+
+
+def measured_target(name: str, target: str) -> str:
+    """Return what a measurement found of a target: a folder, or a file less its suffix."""
+    return f"{name}/targets/{target}"
+
+
+def target_tensors(name: str, target: str, checkpoint: str = "") -> str:
+    """Return the file of what a measurement found of a target, at a checkpoint if it has any."""
+    inner = f"/{checkpoint}" if checkpoint else ""
+    return f"{measured_target(name, target)}{inner}.safetensors"
+
+
+def scoring(method: str) -> str:
+    """Return the stage that scores the pool by a method."""
+    return f"scores/{method}"
+
+
 def scores(method: str) -> str:
     """Return the scores of the whole pool by a method."""
-    return f"scores/{method}.parquet"
+    return f"{scoring(method)}.parquet"
 
 
 def selection(target: str) -> str:

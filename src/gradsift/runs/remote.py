@@ -25,15 +25,19 @@ from typing import Any
 import fsspec
 
 from gradsift.errors import BusyError, RunError
+from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
 BEAT, LEASE = 10.0, 60.0
 """Seconds between signs of life of the owner of a run, and without one until it counts as dead."""
 
 
-_LOCK = ".lock.json"
-_MARKS = ".mirror"
-_LOCAL = {_MARKS, ".lock", ".owner", _LOCK}  # never published or brought
+_LOCAL = {
+    layout.REMOTE_STATES,
+    layout.LOCK,
+    layout.OWNER,
+    layout.REMOTE_LOCK,
+}  # never published or brought
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "memory"}
 _SHARD = re.compile(r"\d{10}\.safetensors")
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "modified")
@@ -87,7 +91,7 @@ class RemoteFolder:
                 continue
             path = self.path / found
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial = path.with_name(f"{path.name}.{os.getpid()}{layout.PARTIAL}")
             self._try(self._files.get_file, f"{self._root}/{found}", str(partial))
             partial.replace(path)
             self._set_mark(found, info, _state(path))
@@ -99,7 +103,7 @@ class RemoteFolder:
             RunError: If the folder cannot be reached, or holds files that are not a run's.
         """
         kept = {found for found, _ in self._listed("")}
-        if kept and not any(found.startswith("manifests/") for found in kept):
+        if kept and not any(found.startswith(f"{layout.MANIFESTS}/") for found in kept):
             raise RunError(
                 f"{self.url} is not empty and is not a gradsift run; use another --output-dir"
             )
@@ -121,7 +125,7 @@ class RemoteFolder:
             if (
                 not file.is_file()
                 or found.parts[0] in _LOCAL
-                or file.suffix == ".partial"
+                or file.suffix == layout.PARTIAL
                 or file.name.startswith(".tmp")
             ):
                 continue
@@ -142,7 +146,7 @@ class RemoteFolder:
             self._try(self._files.put_file, str(file), target)
         else:
             self._try(self._files.makedirs, target.rpartition("/")[0], exist_ok=True)
-            partial = f"{target}.{uuid.uuid4().hex}.partial"
+            partial = f"{target}.{uuid.uuid4().hex}{layout.PARTIAL}"
             self._try(self._files.put_file, str(file), partial)
             self._try(self._files.mv, partial, target)
 
@@ -163,7 +167,7 @@ class RemoteFolder:
             return
         for path, info in found.items():
             inner = path[len(self._root) :].lstrip("/")
-            ours = inner.partition("/")[0] not in _LOCAL and not inner.endswith(".partial")
+            ours = inner.partition("/")[0] not in _LOCAL and not inner.endswith(layout.PARTIAL)
             if inner and ours and info["type"] == "file":
                 yield inner, info
 
@@ -177,7 +181,7 @@ class RemoteFolder:
 
     def _mark(self, name: str) -> tuple[str, str] | None:
         """Return the versions, there and here, of a file that was the same on both sides."""
-        path = self.path / _MARKS / name
+        path = self.path / layout.REMOTE_STATES / name
         try:
             there, here = json.loads(path.read_text())
         except (FileNotFoundError, ValueError, TypeError):
@@ -185,9 +189,9 @@ class RemoteFolder:
         return there, here
 
     def _set_mark(self, name: str, info: dict[str, Any], state: str) -> None:
-        path = self.path / _MARKS / name
+        path = self.path / layout.REMOTE_STATES / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}{layout.PARTIAL}")
         partial.write_text(json.dumps([_version(info), state]))
         partial.replace(path)
 
@@ -203,7 +207,7 @@ class RemoteFolder:
         """
         me = {"host": platform.node(), "copy": str(self.path), "process": os.getpid()}
         me["token"] = uuid.uuid4().hex
-        where = f"{self._root}/{_LOCK}"
+        where = f"{self._root}/{layout.REMOTE_LOCK}"
         message = None
         if not self._whole_at_once:
             self._try(self._files.makedirs, self._root, exist_ok=True)

@@ -89,7 +89,7 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         DataError: If the pool has no example of this id.
     """
     config, path = read_config(run), local_folder(run, fetch=False)
-    if not all((path / "selected" / f"{name}.parquet").exists() for name in config.data.targets):
+    if not all((path / layout.reasons(name)).exists() for name in config.data.targets):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again")
     stages, folder = RunStages.of(config), Run(path)
     if fault := folder.find_fault(stages):

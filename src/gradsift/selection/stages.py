@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradsift.config import Config
-from gradsift.data.stages import data_sets, encoding_stages
+from gradsift.data.sets import data_sets, encoding_stages
 from gradsift.methods.job import Inputs
 from gradsift.methods.registry import METHODS
 from gradsift.models.identity import identity
@@ -41,11 +41,10 @@ class RunStages:
         inputs = Inputs(config, model, data)
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
-        table = layout.scores(config.method)
         scores = Stage(
-            table.removesuffix(".parquet"),
+            layout.scoring(config.method),
             {"method": config.method, **method.settings(config)},
-            (table,),
+            (layout.scores(config.method),),
             (*data.values(), *measured),
             cheap=True,
         )

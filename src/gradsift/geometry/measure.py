@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.config import Config, ModelConfig, moved
+from gradsift.config import LoraConfig, ModelConfig, moved
 from gradsift.errors import ConfigError, RunError, translate_os_errors
 from gradsift.geometry.config import GeometryConfig
 from gradsift.geometry.figures import exhibits
@@ -30,6 +30,8 @@ from gradsift.selection.stages import RunStages
 
 if TYPE_CHECKING:
     import peft
+
+    from gradsift.models.cache import Models
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ def measure_geometry(
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
         run_job = encode(stages, folder, strict=False)
-        run_job.warm_up(warmup, config)
+        run_job.warm_up(warmup)
         # what curves little is lost in half precision
         job = open_job(inputs, folder, Models(_in_float32(config.model)))
         found = {}
@@ -99,20 +101,20 @@ def _places(job: Job, warmup: Stage) -> dict[str, Place]:
     config = job.config
     places: dict[str, Place] = {}
     if config.warmup.adapter is None and config.warmup.mode == "train":
-        places[_BEFORE] = partial(_fresh, job, config)
+        places[_BEFORE] = partial(_fresh, job.models, config.lora, config.warmup.seed)
     for checkpoint in job.checkpoints(warmup):
-        places[checkpoint.label] = partial(_at, job, checkpoint.path)
+        places[checkpoint.label] = partial(_at, job.models, checkpoint.path)
     return places
 
 
 @contextmanager
-def _fresh(job: Job, config: Config) -> Iterator[peft.PeftModel]:
-    with job.models.fresh(config.lora, config.warmup.seed) as model:
+def _fresh(models: Models, lora: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
+    with models.fresh(lora, seed) as model:
         yield model.requires_grad_(False).eval()
 
 
-def _at(job: Job, path: Path) -> AbstractContextManager[peft.PeftModel]:
-    return nullcontext(job.models.at(path))
+def _at(models: Models, path: Path) -> AbstractContextManager[peft.PeftModel]:
+    return nullcontext(models.at(path))
 
 
 def _measure_at(

@@ -18,11 +18,11 @@ from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.pool.coordinates import coordinates_of, prepare_projection
 from gradsift.pool.examples import Prepare, not_finite
+from gradsift.pool.pool_pass import PoolPass
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Table
-from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from gradsift.models.cache import Models
@@ -52,7 +52,7 @@ def measure(job: Job) -> None:
         NumericsError: If a gradient is not finite.
     """
     warmup, products = stages(job.inputs)
-    checkpoints = job.warm_up(warmup, job.config)
+    checkpoints = job.warm_up(warmup)
     prepare = {c.label: partial(_prepare, job, c.path) for c in checkpoints}
     job.pool_pass(products.name).run(products, prepare)
 
@@ -60,10 +60,10 @@ def measure(job: Job) -> None:
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines, aggregated as `gist.aggregation` says."""
     checkpoints = job.checkpoints(stages(job.inputs)[0])
-    aggregation = job.config.gist.aggregation
+    aggregation, products = job.config.gist.aggregation, job.pool_pass(layout.COSINE_PRODUCTS)
     return {
         name: Alignment(
-            Table([(_Cosines(job, name, c), c.weight) for c in checkpoints]),
+            Table([(_Cosines(products, name, c.label), c.weight) for c in checkpoints]),
             job.tasks(name),
             aggregation,
         )
@@ -89,10 +89,9 @@ METHOD = Method(scores, stages, measure, settings, facts, check)
 class _Cosines:
     """Inner products with target gradients of length 1, over the norm of the pool gradient."""
 
-    def __init__(self, job: Job, name: str, checkpoint: Checkpoint) -> None:
-        products = job.pool_pass(layout.COSINE_PRODUCTS)
-        self._products = products.read(coordinates_of(name), checkpoint.label)
-        self._norms = products.read("gradient_norm", checkpoint.label)
+    def __init__(self, products: PoolPass, target: str, checkpoint: str) -> None:
+        self._products = products.read(coordinates_of(target), checkpoint)
+        self._norms = products.read("gradient_norm", checkpoint)
 
     def __len__(self) -> int:
         return len(self._products)

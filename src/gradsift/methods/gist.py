@@ -56,7 +56,7 @@ def measure(job: Job) -> None:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
     """
     warmup, *subspaces, coordinates = stages(job.inputs)
-    checkpoints = job.warm_up(warmup, job.config)
+    checkpoints = job.warm_up(warmup)
     for name, stage in zip(job.targets, subspaces, strict=True):
         with job.folder.stage(stage) as todo:
             if todo:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from gradsift.config import Config
+from gradsift.config import Config, WarmupConfig
 from gradsift.data.conversations import text_of
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ModelError
@@ -68,21 +68,21 @@ class Inputs:
     @property
     def warmup(self) -> Stage:
         """The stage that leaves the adapters of the configured warm-up."""
-        return self.warmup_of(self.config, layout.WARMUP)
+        return self.warmup_of(self.config.warmup, layout.WARMUP)
 
-    def warmup_of(self, config: Config, name: str) -> Stage:
+    def warmup_of(self, warmup: WarmupConfig, name: str) -> Stage:
         """Return the stage that leaves the adapters of a warm-up in the folder of its name.
 
         Raises:
             ModelError: If the adapter given is not there.
         """
         settings: dict[str, Any] = {"model": self.model_settings}
-        if config.warmup.adapter is not None:
-            if not Path(config.warmup.adapter).is_dir():
-                raise ModelError(f"no such adapter folder: {config.warmup.adapter!r}")
-            return Stage(name, settings | {"adapter": identity(config.warmup.adapter)}, (name,))
-        settings |= {"lora": config.lora.model_dump(), "warmup": config.warmup.model_dump()}
-        trained_on = (self.pool,) if config.warmup.mode == "train" else ()
+        if warmup.adapter is not None:
+            if not Path(warmup.adapter).is_dir():
+                raise ModelError(f"no such adapter folder: {warmup.adapter!r}")
+            return Stage(name, settings | {"adapter": identity(warmup.adapter)}, (name,))
+        settings |= {"lora": self.config.lora.model_dump(), "warmup": warmup.model_dump()}
+        trained_on = (self.pool,) if warmup.mode == "train" else ()
         return Stage(name, settings, (name,), trained_on)
 
     def gradients_key(self, target: str) -> str:
@@ -131,16 +131,20 @@ class Job:
         """Return the adapters that a warm-up left."""
         return read_checkpoints(self.path(warmup.name))
 
-    def warm_up(self, stage: Stage, config: Config) -> list[Checkpoint]:
-        """Return the adapters of a warm-up, trained now or before."""
+    def warm_up(self, stage: Stage, warmup: WarmupConfig | None = None) -> list[Checkpoint]:
+        """Return the adapters of a warm-up, trained now or before.
+
+        `warmup`: its settings where they are not those of the run.
+        """
+        warmup = warmup or self.config.warmup
         with self.folder.stage(stage) as todo:
             if todo:
                 from gradsift.models.warmup import warm_up
 
-                directory, warmup = self.path(stage.name), config.warmup
+                directory, lora = self.path(stage.name), self.config.lora
                 trains = warmup.mode == "train" and warmup.adapter is None
                 do = self.train if trains else self.call
-                work = partial(warm_up, warmup, config.lora, self.models, self.pool, directory)
+                work = partial(warm_up, warmup, lora, self.models, self.pool, directory)
                 do(work, directory)
         return self.checkpoints(stage)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradsift.config import Config, EngineConfig, LessConfig
+from gradsift.config import Config, EngineConfig, LessConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
 from gradsift.methods.base import Method
@@ -47,9 +47,9 @@ _GRADIENTS = Measurement("less", at_checkpoints=True)
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the projected gradients of the targets, and those of the pool."""
-    config = _with_own_warmup(inputs.config)
-    name = layout.WARMUP if config == inputs.config else layout.LESS_WARMUP
-    warmup, settings = inputs.warmup_of(config, name), config.less.model_dump()
+    config, own = inputs.config, _own_warmup(inputs.config)
+    name = layout.WARMUP if own == config.warmup else layout.LESS_WARMUP
+    warmup, settings = inputs.warmup_of(own, name), config.less.model_dump()
     return warmup, *_GRADIENTS.stages(inputs, warmup, **settings)
 
 
@@ -61,7 +61,7 @@ def measure(job: Job) -> None:
         NumericsError: If a gradient is not finite.
     """
     warmup, *targets, pool = stages(job.inputs)
-    checkpoints = job.warm_up(warmup, _with_own_warmup(job.config))
+    checkpoints = job.warm_up(warmup, _own_warmup(job.config))
 
     def prepare(with_moments: bool) -> PrepareAt:
         settings = (job.config.less, job.config.engine, with_moments)
@@ -142,18 +142,17 @@ def _on(model: PeftModel, value: np.ndarray | None) -> Tensor:
     return torch.from_numpy(value).flatten().to(model.device, torch.float32)
 
 
-def _with_own_warmup(config: Config) -> Config:
-    """Return the settings with a warm-up of as many epochs as LESS has checkpoints."""
+def _own_warmup(config: Config) -> WarmupConfig:
+    """Return the settings of a warm-up of as many epochs as LESS has checkpoints."""
     if config.warmup.mode == "none":
         raise ConfigError(
             "method=less needs a warm-up: it measures with the moments that Adam has after one; "
             "leave --warmup none out"
         )
     if config.warmup.adapter is not None:
-        return config
+        return config.warmup
     own = {"epochs": config.less.checkpoints, "checkpoints": config.less.checkpoints}
-    warmup = config.warmup.model_copy(update=own | {"keep_optimizer": True})
-    return config.model_copy(update={"warmup": warmup})
+    return config.warmup.model_copy(update=own | {"keep_optimizer": True})
 
 
 def prepare_random_projection(

@@ -252,7 +252,3 @@ def _chances(scores: Float[np.ndarray, " example"]) -> Float[np.ndarray, " examp
     places = np.empty(len(scores))
     places[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
     return np.minimum(1, _DENSITY / places)
-
-
-def _checkpoints(job: Job) -> list[Checkpoint]:
-    return job.checkpoints(gist.stages(job.inputs)[0])

@@ -25,6 +25,7 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.gradients.subspace import fit_subspace
 from gradsift.pipeline import configure, encode
+from gradsift.runs import layout
 from gradsift.runs.opening import open_run
 from gradsift.runs.provenance import peak_memory
 from gradsift.scores.alignment import Alignment
@@ -102,7 +103,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         rank = sum(measured.ranks.values())
         seconds["scores"] = _try_scores(config, targets, measured.ranks, len(pool))
         num_checkpoints = config.warmup.checkpoints
-        disk = _size(folder.path / "data") + num_checkpoints * (
+        disk = _size(folder.path / layout.ENCODED) + num_checkpoints * (
             len(pool) * (4 * rank + 8)
             + _size(adapter)
             + sum(16 * len(targets[name]) * k for name, k in measured.ranks.items())

@@ -6,10 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 MethodName = Literal[
     "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"

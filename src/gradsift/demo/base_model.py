@@ -15,6 +15,7 @@ from gradsift.config import WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.demo import skills
 from gradsift.demo.skills import SKILLS, make_examples
+from gradsift.runs.remote import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def cached_base(per_skill: int) -> Path:
     """Return the folder of the base model, trained on the first use and kept."""
     recipe = f"{_BASE} {_BASE_TRAINING} {_SPECIAL} {per_skill} {inspect.getsource(skills)}"
     name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("GRADSIFT_CACHE", "~/.cache/gradsift")).expanduser()
+    cache = cache_folder()
     path = cache / f"demo-base-{name}"
     if path.exists():
         logger.info("base model: %s, trained before", path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from gradsift.demo.skills import SKILLS, make_examples
 from gradsift.evaluation.evaluate import evaluate
 from gradsift.evaluation.results import Evaluation
 from gradsift.pipeline import RunResult, run
-
-if TYPE_CHECKING:
-    pass
 
 TARGET = "sql"
 _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}

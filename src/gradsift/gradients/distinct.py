@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
-
-if TYPE_CHECKING:
-    pass
 
 
 def distinct(keys: Sequence[object]) -> tuple[list[int], np.ndarray]:

@@ -39,11 +39,11 @@ def warm_up(
         NumericsError: If the training loss stops being finite.
     """
     if warmup.adapter is not None:
-        given, kept = Path(warmup.adapter), directory / "adapter"
+        given, kept = Path(warmup.adapter), directory / layout.GIVEN_ADAPTER
         save_adapter(models.at(given), kept)
         if (given / layout.OPTIMIZER_STATE).exists():
             shutil.copyfile(given / layout.OPTIMIZER_STATE, kept / layout.OPTIMIZER_STATE)
-        write_checkpoints(directory, {"adapter": 1.0})
+        write_checkpoints(directory, {layout.GIVEN_ADAPTER: 1.0})
         return
     with models.fresh(lora, warmup.seed) as model:
         _train(warmup, model, pool, directory)
@@ -52,8 +52,8 @@ def warm_up(
 def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
     """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
     if warmup.mode == "none":
-        save_adapter(model, directory / "fresh")
-        write_checkpoints(directory, {"fresh": 1.0})
+        save_adapter(model, directory / layout.FRESH_ADAPTER)
+        write_checkpoints(directory, {layout.FRESH_ADAPTER: 1.0})
         return
     rng = np.random.default_rng(warmup.seed)
     count = max(1, round(warmup.fraction * len(pool)))
@@ -63,7 +63,7 @@ def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: 
     def keep(epoch: int, mean_rate: float, optimizer: torch.optim.Optimizer) -> None:
         if epoch <= warmup.epochs - warmup.checkpoints or not is_first():
             return
-        folder = directory / f"epoch-{epoch}"
+        folder = directory / layout.epoch(epoch)
         save_adapter(model, folder)
         if warmup.keep_optimizer:
             save_file(optimizer_state(model, optimizer), folder / layout.OPTIMIZER_STATE)

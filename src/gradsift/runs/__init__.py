@@ -12,5 +12,6 @@ PUBLIC = {
     "layout": ("*",),
     "opening": ("local_folder", "open_run", "read_config"),
     "provenance": ("peak_memory",),
+    "remote": ("cache_folder",),
     "stage": ("Stage",),
 }

@@ -21,6 +21,7 @@ WARMUP = "warmup"
 LESS_WARMUP = "less/warmup"
 CHECKPOINTS = "checkpoints.json"  # of a warm-up: its adapters' labels and weights
 TRAINING_LOG = "log.json"  # of a warm-up
+GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains none
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
 COORDINATES = "coordinates"
 COSINE_PRODUCTS = "cosine/pool"
@@ -61,6 +62,11 @@ def encoded(name: str, folder: str = ENCODED) -> str:
 def rejected(name: str, folder: str = ENCODED) -> str:
     """Return the rows of a set that could not be encoded, and why."""
     return f"{folder}/{name}.rejected.jsonl"
+
+
+def epoch(number: int) -> str:
+    """Return the adapter that a warm-up had after an epoch."""
+    return f"epoch-{number}"
 
 
 def target_folder(target: str) -> str:

@@ -53,8 +53,8 @@ def is_remote(location: str | Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where copies lie on every machine: `GRADSIFT_CACHE`, else `~/.cache/gradsift`."""
-    return Path(os.environ.get("GRADSIFT_CACHE") or Path.home() / ".cache" / "gradsift")
+    """Return where copies of remote folders, and what can be made again, lie on a machine: `GRADSIFT_CACHE`, else `~/.cache/gradsift`."""
+    return Path(os.environ.get("GRADSIFT_CACHE") or "~/.cache/gradsift").expanduser()
 
 
 class RemoteFolder:

@@ -41,8 +41,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import tiny_models, torch
 from math import prod
-from gradsift.gradients import blocks
-from gradsift.passes import gram_matrix
+from gradsift.gradients.gram import gram_matrix
+from gradsift.gradients.per_example import blocks
 from gradsift.runs.provenance import peak_memory
 model = tiny_models.adapted("llama", rank=800)  # 1.1 MiB a row
 row, memory = 4 * sum(map(prod, blocks(model).values())), int(sys.argv[1])

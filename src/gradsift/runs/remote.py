@@ -53,7 +53,7 @@ def is_remote(location: str | Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return where copies of remote folders, and what can be made again, lie on a machine: `GRADSIFT_CACHE`, else `~/.cache/gradsift`."""
+    """Return where what can be made again is kept: `GRADSIFT_CACHE`, else `~/.cache/gradsift`."""
     return Path(os.environ.get("GRADSIFT_CACHE") or "~/.cache/gradsift").expanduser()
 
 

@@ -86,11 +86,11 @@ def workers(folder: Path) -> None:
 def memory(folder: Path) -> None:
     """Print the peak memory of driver and worker for pools of several sizes."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import models
+    import tiny_models
 
     if not folder.exists():
         folder.mkdir(parents=True)
-        models.save_adapter(models.save_base(folder / "base"), folder / "adapter")
+        tiny_models.save_adapter(tiny_models.save_base(folder / "base"), folder / "adapter")
         rows = [_short(number) for number in range(64)]
         (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for size in SIZES:
@@ -167,9 +167,9 @@ def _stored_run(folder: Path) -> Config:
         "engine": {"shard_size": 65536},
     }
     config = Config.build(given)
-    plan, rng = RunStages.of(config), np.random.default_rng(0)
+    stages, rng = RunStages.of(config), np.random.default_rng(0)
     with open_run(folder) as run:
-        for stage in [*plan.inputs.data.values(), *plan.measured]:
+        for stage in [*stages.inputs.data.values(), *stages.measured]:
             with run.stage(stage) as todo:
                 if todo:
                     (folder / stage.outputs[0]).parent.mkdir(parents=True, exist_ok=True)

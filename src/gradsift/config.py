@@ -257,7 +257,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
 
 
-def moved(config: Config, engine: Mapping[str, Any]) -> Config:
+def with_engine(config: Config, engine: Mapping[str, Any]) -> Config:
     """Return the settings of a run that goes on elsewhere: with other settings of the engine.
 
     Raises:

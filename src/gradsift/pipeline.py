@@ -21,7 +21,7 @@ from gradsift.errors import DataError, translate_os_errors
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
-from gradsift.report.write import leave_report
+from gradsift.report.write import build_report
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
@@ -139,7 +139,7 @@ def run(
                     write_selection(job, name, scores()[name])
         export_picks(job)
         folder.write_config(config)  # only now is it that of what the folder holds
-        leave_report(job, stages)
+        build_report(job, stages)
         return _result(job, stages)
 
 

@@ -1,4 +1,4 @@
-"""`gradsift evaluate`: cells done once, resumed, shared; numbers that are the plain ones."""
+"""`gradsift evaluate`: fine-tunings done once, resumed, shared; numbers that are the plain ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import reference
 from conftest import Write, configure
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, NumericsError
-from gradsift.evaluation.cells import Bench, Cell
 from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig, LdsConfig
-from gradsift.evaluation.lds import linear_datamodeling_scores, subset_cells
+from gradsift.evaluation.fine_tunings import FineTuner, FineTuning
+from gradsift.evaluation.lds import linear_datamodeling_scores, subset_fine_tunings
 from gradsift.evaluation.results import Row, interval, verdicts
 from gradsift.evaluation.statistics import Interval
 from gradsift.pipeline import run
@@ -55,15 +55,17 @@ def tests(write: Write) -> dict[str, str]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The labels of the cells that are run, in order."""
+    """The labels of the fine-tunings that are run, in order."""
     labels: list[str] = []
-    plain = Bench.run
+    plain = FineTuner.run
 
-    def counted(self: Bench, cell: Cell, targets: Any, with_tasks: bool = False) -> None:
-        labels.append(cell.label)
-        plain(self, cell, targets, with_tasks)
+    def counted(
+        self: FineTuner, tuning: FineTuning, targets: Any, with_tasks: bool = False
+    ) -> None:
+        labels.append(tuning.label)
+        plain(self, tuning, targets, with_tasks)
 
-    monkeypatch.setattr(Bench, "run", counted)
+    monkeypatch.setattr(FineTuner, "run", counted)
     return labels
 
 
@@ -148,15 +150,15 @@ def test_one_that_was_broken_off_goes_on_where_it_stopped(
     folder: Path, tests: dict[str, str], monkeypatch: pytest.MonkeyPatch, trained: list[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    counted = Bench.run
+    counted = FineTuner.run
 
-    def breaks(self: Bench, cell: Cell, targets: Any, with_tasks: bool = False) -> None:
+    def breaks(self: FineTuner, tuning: FineTuning, targets: Any, with_tasks: bool = False) -> None:
         if len(trained) == 4:
             raise KeyboardInterrupt
-        counted(self, cell, targets, with_tasks)
+        counted(self, tuning, targets, with_tasks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "run", breaks)
+        patch.setattr(FineTuner, "run", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(folder, tests)
     kept = {p: p.stat().st_mtime_ns for p in (folder / "evaluation/cells").iterdir()}
@@ -228,21 +230,21 @@ def test_the_linear_datamodeling_score_end_to_end(
 def test_lds_finds_the_scores_that_add_up_to_the_effect() -> None:
     rng = np.random.default_rng(0)
     effect = rng.normal(size=100)
-    cells = subset_cells(100, LdsConfig(subsets=64, sample=80), FineTuningConfig())
-    rows = np.array([cell.rows for cell in cells])
+    tunings = subset_fine_tunings(100, LdsConfig(subsets=64, sample=80), FineTuningConfig())
+    rows = np.array([tuning.rows for tuning in tunings])
     assert rows.shape == (64, 40)
     assert len(np.unique(rows)) == 80
     losses = 5 - effect[rows].sum(axis=1) + rng.normal(size=64)
     scores = {
         ("t", "true"): effect, ("t", "opposite"): -effect, ("t", "none"): rng.normal(size=100)
     }  # fmt: skip
-    found = linear_datamodeling_scores(cells, {"t": losses.tolist()}, scores)
+    found = linear_datamodeling_scores(tunings, {"t": losses.tolist()}, scores)
     values = {s.method: s.correlation for s in found}
     assert values["true"].low > 0.9
     assert values["opposite"].high < -0.9
     assert values["none"].low < 0.2
     assert values["none"].high < 0.9
-    assert subset_cells(100, LdsConfig(subsets=64, sample=80), FineTuningConfig()) == cells
+    assert subset_fine_tunings(100, LdsConfig(subsets=64, sample=80), FineTuningConfig()) == tunings
 
 
 def test_a_training_that_diverges_is_an_error(folder: Path, tests: dict[str, str]) -> None:

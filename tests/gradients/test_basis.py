@@ -14,7 +14,7 @@ import torch
 import reference
 import tiny_models
 from gradsift.errors import ModelError
-from gradsift.gradients.basis import Basis, build_basis, choose_waiting
+from gradsift.gradients.basis import Basis, build_basis, choose_offloaded
 from gradsift.gradients.gram import gram_matrix, row_bytes
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
@@ -91,9 +91,9 @@ def test_blocks_that_wait_in_host_memory_give_the_same_coordinates(share: float)
     rng = torch.Generator().manual_seed(0)
     tensors = {n: torch.randn(6, prod(s), generator=rng) for n, s in blocks(model).items()}
     names = list(tensors)
-    waiting = frozenset(names[int(share * len(names)) :])
+    offloaded = frozenset(names[int(share * len(names)) :])
     here = Basis(tensors, frozenset(), torch.device("cpu"))
-    brought = Basis(tensors, waiting, torch.device("cpu"))
+    brought = Basis(tensors, offloaded, torch.device("cpu"))
     one, other = (project(model, examples, 60, basis).coordinates for basis in (here, brought))
     assert torch.equal(one, other)
 
@@ -102,13 +102,13 @@ def test_what_waits_leaves_room_for_two_slots() -> None:
     shapes = {f"block{i}": (10, 100) for i in range(10)}
     size = 3 * 1000 * 2
     device = torch.device("cuda")
-    assert choose_waiting(shapes, 3, 2, device, memory=10 * size) == frozenset()
-    some = choose_waiting(shapes, 3, 2, device, memory=9 * size)
+    assert choose_offloaded(shapes, 3, 2, device, memory=10 * size) == frozenset()
+    some = choose_offloaded(shapes, 3, 2, device, memory=9 * size)
     assert some == {"block0", "block3", "block6"}  # spread over the layers
-    assert len(choose_waiting(shapes, 3, 2, device, memory=2 * size)) == 10
+    assert len(choose_offloaded(shapes, 3, 2, device, memory=2 * size)) == 10
     huge = {"block": (10**7, 10**7)}
     with pytest.raises(ModelError, match=r"fit on cuda and .* GiB in host memory; lower gist.rank"):
-        choose_waiting(huge, 3, 2, device, memory=10**9)
+        choose_offloaded(huge, 3, 2, device, memory=10**9)
 
 
 def test_small_gradients_survive_float16() -> None:

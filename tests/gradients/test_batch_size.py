@@ -17,7 +17,7 @@ from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
 from gradsift.gradients.batch_size import probe, start_tokens, within_memory
 from gradsift.gradients.memory import memory_budget
-from gradsift.models.batches import ahead, lengths_of
+from gradsift.models.batches import lengths_of, prefetch
 
 CPU = torch.device("cpu")
 
@@ -131,9 +131,9 @@ def test_items_are_made_ahead_on_another_thread_and_errors_come_through() -> Non
 
     found = []
     with pytest.raises(ValueError, match="broken row"):
-        found.extend(ahead(items()))
+        found.extend(prefetch(items()))
     assert threading.current_thread() not in threads
-    coming = ahead(iter(range(100)))
+    coming = prefetch(iter(range(100)))
     assert next(coming) == 0
     coming.close()  # and nothing hangs
 

@@ -21,7 +21,7 @@ from gradsift.config import Config, ModelConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import DataError, ModelError
 from gradsift.models.adapters import load_adapter
-from gradsift.models.cache import Models
+from gradsift.models.cache import ModelCache
 from gradsift.models.files import known_sizes, load_tokenizer
 from gradsift.models.loading import load_base
 from gradsift.pipeline import run
@@ -246,10 +246,10 @@ def test_the_base_is_bit_for_bit_what_it_was_after_any_adapter(
     base: Path, adapter: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     path = tiny_models.save_adapter(base, tmp_path / "adapter", **changes)
-    switch = Models(on(base))
+    switch = ModelCache(on(base))
     before = {name: value.clone() for name, value in switch.base().state_dict().items()}
     for step in (path, adapter, path):
-        switch.at(step)
+        switch.with_adapter(step)
         after = switch.base().state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)

@@ -19,7 +19,7 @@ from gradsift.errors import ModelError
 from gradsift.gradients.per_example import PerExampleGradients
 from gradsift.models.adapters import load_adapter
 from gradsift.models.batches import Batch
-from gradsift.models.cache import Models
+from gradsift.models.cache import ModelCache
 from gradsift.models.loading import check_servable, load_base
 from gradsift.models.lora import attach_lora, lora_pairs
 
@@ -212,10 +212,10 @@ def test_one_base_model_serves_one_adapter_after_the_other(
     other = tiny_models.save_adapter(
         base, tmp_path / "other", r=2, target_modules=["o_proj", "down_proj"]
     )
-    switch, ids = Models(on(base)), torch.arange(40)[None]
+    switch, ids = ModelCache(on(base)), torch.arange(40)[None]
     for path in (adapter, other, other, adapter):
         expected = load_adapter(load_base(on(base)), path)
-        found = switch.at(path)
+        found = switch.with_adapter(path)
         assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
         assert [*lora_pairs(found)] == [*lora_pairs(expected)]
     assert len(loads) == 1

@@ -10,7 +10,7 @@ from typing import Any
 from gradsift.config import DataConfig
 from gradsift.data.encoded import encode_set
 from gradsift.data.encoding import Encoder
-from gradsift.data.sources import log_what_is_left, resolve
+from gradsift.data.sources import log_folder_contents, resolve
 from gradsift.runs import layout
 from gradsift.runs.atomic import room_for
 from gradsift.runs.folder import Run
@@ -70,7 +70,7 @@ def encode_sets(
         path = run.path / stages[name].outputs[0]
         with run.stage(stages[name]) as todo:
             if todo:
-                log_what_is_left(specs)
+                log_folder_contents(specs)
                 encoder = encoder or load_encoder()
                 with room_for(path):
                     encode_set(name, resolve(specs), encoder, columns, path.parent, strict)

@@ -102,7 +102,7 @@ def resolve(specs: Iterable[str]) -> list[Source]:
     return [source for spec in specs for source in _resolve(spec)]
 
 
-def log_what_is_left(specs: Iterable[str]) -> None:
+def log_folder_contents(specs: Iterable[str]) -> None:
     """Say of each folder which files were taken as data, and which were left."""
     for spec in specs:
         found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)  # noqa: PTH207

@@ -1,4 +1,4 @@
-"""From trained cells to what they say: means, differences to random, verdicts, files."""
+"""From trained fine-tunings to what they say: means, differences to random, verdicts, files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from gradsift.evaluation.cells import Bench, Cell
+from gradsift.evaluation.fine_tunings import FineTuner, FineTuning
 from gradsift.evaluation.lds import linear_datamodeling_scores
 from gradsift.evaluation.overlap import Overlap, overlaps
 from gradsift.evaluation.results import Evaluation, Row, verdicts
@@ -26,27 +26,31 @@ ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the grid, and what it stands for."""
+    """A fine-tuning of the grid, and what it stands for."""
 
     target: str
     budget: str
     method: str
-    cell: Cell
+    tuning: FineTuning
 
 
 def conclude(
-    run: Path, bench: Bench, grid: Sequence[Entry], subsets: Sequence[Cell], scores: ScoresOf
+    run: Path,
+    tuner: FineTuner,
+    grid: Sequence[Entry],
+    subsets: Sequence[FineTuning],
+    scores: ScoresOf,
 ) -> Evaluation:
-    """Return what the trained cells say; leave it in the run as Parquet and Markdown."""
-    rows = _rows(grid, bench)
+    """Return what the trained fine-tunings say; leave it in the run as Parquet and Markdown."""
+    rows = _rows(grid, tuner)
     lds = []
     if subsets:
         targets = dict.fromkeys(entry.target for entry in grid)
-        losses = {name: [bench.outcome(c, name).loss for c in subsets] for name in targets}
+        losses = {name: [tuner.outcome(c, name).loss for c in subsets] for name in targets}
         lds = linear_datamodeling_scores(subsets, losses, scores)
     found = Evaluation(run / layout.EVALUATION, rows, _overlaps(grid, scores), lds, verdicts(rows))
     tables = {
-        "trainings": pa.Table.from_pylist([_training(entry, bench) for entry in grid]),
+        "trainings": pa.Table.from_pylist([_training(entry, tuner) for entry in grid]),
         "table": found.table(),
         "overlap": pa.Table.from_pylist([asdict(overlap) for overlap in found.overlaps]),
         "lds": pa.Table.from_pylist(
@@ -59,37 +63,42 @@ def conclude(
     return found
 
 
-def _rows(grid: Sequence[Entry], bench: Bench) -> list[Row]:
+def _rows(grid: Sequence[Entry], tuner: FineTuner) -> list[Row]:
     """Return what the trainings of each target, budget and method come to."""
-    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str, str], list[FineTuning]] = {}
     for entry in grid:
-        groups.setdefault((entry.target, entry.budget, entry.method), []).append(entry.cell)
-    return [_row(key, cells, groups[(*key[:2], "random")], bench) for key, cells in groups.items()]
+        groups.setdefault((entry.target, entry.budget, entry.method), []).append(entry.tuning)
+    return [
+        _row(key, tunings, groups[(*key[:2], "random")], tuner) for key, tunings in groups.items()
+    ]
 
 
 def _row(
-    key: tuple[str, str, str], cells: Sequence[Cell], at_random: Sequence[Cell], bench: Bench
+    key: tuple[str, str, str],
+    tunings: Sequence[FineTuning],
+    at_random: Sequence[FineTuning],
+    tuner: FineTuner,
 ) -> Row:
     target, budget, method = key
-    found = [bench.outcome(cell, target) for cell in cells]
+    found = [tuner.outcome(tuning, target) for tuning in tunings]
     difference = None
     if method != "random":
-        others = [bench.outcome(cell, target).losses for cell in at_random]
+        others = [tuner.outcome(tuning, target).losses for tuning in at_random]
         difference = paired_difference([o.losses for o in found], others, found[0].num_tokens)
     losses, accuracies = [o.loss for o in found], [o.accuracy for o in found]
     return Row(
         target=target,
         budget=budget,
         method=method,
-        num_picks=len(cells[0].rows),
-        steps=cells[0].steps,
-        seeds=len(cells),
+        num_picks=len(tunings[0].rows),
+        steps=tunings[0].steps,
+        seeds=len(tunings),
         loss=float(np.mean(losses)),
         loss_std=_spread(losses),
         accuracy=float(np.mean(accuracies)),
         accuracy_std=_spread(accuracies),
         difference=difference,
-        tasks=_mean_tasks([bench.tasks(cell) for cell in cells]),
+        tasks=_mean_tasks([tuner.tasks(tuning) for tuning in tunings]),
     )
 
 
@@ -108,16 +117,16 @@ def _mean_tasks(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str,
     return {name: float(np.mean(own)) for name, own in values.items()}
 
 
-def _training(entry: Entry, bench: Bench) -> dict[str, object]:
+def _training(entry: Entry, tuner: FineTuner) -> dict[str, object]:
     """Return one training as a row of `trainings.parquet`."""
-    outcome, cell = bench.outcome(entry.cell, entry.target), entry.cell
+    outcome, tuning = tuner.outcome(entry.tuning, entry.target), entry.tuning
     return {
         "target": entry.target,
         "budget": entry.budget,
         "method": entry.method,
-        "seed": cell.seed,
-        "steps": cell.steps,
-        "num_picks": len(cell.rows),
+        "seed": tuning.seed,
+        "steps": tuning.steps,
+        "num_picks": len(tuning.rows),
         "loss": outcome.loss,
         "accuracy": outcome.accuracy,
     }
@@ -126,7 +135,7 @@ def _training(entry: Entry, bench: Bench) -> dict[str, object]:
 def _overlaps(grid: Sequence[Entry], scores: ScoresOf) -> list[Overlap]:
     """Return how much any two methods' selections at the first budget share."""
     picks = {
-        (entry.target, entry.method): entry.cell.rows
+        (entry.target, entry.method): entry.tuning.rows
         for entry in reversed(grid)  # the first seed stays
         if entry.budget == grid[0].budget and (entry.target, entry.method) in scores
     }

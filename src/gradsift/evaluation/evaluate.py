@@ -1,7 +1,7 @@
 """Does it work for me? The same fine-tuning on what each method picks, against random picks.
 
-Every fine-tuning is a cell that is done once and kept; see `cells.py`. `evaluate` decides which
-cells there have to be and what follows from them.
+Every fine-tuning is done once and kept (`fine_tunings.py`). `evaluate` decides which there have to
+be and what follows from them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.config import Config, moved
+from gradsift.config import Config, with_engine
 from gradsift.data.duplicates import texts_of
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import ConfigError, translate_os_errors
-from gradsift.evaluation.cells import Bench, Cell, HeldOut
 from gradsift.evaluation.conclusions import Entry, conclude
 from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig
 from gradsift.evaluation.figures import exhibits
-from gradsift.evaluation.lds import subset_cells
+from gradsift.evaluation.fine_tunings import FineTuner, FineTuning, HeldOut
+from gradsift.evaluation.lds import subset_fine_tunings
 from gradsift.evaluation.results import Evaluation
 from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
@@ -81,7 +81,7 @@ def run_evaluation(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = moved(read_config(run), engine or {})
+    config = with_engine(read_config(run), engine or {})
     by_method = _stages_by_method(config, settings)
     with open_run(run) as folder:
         for stages in by_method.values():  # whatever cannot be done is said before anything is
@@ -90,19 +90,19 @@ def run_evaluation(
         budgets = settings.budgets or (config.policy.budget,)
         check_budgets(job, budgets)
         tests = _encode_tests(job, settings)
-        bench = Bench(job, settings, tests)
+        tuner = FineTuner(job, settings, tests)
         content = settings.to_yaml().encode()
         write_atomically(folder.path / layout.EVALUATION_CONFIG, content)
         grid = _grid(job, settings, by_method, [(t, b) for t in tests for b in budgets])
-        subsets = subset_cells(len(job.pool), settings.lds, settings.fine_tuning)
+        subsets = subset_fine_tunings(len(job.pool), settings.lds, settings.fine_tuning)
         _warn_of_unseen_examples(settings.fine_tuning, grid, subsets)
-        _run_cells(job, bench, grid, subsets, list(tests))
+        _train_missing(job, tuner, grid, subsets, list(tests))
         scores = {
             (target, method): read_scores(folder.path, method, target)
             for target in tests
             for method in settings.methods
         }
-        found = conclude(folder.path, bench, grid, subsets, scores)
+        found = conclude(folder.path, tuner, grid, subsets, scores)
         own = RunStages.of(config)
         selections = {name: stage.fingerprint for name, stage in own.selections.items()}
         write_exhibits(folder, layout.EVALUATION, exhibits(found), selections)
@@ -168,37 +168,39 @@ def _grid(
     Methods are measured one after the other, and only their picks are kept.
     """
     steps, num_pool = settings.fine_tuning.steps, len(job.pool)
-    cells: dict[str, dict[tuple[str, str], list[Cell]]] = {"base": {}, "random": {}}
+    tunings: dict[str, dict[tuple[str, str], list[FineTuning]]] = {"base": {}, "random": {}}
     for place in places:
-        cells["base"][place] = [Cell((), 0, 0, "base")]
+        tunings["base"][place] = [FineTuning((), 0, 0, "base")]
     for seed in range(settings.random_seeds):
         section = job.config.random.model_copy(update={"seed": seed})
         config = job.config.model_copy(update={"random": section})
         seeded = replace(job, inputs=replace(job.inputs, config=config))
         for place, rows in _picks(job, METHODS["random"].scores(seeded), places):
-            cell = Cell(rows, steps, seed, f"random, {place[1]}, seed {seed}")
-            cells["random"].setdefault(place, []).append(cell)
+            tuning = FineTuning(rows, steps, seed, f"random, {place[1]}, seed {seed}")
+            tunings["random"].setdefault(place, []).append(tuning)
     if settings.full:
         whole = max(steps, steps_per_epoch(num_pool, settings.fine_tuning))
         rows = tuple(range(num_pool))
-        trained = [Cell(rows, whole, seed, f"full, seed {seed}") for seed in range(settings.seeds)]
-        cells["full"] = dict.fromkeys(places, trained)
+        trained = [
+            FineTuning(rows, whole, seed, f"full, seed {seed}") for seed in range(settings.seeds)
+        ]
+        tunings["full"] = dict.fromkeys(places, trained)
     for method in settings.methods:
         scored = measure(replace(job, inputs=by_method[method].inputs), by_method[method])()
         if method == "random":
             continue
-        cells[method] = {
+        tunings[method] = {
             place: [
-                Cell(rows, steps, seed, f"{method} for {place[0]}, {place[1]}, seed {seed}")
+                FineTuning(rows, steps, seed, f"{method} for {place[0]}, {place[1]}, seed {seed}")
                 for seed in range(settings.seeds)
             ]
             for place, rows in _picks(job, scored, places)
         }
     return [
-        Entry(*place, method, cell)
+        Entry(*place, method, tuning)
         for place in places
-        for method, by_place in cells.items()
-        for cell in by_place[place]
+        for method, by_place in tunings.items()
+        for tuning in by_place[place]
     ]
 
 
@@ -218,11 +220,11 @@ def _picks(
 
 
 def _warn_of_unseen_examples(
-    settings: FineTuningConfig, grid: Sequence[Entry], subsets: Sequence[Cell]
+    settings: FineTuningConfig, grid: Sequence[Entry], subsets: Sequence[FineTuning]
 ) -> None:
     """Warn where a fine-tuning ends before it has seen all of its examples."""
     seen = settings.steps * settings.batch_size
-    picked = [len(entry.cell.rows) for entry in grid if entry.method not in ("base", "full")]
+    picked = [len(entry.tuning.rows) for entry in grid if entry.method not in ("base", "full")]
     for what, size in (
         ("picks", max(picked)),
         ("a subset", max((len(c.rows) for c in subsets), default=0)),
@@ -235,20 +237,20 @@ def _warn_of_unseen_examples(
             )  # fmt: skip
 
 
-def _run_cells(
+def _train_missing(
     job: Job,
-    bench: Bench,
+    tuner: FineTuner,
     grid: Sequence[Entry],
-    subsets: Sequence[Cell],
+    subsets: Sequence[FineTuning],
     targets: Sequence[str],
 ) -> None:
     """Train what is missing; selections that are the same are trained once."""
-    wanted: dict[Cell, set[str]] = {}
+    wanted: dict[FineTuning, set[str]] = {}
     for entry in grid:
-        wanted.setdefault(entry.cell, set()).add(entry.target)
-    todo = [(cell, sorted(names), True) for cell, names in wanted.items()]
-    todo += [(cell, [*targets], False) for cell in subsets]
-    missing = [item for item in todo if bench.lacks(*item)]
+        wanted.setdefault(entry.tuning, set()).add(entry.target)
+    todo = [(tuning, sorted(names), True) for tuning, names in wanted.items()]
+    todo += [(tuning, [*targets], False) for tuning in subsets]
+    missing = [item for item in todo if tuner.lacks(*item)]
     logger.info("%d of %d fine-tunings are there already", len(todo) - len(missing), len(todo))
     if missing:
-        job.train(partial(bench.run_all, missing), job.path(layout.FINE_TUNINGS))
+        job.train(partial(tuner.run_all, missing), job.path(layout.FINE_TUNINGS))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.evaluation.cells import Cell
 from gradsift.evaluation.config import FineTuningConfig, LdsConfig
+from gradsift.evaluation.fine_tunings import FineTuning
 from gradsift.evaluation.statistics import Interval, rank_correlation
 
 
@@ -27,7 +27,9 @@ class LinearDatamodelingScore:
     correlation: Interval
 
 
-def subset_cells(num_pool: int, lds: LdsConfig, training: FineTuningConfig) -> list[Cell]:
+def subset_fine_tunings(
+    num_pool: int, lds: LdsConfig, training: FineTuningConfig
+) -> list[FineTuning]:
     """Return the fine-tunings on random subsets, of the same steps, seed and first weights."""
     rng = np.random.default_rng(lds.seed)
     count = min(lds.sample or num_pool, num_pool)
@@ -35,23 +37,23 @@ def subset_cells(num_pool: int, lds: LdsConfig, training: FineTuningConfig) -> l
     size = max(1, round(lds.share * count))
     subsets = [rng.choice(sample, size=size, replace=False) for _ in range(lds.subsets)]
     return [
-        Cell(tuple(np.sort(rows).tolist()), training.steps, lds.seed, f"subset {number}")
+        FineTuning(tuple(np.sort(rows).tolist()), training.steps, lds.seed, f"subset {number}")
         for number, rows in enumerate(subsets, start=1)
     ]
 
 
 def linear_datamodeling_scores(
-    cells: Sequence[Cell],
+    tunings: Sequence[FineTuning],
     losses: Mapping[str, Sequence[float]],
     scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]],
 ) -> list[LinearDatamodelingScore]:
     """Return the score of every target and method.
 
-    `losses`: by target, of each cell in order; `scores`: of the whole pool, by target and method.
+    `losses`: by target, of each fine-tuning; `scores`: of the whole pool, by target and method.
     """
     result = []
     for (target, method), values in scores.items():
-        sums = np.array([values[list(cell.rows)].sum(dtype=np.float64) for cell in cells])
+        sums = np.array([values[list(tuning.rows)].sum(dtype=np.float64) for tuning in tunings])
         found = rank_correlation(sums, -np.asarray(losses[target], np.float64))
         result.append(LinearDatamodelingScore(target, method, found))
     return result

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.config import LoraConfig, ModelConfig, moved
+from gradsift.config import LoraConfig, ModelConfig, with_engine
 from gradsift.errors import ConfigError, RunError, translate_os_errors
 from gradsift.geometry.config import GeometryConfig
 from gradsift.geometry.figures import exhibits
@@ -31,7 +31,7 @@ from gradsift.selection.stages import RunStages
 if TYPE_CHECKING:
     import peft
 
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def measure_geometry(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
-    wanted, config = GeometryConfig.build(settings), moved(read_config(run), engine or {})
+    wanted, config = GeometryConfig.build(settings), with_engine(read_config(run), engine or {})
     if config.model.quantization != "none":
         raise ConfigError(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
@@ -73,7 +73,7 @@ def measure_geometry(
         run_job = encode(stages, folder, strict=False)
         run_job.warm_up(warmup)
         # what curves little is lost in half precision
-        job = open_job(inputs, folder, Models(_in_float32(config.model)))
+        job = open_job(inputs, folder, ModelCache(_in_float32(config.model)))
         found = {}
         for name in job.targets:
             places = _places(job, warmup)
@@ -108,13 +108,13 @@ def _places(job: Job, warmup: Stage) -> dict[str, Place]:
 
 
 @contextmanager
-def _fresh(models: Models, lora: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
-    with models.fresh(lora, seed) as model:
+def _fresh(models: ModelCache, lora: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
+    with models.with_fresh_adapter(lora, seed) as model:
         yield model.requires_grad_(False).eval()
 
 
-def _at(models: Models, path: Path) -> AbstractContextManager[peft.PeftModel]:
-    return nullcontext(models.at(path))
+def _at(models: ModelCache, path: Path) -> AbstractContextManager[peft.PeftModel]:
+    return nullcontext(models.with_adapter(path))
 
 
 def _measure_at(

@@ -37,22 +37,22 @@ Shapes = Mapping[str, tuple[int, int]]
 class Basis:
     """`basis[name]` is one block of it, (direction, parameter), on the device.
 
-    What it returned before may no longer be used: the memory of waiting blocks is used in turn.
+    What it returned before may no longer be used: the memory of offloaded blocks is used in turn.
     """
 
     def __init__(
         self,
         blocks: Mapping[str, Float[Tensor, "direction _"]],
-        waiting: frozenset[str],
+        offloaded: frozenset[str],
         device: torch.device,
     ) -> None:
-        """Take the blocks, those that are `waiting` from host memory (pinned, for a GPU)."""
-        self._blocks, self._waiting = blocks, waiting
+        """Take the blocks, those that are `offloaded` from host memory (pinned, for a GPU)."""
+        self._blocks, self._offloaded = blocks, offloaded
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._after: dict[str, str] = {}  # the order in which waiting blocks are asked for
+        self._after: dict[str, str] = {}  # the order in which offloaded blocks are asked for
         self._last: str | None = None
-        self._coming: tuple[str, Tensor, torch.Event | None] | None = None
-        largest = max((blocks[name].numel() for name in waiting), default=0)
+        self._prefetched: tuple[str, Tensor, torch.Event | None] | None = None
+        largest = max((blocks[name].numel() for name in offloaded), default=0)
         first = next(iter(blocks.values()))
         self.rank, self._free = len(first), 0
         self._slots = torch.empty(2, largest, dtype=first.dtype, device=device)
@@ -60,25 +60,25 @@ class Basis:
             self._slots.record_stream(self._stream)  # a copy may still run when they are freed
 
     def __getitem__(self, name: str) -> Float[Tensor, "direction _"]:
-        if name not in self._waiting:
+        if name not in self._offloaded:
             return self._blocks[name]
         if self._last is not None:
             self._after[self._last] = name
         self._last = name
         # whatever uses the other slot has been handed to the device by now
         released = torch.cuda.current_stream().record_event() if self._stream else None
-        if self._coming is None or self._coming[0] != name:
-            self._bring(name, released)
-        assert self._coming is not None
-        (_, block, arrived), self._coming = self._coming, None
+        if self._prefetched is None or self._prefetched[0] != name:
+            self._prefetch(name, released)
+        assert self._prefetched is not None
+        (_, block, arrived), self._prefetched = self._prefetched, None
         if arrived:
             torch.cuda.current_stream().wait_event(arrived)
         self._free = 1 - self._free
         if name in self._after:
-            self._bring(self._after[name], released)
+            self._prefetch(self._after[name], released)
         return block
 
-    def _bring(self, name: str, released: torch.Event | None) -> None:
+    def _prefetch(self, name: str, released: torch.Event | None) -> None:
         """Begin to copy a block into the slot that is not in use."""
         host = self._blocks[name]
         block = self._slots[self._free, : host.numel()].view(host.shape)
@@ -88,10 +88,10 @@ class Basis:
             side = torch.cuda.stream(self._stream)
         with side:
             block.copy_(host, non_blocking=True)
-        self._coming = (name, block, self._stream.record_event() if self._stream else None)
+        self._prefetched = (name, block, self._stream.record_event() if self._stream else None)
 
 
-def choose_waiting(
+def choose_offloaded(
     shapes: Shapes, rank: int, itemsize: int, device: torch.device, memory: int
 ) -> frozenset[str]:
     """Return the blocks that have to wait in host memory so that the rest keeps within `memory`.
@@ -112,22 +112,22 @@ def choose_waiting(
         )
     room = memory - 2 * max(sizes.values())  # two slots for those that are brought
     # spread evenly over the layers, so that each copy has a whole layer's time
-    waiting, here, reached = set(), 0, 0
+    offloaded, here, reached = set(), 0, 0
     for name, size in sizes.items():
         reached += size
         if (here + size) * total <= room * reached:
             here += size
         else:
-            waiting.add(name)
+            offloaded.add(name)
     # pinned memory is handed out in powers of two
-    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in waiting), host_memory()
+    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in offloaded), host_memory()
     if needed > available or room < 0:
         raise ModelError(
             f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB; "
             f"{memory / 2**30:.3g} GiB fit on {device} and {available / 2**30:.1f} GiB in host "
             f"memory; {advice}"
         )
-    return frozenset(waiting)
+    return frozenset(offloaded)
 
 
 def build_basis(
@@ -151,7 +151,7 @@ def build_basis(
     rank = sum(combination.shape[1] for _, combination in targets)
     dtype = model.dtype if device.type == "cuda" else torch.float32
     assert isinstance(dtype, torch.dtype)
-    waiting = choose_waiting(shapes, rank, dtype.itemsize, device, memory - memory // 4)
+    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, memory - memory // 4)
     done: dict[str, Tensor] = {}
     for part in _parts(shapes, max_bytes=memory // 4, bytes_per_parameter=FLOAT_BYTES * rank):
         sums = [
@@ -160,8 +160,8 @@ def build_basis(
         ]
         for name in part:
             block = torch.cat([own.pop(name) for own in sums]).to(dtype)
-            done[name] = block.cpu().pin_memory() if name in waiting else block
-    return Basis(done, waiting, device)
+            done[name] = block.cpu().pin_memory() if name in offloaded else block
+    return Basis(done, offloaded, device)
 
 
 def _combine_rows(

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import blocks
-from gradsift.models.batches import lay_out, lengths_of, plan_batches, to_device
+from gradsift.models.batches import lengths_of, make_batches, plan_batches, to_device
 from gradsift.models.lora import lora_pairs
 from gradsift.models.losses import label_logits
 
@@ -84,7 +84,7 @@ class Hessian:
         device = self._parameters[0].device
         with _twice_differentiable(self._parameters):
             for group, batch in zip(
-                self._groups, lay_out(self._examples, self._groups, device), strict=True
+                self._groups, make_batches(self._examples, self._groups, device), strict=True
             ):
                 own = to_device(self._weights[group].astype(np.float32), device)
                 logits = label_logits(self._model, batch)

@@ -27,8 +27,8 @@ from gradsift.errors import ModelError
 from gradsift.models.batches import (
     MAX_EXAMPLES,
     Batch,
-    lay_out,
     lengths_of,
+    make_batches,
     plan_batches,
     to_device,
 )
@@ -171,7 +171,7 @@ def each_batch(
     model: nn.Module, examples: Sequence[Encoded], groups: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Callable[[Consume], Float[Tensor, " batch"]]]]:
     """Yield each group with the function that runs its batch."""
-    batches = lay_out(examples, groups, device_of(model))
+    batches = make_batches(examples, groups, device_of(model))
     with PerExampleGradients(model) as gradients:
         for group, batch in zip(groups, batches, strict=True):
             yield group, partial(gradients, batch)

@@ -25,7 +25,7 @@ from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Table
 
 if TYPE_CHECKING:
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
@@ -114,14 +114,14 @@ def _prepare(job: Job, adapter: Path) -> Prepare:
 
 
 def _to_unit_length(
-    models: Models, adapter: Path, name: str, target: EncodedSet, engine: EngineConfig
+    models: ModelCache, adapter: Path, name: str, target: EncodedSet, engine: EngineConfig
 ) -> np.ndarray:
     """Return the diagonal matrix that brings a target's gradients to length 1."""
     from gradsift.gradients.distinct import distinct_examples
     from gradsift.gradients.gram import fitting_gram
 
     examples, inverse = distinct_examples(target)
-    gram = fitting_gram(models.at(adapter), examples, engine)
+    gram = fitting_gram(models.with_adapter(adapter), examples, engine)
     squares = np.diag(gram)[inverse]
     if not np.isfinite(squares).all():
         broken = np.flatnonzero(~np.isfinite(squares))

@@ -131,7 +131,7 @@ def _measure_subspaces(job: Job, name: str, at: Sequence[Checkpoint]) -> None:
     examples, inverse = distinct_examples(target)
     spectra = {}
     for checkpoint in at:
-        model = job.models.at(checkpoint.path)
+        model = job.models.with_adapter(checkpoint.path)
         gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):

@@ -26,7 +26,7 @@ from gradsift.runs.stage import Stage
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class Job:
     folder: Run
     pool: EncodedSet
     targets: Mapping[str, EncodedSet]
-    models: Models
+    models: ModelCache
     executor: Executor
 
     @property
@@ -176,9 +176,9 @@ class Job:
             self.folder.fetch(path)
 
 
-def open_job(inputs: Inputs, folder: Run, models: Models | None = None) -> Job:
+def open_job(inputs: Inputs, folder: Run, models: ModelCache | None = None) -> Job:
     """Return the job of a run whose pool and targets are encoded."""
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
     config = inputs.config
     pool = EncodedSet(folder.path / layout.encoded(layout.POOL))
@@ -187,7 +187,7 @@ def open_job(inputs: Inputs, folder: Run, models: Models | None = None) -> Job:
         for name in config.data.targets
     }
     executor = choose_executor(config.engine)
-    return Job(inputs, folder, pool, targets, models or Models(config.model), executor)
+    return Job(inputs, folder, pool, targets, models or ModelCache(config.model), executor)
 
 
 def _do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:

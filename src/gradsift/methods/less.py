@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of the AdamW that trained the warm-up
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -156,14 +156,18 @@ def _own_warmup(config: Config) -> WarmupConfig:
 
 
 def prepare_random_projection(
-    models: Models, adapter: Path, settings: LessConfig, engine: EngineConfig, with_moments: bool
+    models: ModelCache,
+    adapter: Path,
+    settings: LessConfig,
+    engine: EngineConfig,
+    with_moments: bool,
 ) -> tuple[Measure, torch.device]:
     """Return what projects the gradients of examples, as Adam's directions or as they are."""
     from gradsift.gradients.gram import row_bytes
     from gradsift.gradients.memory import memory_budget
     from gradsift.gradients.random_projection import Projection
 
-    model = models.at(adapter)
+    model = models.with_adapter(adapter)
     adam = load_moments(model, adapter) if with_moments else None
     projection = Projection(settings.dimension, settings.seed, model.device)
     rows_at_once = max(1, memory_budget(engine, model.device) // row_bytes(model))

@@ -111,23 +111,23 @@ def plan_batches(
     return groups
 
 
-def lay_out(
+def make_batches(
     examples: Sequence[Encoded],
     groups: Sequence[np.ndarray],
     device: torch.device,
     whole: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batch of each group of indices, prepared while the one before it is in use."""
-    return ahead(Batch.of([examples[i] for i in group], device, whole) for group in groups)
+    return prefetch(Batch.of([examples[i] for i in group], device, whole) for group in groups)
 
 
-def ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
     """Yield the items, up to `depth` of them made beforehand on another thread.
 
-    >>> list(ahead(iter("abc")))
+    >>> list(prefetch(iter("abc")))
     ['a', 'b', 'c']
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         waiting = deque(thread.submit(next, items, _END) for _ in range(depth))
         try:
             while (item := waiting.popleft().result()) is not _END:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Models:
+class ModelCache:
     """The base model, loaded once when first asked for, alone or with one stored adapter.
 
     What was returned before is not to be used any more.
@@ -31,7 +31,7 @@ class Models:
         self._path: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Models, (self._config,)  # on another machine it is loaded there
+        return ModelCache, (self._config,)  # on another machine it is loaded there
 
     def base(self) -> PreTrainedModel:
         """Return the model without an adapter.
@@ -46,7 +46,7 @@ class Models:
         self._path = None
         return self._model  # type: ignore[return-value]
 
-    def at(self, path: Path) -> peft.PeftModel:
+    def with_adapter(self, path: Path) -> peft.PeftModel:
         """Return the model with this adapter.
 
         Raises:
@@ -57,7 +57,7 @@ class Models:
         return self._model  # type: ignore[return-value]
 
     @contextmanager
-    def fresh(self, config: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
+    def with_fresh_adapter(self, config: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
         """Yield the model with a fresh, trainable adapter, and take it off again.
 
         Raises:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
-from gradsift.models.batches import MAX_EXAMPLES, lay_out, plan_batches, to_device
+from gradsift.models.batches import MAX_EXAMPLES, make_batches, plan_batches, to_device
 from gradsift.models.losses import label_logits, token_losses
 
 
@@ -39,7 +39,9 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
     losses: list[Tensor] = []
     num_correct: list[Tensor] = []
     hidden: list[Tensor] = []
-    for group, batch in zip(groups, lay_out(examples, groups, device, whole=True), strict=True):
+    for group, batch in zip(
+        groups, make_batches(examples, groups, device, whole=True), strict=True
+    ):
         own = torch.tensor([lengths[i] for i in group], device=device)
         logits = label_logits(model, batch, partial(_pool, own, hidden))
         losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))

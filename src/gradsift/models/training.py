@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
-from gradsift.models.batches import lay_out, lengths_of, plan_batches
+from gradsift.models.batches import lengths_of, make_batches, plan_batches
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.progress import track
 
@@ -148,7 +148,7 @@ class _Trainer(Trainer):
         no_limit = len(lengths) * int(lengths.max())
         groups = plan_batches(lengths, no_limit, self.micro_batch_size)
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(lay_out(own, groups, device), start=1):
+        for number, batch in enumerate(make_batches(own, groups, device), start=1):
             last = number == len(groups)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():

@@ -16,7 +16,7 @@ from gradsift.config import LoraConfig, WarmupConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.executors.processes import is_first
 from gradsift.models.adapters import save_adapter
-from gradsift.models.cache import Models
+from gradsift.models.cache import ModelCache
 from gradsift.models.checkpoints import write_checkpoints
 from gradsift.models.training import optimizer_state, steps_per_epoch, train
 from gradsift.runs import layout
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def warm_up(
-    warmup: WarmupConfig, lora: LoraConfig, models: Models, pool: EncodedSet, directory: Path
+    warmup: WarmupConfig, lora: LoraConfig, models: ModelCache, pool: EncodedSet, directory: Path
 ) -> None:
     """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
@@ -40,12 +40,12 @@ def warm_up(
     """
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / layout.GIVEN_ADAPTER
-        save_adapter(models.at(given), kept)
+        save_adapter(models.with_adapter(given), kept)
         if (given / layout.OPTIMIZER_STATE).exists():
             shutil.copyfile(given / layout.OPTIMIZER_STATE, kept / layout.OPTIMIZER_STATE)
         write_checkpoints(directory, {layout.GIVEN_ADAPTER: 1.0})
         return
-    with models.fresh(lora, warmup.seed) as model:
+    with models.with_fresh_adapter(lora, warmup.seed) as model:
         _train(warmup, model, pool, directory)
 
 

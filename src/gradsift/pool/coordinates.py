@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 
 def prepare_projection(
-    models: Models,
+    models: ModelCache,
     adapter: Path,
     targets: Mapping[str, EncodedSet],
     combinations: Mapping[str, Float[np.ndarray, "_ _"]],
@@ -41,7 +41,7 @@ def prepare_projection(
     from gradsift.gradients.projection import project
 
     ranks = [combination.shape[1] for combination in combinations.values()]
-    model = models.at(adapter)
+    model = models.with_adapter(adapter)
     parts = []
     for name, combination in combinations.items():
         examples, inverse = distinct_examples(targets[name])

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gradsift.models.cache import Models
+    from gradsift.models.cache import ModelCache
 
 
-def prepare_forward(models: Models) -> tuple[Measure, torch.device]:
+def prepare_forward(models: ModelCache) -> tuple[Measure, torch.device]:
     """Return what measures losses and pooled hidden states, and its device."""
     from gradsift.models.forward import run_forward
 

@@ -19,7 +19,7 @@ from gradsift.config import EngineConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.batch_size import find_batch_tokens, within_memory
-from gradsift.models.batches import ahead, lengths_of
+from gradsift.models.batches import lengths_of, prefetch
 from gradsift.pool.examples import Prepare, check_finite
 from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard
 from gradsift.runs.folder import Run
@@ -58,7 +58,7 @@ class Worker:
         parts: list[Mapping[str, Tensor]] = []
         with ThreadPoolExecutor(1) as writer:
             try:
-                for shard, is_last, examples in ahead(self._windows(shards)):
+                for shard, is_last, examples in prefetch(self._windows(shards)):
                     if not examples:
                         yield shard
                         continue

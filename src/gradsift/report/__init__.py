@@ -7,5 +7,5 @@ May import: `selection` and what is beneath it, but no model, gradient or pool p
 PUBLIC = {
     "exhibits": ("Exhibit", "plotly_json", "write_exhibits"),
     "figures": ("colour", "spectrum"),
-    "write": ("leave_report", "refresh_report", "write_report"),
+    "write": ("build_report", "refresh_report", "write_report"),
 }

@@ -21,7 +21,14 @@ from gradsift.selection.picks import Selection, read_selection
 from gradsift.selection.policies import Candidates
 from gradsift.selection.score_table import describe_rows, read_scores
 from gradsift.selection.source_shares import SourceShare, source_shares
-from gradsift.selection.stability import Change, Noise, can_double, changes, doubled, noise_at_cut
+from gradsift.selection.stability import (
+    Change,
+    Noise,
+    can_double,
+    changes,
+    noise_at_cut,
+    twice_the_rank,
+)
 from gradsift.selection.stages import RunStages
 
 _CHARACTERS, _TEXT = 500, 800  # of each turn shown, and of all turns together
@@ -99,7 +106,7 @@ def target_page(
         reasons = selection.refused["reason"].to_pylist()
         repeated = refused[[reason.startswith("repeats") for reason in reasons]]
         found += changes(job, name, rows, repeated, pool)
-        found += [doubled(job, name, rows, repeated, pool)] if can_double(job, name) else []
+        found += [twice_the_rank(job, name, rows, repeated, pool)] if can_double(job, name) else []
     policy, noise = job.config.policy, None
     cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
     if cut is not None:

@@ -49,7 +49,7 @@ def write_report(run: str | Path) -> Path:
             raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
         for fault in filter(None, (exhibits_fault(folder, part) for part in PARTS)):
             raise RunError(fault)
-        return leave_report(job, stages)
+        return build_report(job, stages)
 
 
 def refresh_report(job: Job, stages: RunStages) -> None:
@@ -60,14 +60,14 @@ def refresh_report(job: Job, stages: RunStages) -> None:
     fault = job.folder.find_fault(stages)
     if not fault:
         try:
-            leave_report(job, stages)
+            build_report(job, stages)
         except RunError as error:  # a shard, say: what this command is for is done
             fault = str(error)
     if fault:
         logger.warning("%s is as it was: %s; run `gradsift select` again", layout.REPORT, fault)
 
 
-def leave_report(job: Job, stages: RunStages) -> Path:
+def build_report(job: Job, stages: RunStages) -> Path:
     """Write `report.html`, measuring first what only it needs, and return its path."""
     path = job.folder.path
     if _needs_sample(job):

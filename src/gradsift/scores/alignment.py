@@ -30,24 +30,28 @@ class Alignment:
     ) -> None:
         """Compare with all target examples, or with those `among` which it is asked for."""
         self._similarity, self._aggregation, self._tasks = similarity, aggregation, tasks
-        self._alive = similarity.alive if among is None else similarity.alive & among
-        names = sorted({task for task, alive in zip(tasks, self._alive, strict=True) if alive})
+        self._comparable = similarity.comparable if among is None else similarity.comparable & among
+        names = sorted(
+            {task for task, comparable in zip(tasks, self._comparable, strict=True) if comparable}
+        )
         members = np.array(tasks)[None, :] == np.array(names)[:, None]
-        self._members = members & self._alive  # task × target example
+        self._members = members & self._comparable  # task × target example
 
     def among(self, chosen: Bool[np.ndarray, " query"]) -> Alignment:
         """Return the scores by some of the target examples alone."""
-        return Alignment(self._similarity, self._tasks, self._aggregation, chosen & self._alive)
+        return Alignment(
+            self._similarity, self._tasks, self._aggregation, chosen & self._comparable
+        )
 
     @property
-    def alive(self) -> Bool[np.ndarray, " query"]:
+    def comparable(self) -> Bool[np.ndarray, " query"]:
         """Which target examples take part."""
-        return self._alive
+        return self._comparable
 
     def with_examples(self, rows: Rows) -> Float[np.ndarray, "row query"]:
         """Return the alignment with each target example; −∞ for those that take no part."""
         found = self._similarity.with_examples(rows)
-        return np.where(self._alive, found, np.float32(-np.inf))
+        return np.where(self._comparable, found, np.float32(-np.inf))
 
     def with_tasks(
         self, rows: Rows, by_example: Float[np.ndarray, "row query"]

@@ -27,7 +27,7 @@ class Similarity(Protocol):
     """How alike each pool example is with each target example, and with groups of them."""
 
     @property
-    def alive(self) -> Bool[np.ndarray, " query"]:
+    def comparable(self) -> Bool[np.ndarray, " query"]:
         """Which target examples can be compared with at all."""
         ...
 
@@ -104,7 +104,7 @@ class Cosines:
         return max(max(view.target.shape) for view in self.views)
 
     @property
-    def alive(self) -> Bool[np.ndarray, " query"]:
+    def comparable(self) -> Bool[np.ndarray, " query"]:
         """Which target examples have a direction at some checkpoint."""
         return np.any([np.linalg.norm(view.target, axis=1) > 0 for view in self.views], axis=0)
 
@@ -144,7 +144,7 @@ class Table:
         return self.with_examples(slice(0, 1)).shape[1]
 
     @property
-    def alive(self) -> Bool[np.ndarray, " query"]:
+    def comparable(self) -> Bool[np.ndarray, " query"]:
         """All target examples: whatever a column holds is an answer."""
         return np.ones(self.width, dtype=bool)
 

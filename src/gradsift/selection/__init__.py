@@ -17,7 +17,7 @@ PUBLIC = {
         "Noise",
         "can_double",
         "changes",
-        "doubled",
+        "twice_the_rank",
         "measure_sample",
         "noise_at_cut",
         "sampling_stage",

@@ -67,8 +67,8 @@ def noise_at_cut(
     """
     if not isinstance(aligned, Alignment):
         return None
-    alive = np.flatnonzero(aligned.alive)
-    if len(alive) < 4:
+    comparable = np.flatnonzero(aligned.comparable)
+    if len(comparable) < 4:
         return None
     order, above = np.argsort(-scores, kind="stable"), int((scores >= cut).sum())
     first, last = above // 2, min(2 * above, len(order))
@@ -76,8 +76,8 @@ def noise_at_cut(
     rng = np.random.default_rng(_SEED)
     moved = []
     for _ in range(_HALVES):
-        kept = np.zeros(len(aligned.alive), dtype=bool)
-        kept[rng.permutation(alive)[: len(alive) // 2]] = True
+        kept = np.zeros(len(aligned.comparable), dtype=bool)
+        kept[rng.permutation(comparable)[: len(comparable) // 2]] = True
         change = aligned.among(kept).best(rows)[0] - scores[rows]
         moved.append(change - change.mean())
     width = float(np.std(moved))
@@ -183,7 +183,7 @@ def can_double(job: Job, name: str) -> bool:
     )
 
 
-def doubled(
+def twice_the_rank(
     job: Job,
     name: str,
     picks: Int[np.ndarray, " pick"],

@@ -1,7 +1,7 @@
 """One fine-tuning and what it leads to: done once, whoever asks for it, and kept by its inputs.
 
-A cell's file is named by a hash of all that its training depends on. So an evaluation that was
-killed goes on with the first cell that is missing, and selections that are the same share one.
+Its file is named by a hash of all that the training depends on. So an evaluation that was killed
+goes on with the first one that is missing, and selections that are the same share one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Cell:
+class FineTuning:
     """A fine-tuning: on which rows of the pool, for how many steps, with which seed.
 
     No rows: the base model as it is.
@@ -88,8 +88,8 @@ class Outcome:
         return float(self.num_correct.sum() / self.num_tokens.sum())
 
 
-class Bench:
-    """Trains cells and measures them, each once."""
+class FineTuner:
+    """Trains fine-tunings and measures them, each once."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Bench:
         settings: EvaluationConfig,
         tests: Mapping[str, HeldOut],
     ) -> None:
-        """Take what all cells have in common."""
+        """Take what all fine-tunings have in common."""
         self._job, self._settings, self._tests = job, settings.fine_tuning, tests
         self._tasks = Harness.of(
             settings.lm_eval, settings.lm_eval_include, settings.trust_remote_code
@@ -111,35 +111,35 @@ class Bench:
             **self._settings.model_dump(exclude={"steps"}),
         }
 
-    def lacks(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> bool:
-        """Return whether the cell has to be trained to know how it does on these targets."""
-        return any(self._lacking(self._stored(cell), targets, with_tasks))
+    def lacks(self, tuning: FineTuning, targets: Sequence[str], with_tasks: bool = False) -> bool:
+        """Return whether the fine-tuning has to be trained to know how it does on these targets."""
+        return any(self._lacking(self._stored(tuning), targets, with_tasks))
 
-    def run_all(self, wanted: Sequence[tuple[Cell, Sequence[str], bool]]) -> None:
-        """Run the cells that lack something; of processes that train together, in each of them.
+    def run_all(self, wanted: Sequence[tuple[FineTuning, Sequence[str], bool]]) -> None:
+        """Run those that lack something; of processes that train together, in each of them.
 
         Raises:
             NumericsError: If a loss is not finite.
         """
         with track("fine-tunings", len(wanted), "fine-tunings") as advance:
-            for cell, targets, with_tasks in wanted:
+            for tuning, targets, with_tasks in wanted:
                 # begun anew after a machine died: what was done before is there
-                if decided_by_first(partial(self.lacks, cell, targets, with_tasks)):
-                    self.run(cell, targets, with_tasks)
+                if decided_by_first(partial(self.lacks, tuning, targets, with_tasks)):
+                    self.run(tuning, targets, with_tasks)
                 advance(1)
 
-    def run(self, cell: Cell, targets: Sequence[str], with_tasks: bool = False) -> None:
-        """Train the cell, measure what is not known of it, and keep that beside what is.
+    def run(self, tuning: FineTuning, targets: Sequence[str], with_tasks: bool = False) -> None:
+        """Train the fine-tuning, measure what is not known of it, and keep that beside what is.
 
         Of processes that train together, the first measures and keeps.
 
         Raises:
             NumericsError: If a loss is not finite.
         """
-        started, stored, path = time.perf_counter(), self._stored(cell), self._path(cell)
+        started, stored, path = time.perf_counter(), self._stored(tuning), self._path(tuning)
         names, tasks = self._lacking(stored, targets, with_tasks)
         tensors = load_file(path) if stored else {}
-        with self._trained(cell) as model:
+        with self._trained(tuning) as model:
             if not is_first():
                 return
             for name in names:
@@ -148,9 +148,9 @@ class Bench:
             found = self._tasks.run(model, self._job.config.model, tasks)
         tests = {name: self._tests[name].fingerprint for name in names}
         facts: dict[str, Any] = {
-            "label": cell.label,
-            "num_rows": len(cell.rows),
-            "inputs": self._inputs(cell),
+            "label": tuning.label,
+            "num_rows": len(tuning.rows),
+            "inputs": self._inputs(tuning),
             "tests": stored.get("tests", {}) | tests,
             "lm_eval": stored.get("lm_eval", {}) | found,
             "seconds": round(time.perf_counter() - started, 3),
@@ -159,27 +159,27 @@ class Bench:
         metadata = {"facts": json.dumps(sealed)}
         write_atomically(path, lambda path: save_file(tensors, path, metadata))
         self._run.publish(path)
-        outcomes = [f"{name} {self.outcome(cell, name).loss:.4f}" for name in names]
+        outcomes = [f"{name} {self.outcome(tuning, name).loss:.4f}" for name in names]
         outcomes += [f"{task} done" for task in tasks]
-        logger.info("%s: %s (%.1f s)", cell.label, ", ".join(outcomes), facts["seconds"])
+        logger.info("%s: %s (%.1f s)", tuning.label, ", ".join(outcomes), facts["seconds"])
 
-    def outcome(self, cell: Cell, target: str) -> Outcome:
-        """Return what was found of a cell that was run."""
-        with safe_open(self._path(cell), "np") as file:
+    def outcome(self, tuning: FineTuning, target: str) -> Outcome:
+        """Return what was found of a fine-tuning that was run."""
+        with safe_open(self._path(tuning), "np") as file:
             losses, num_correct = (
                 file.get_tensor(f"{target}/{name}") for name in ("loss", "num_correct")
             )
         return Outcome(losses, num_correct, self._tests[target].num_tokens)
 
-    def tasks(self, cell: Cell) -> dict[str, dict[str, float]]:
+    def tasks(self, tuning: FineTuning) -> dict[str, dict[str, float]]:
         """Return the metrics of the lm-evaluation-harness tasks that these settings ask for."""
-        known = self._stored(cell).get("lm_eval", {})
+        known = self._stored(tuning).get("lm_eval", {})
         return {task: known[task]["metrics"] for task in self._tasks.names if task in known}
 
     def _lacking(
         self, stored: Mapping[str, Any], targets: Sequence[str], with_tasks: bool
     ) -> tuple[list[str], list[str]]:
-        """Return the targets and the lm-evaluation-harness tasks that are not known of a cell."""
+        """Return the targets and the lm-evaluation-harness tasks that are still to be measured."""
         tests, known = stored.get("tests", {}), stored.get("lm_eval", {})
         names = [name for name in targets if tests.get(name) != self._tests[name].fingerprint]
         tasks = [
@@ -187,17 +187,17 @@ class Bench:
         ]
         return names, tasks
 
-    def _inputs(self, cell: Cell) -> dict[str, Any]:
-        rows = hashlib.sha256(np.array(cell.rows, np.int64).tobytes()).hexdigest()
-        return self._common | {"rows": rows, "steps": cell.steps, "seed": cell.seed}
+    def _inputs(self, tuning: FineTuning) -> dict[str, Any]:
+        rows = hashlib.sha256(np.array(tuning.rows, np.int64).tobytes()).hexdigest()
+        return self._common | {"rows": rows, "steps": tuning.steps, "seed": tuning.seed}
 
-    def _path(self, cell: Cell) -> Path:
-        text = json.dumps(self._inputs(cell), sort_keys=True)
+    def _path(self, tuning: FineTuning) -> Path:
+        text = json.dumps(self._inputs(tuning), sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
-    def _stored(self, cell: Cell) -> dict[str, Any]:
-        """Return the facts that are stored of a cell; one that is damaged is done again."""
-        path = self._path(cell)
+    def _stored(self, tuning: FineTuning) -> dict[str, Any]:
+        """Return the facts that are stored of a fine-tuning; one that is damaged is done again."""
+        path = self._path(tuning)
         if not path.exists():
             return {}
         facts: dict[str, Any] = {}
@@ -209,29 +209,29 @@ class Bench:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             written = facts.pop("sha256")
             intact = written == hash_tensors(tensors, facts)
-            intact = intact and facts["inputs"] == json.loads(json.dumps(self._inputs(cell)))
+            intact = intact and facts["inputs"] == json.loads(json.dumps(self._inputs(tuning)))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
             intact = False
         if not intact:
-            logger.warning("%s is damaged and is done again: %s", path, cell.label)
+            logger.warning("%s is damaged and is done again: %s", path, tuning.label)
             self._run.remove(path)
             return {}
         self._run.intact.add(path)
         return facts
 
     @contextmanager
-    def _trained(self, cell: Cell) -> Iterator[nn.Module]:
-        """Yield the model of a cell, for as long as it is measured."""
-        if not cell.rows:
+    def _trained(self, tuning: FineTuning) -> Iterator[nn.Module]:
+        """Yield the model of a fine-tuning, for as long as it is measured."""
+        if not tuning.rows:
             yield self._job.models.base()
             return
         from gradsift.models.training import train
 
-        examples = self._job.pool.examples(cell.rows)
-        with self._job.models.fresh(self._job.config.lora, cell.seed) as model:
+        examples = self._job.pool.examples(tuning.rows)
+        with self._job.models.with_fresh_adapter(self._job.config.lora, tuning.seed) as model:
             train(
                 model, examples, self._settings,
-                steps=cell.steps, seed=cell.seed, label="fine-tuning", progress=False,
+                steps=tuning.steps, seed=tuning.seed, label="fine-tuning", progress=False,
             )  # fmt: skip
             yield model.eval()
 

@@ -29,7 +29,7 @@ def text_of(message: Message) -> str:
 
 
 def as_text(messages: Sequence[Message], characters: int) -> str:
-    """Return a conversation as plain lines, each turn cut to so many characters.
+    """Return a conversation as plain lines, each turn cut to `characters`.
 
     >>> as_text([{"role": "user", "content": "How are you?"}], 7)
     '[user] How are …'

@@ -107,7 +107,7 @@ SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def make_examples(skill: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Return so many examples of one skill, different ones as far as the skill allows.
+    """Return `count` examples of one skill, different ones as far as the skill allows.
 
     >>> make_examples("weekday", 1, seed=0)[0]["messages"][1]["content"]
     'It is Tuesday.'

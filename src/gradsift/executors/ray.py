@@ -121,7 +121,7 @@ class RayCluster:
         return outcome["value"]
 
     def train(self, work: Callable[[], object]) -> None:
-        """Do it under Ray Train, in so many processes as share a training.
+        """Do it under Ray Train, in `train_workers` processes.
 
         Raises:
             GradsiftError: As the work does.
@@ -157,7 +157,7 @@ class RayCluster:
             raise RunError(f"the training failed on the cluster: {error}") from error
 
     def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
-        """Return what of the cluster one of so many workers takes, and how many there is room for.
+        """Return the resources that each worker takes, and for how many workers there is room.
 
         Connects to the cluster first, or begins one, and waits for its first machine that works.
 

@@ -21,7 +21,7 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.sections import parse_share
 
 SMALL_TARGET = 16
-"""Up to so many target examples, `auto` keeps the full rank."""
+"""`auto` keeps the full rank for targets of at most this many examples."""
 
 
 AUTO_SHARE = "95%"

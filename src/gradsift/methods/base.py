@@ -26,7 +26,7 @@ def _nothing(*_: Any) -> Mapping[str, Any]:
 class Method:
     """One way to score a pool against targets.
 
-    `stages`: what it leaves in the run folder, besides scores, in the order of its work.
+    `stages`: what it stores in the run folder, besides scores, in the order of its work.
     `measure`: does what of that is not there yet. `scores`: one `Scores` per target, from what is
     there. `settings`: what else the scores depend on. `facts`: columns for the table of scores that
     it knows of every pool example, whatever the target. `check`: finds out before any work what

@@ -46,7 +46,7 @@ def check(config: Config) -> None:
 
 
 def measure(job: Job) -> None:
-    """Leave the inner products of every pool gradient with those of all targets.
+    """Store the inner products of every pool gradient with those of all targets.
 
     Raises:
         NumericsError: If a gradient is not finite.

@@ -50,7 +50,7 @@ def check(config: Config) -> None:
 
 
 def measure(job: Job) -> None:
-    """Leave the embeddings of targets and pool.
+    """Store the embeddings of targets and pool.
 
     Raises:
         ModelError: If the encoder cannot be loaded.

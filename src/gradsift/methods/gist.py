@@ -50,7 +50,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
 
 
 def measure(job: Job) -> None:
-    """Leave adapters, subspaces and coordinates.
+    """Store adapters, subspaces and coordinates.
 
     Raises:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
@@ -124,7 +124,7 @@ def _prepare(job: Job, checkpoint: Checkpoint) -> Prepare:
 
 
 def _measure_subspaces(job: Job, name: str, at: Sequence[Checkpoint]) -> None:
-    """Leave each checkpoint's subspace of a target, and `spectrum.json`."""
+    """Store each checkpoint's subspace of a target, and `spectrum.json`."""
     from gradsift.gradients.gram import fitting_gram
 
     config, target = job.config.gist, job.targets[name]

@@ -67,11 +67,11 @@ class Inputs:
 
     @property
     def warmup(self) -> Stage:
-        """The stage that leaves the adapters of the configured warm-up."""
+        """The configured warm-up, which stores adapters."""
         return self.warmup_of(self.config.warmup, layout.WARMUP)
 
     def warmup_of(self, warmup: WarmupConfig, name: str) -> Stage:
-        """Return the stage that leaves the adapters of a warm-up in the folder of its name.
+        """Return the stage of a warm-up that stores its adapters in the folder of that name.
 
         Raises:
             ModelError: If the adapter given is not there.
@@ -158,7 +158,7 @@ class Job:
         Raises:
             GradsiftError: As the work does.
         """
-        found = self.executor.call(partial(_do, self.folder, work, outputs))
+        found = self.executor.call(partial(_fetch_and_do, self.folder, work, outputs))
         self._fetch(outputs)
         return found
 
@@ -168,7 +168,7 @@ class Job:
         Raises:
             GradsiftError: As the work does.
         """
-        self.executor.train(partial(_do, self.folder, work, outputs))
+        self.executor.train(partial(_fetch_and_do, self.folder, work, outputs))
         self._fetch(outputs)
 
     def _fetch(self, outputs: Sequence[Path]) -> None:
@@ -190,8 +190,8 @@ def open_job(inputs: Inputs, folder: Run, models: ModelCache | None = None) -> J
     return Job(inputs, folder, pool, targets, models or ModelCache(config.model), executor)
 
 
-def _do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:
-    """Do some work, perhaps on another machine that has yet to see what it begins with."""
+def _fetch_and_do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:
+    """Do some work, on another machine after fetching the run's files there."""
     folder.fetch_inputs()
     found = work()
     if is_first():

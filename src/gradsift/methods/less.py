@@ -54,7 +54,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
 
 
 def measure(job: Job) -> None:
-    """Leave adapters with Adam's moments, and the projected gradients of targets and pool.
+    """Store adapters with Adam's moments, and the projected gradients of targets and pool.
 
     Raises:
         ModelError: Naming the parameter whose moments are missing or of another shape.

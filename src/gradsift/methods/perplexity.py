@@ -22,7 +22,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
 
 
 def measure(job: Job) -> None:
-    """Leave the losses of the pool."""
+    """Store the losses of the pool."""
     [stage], prepare = stages(job.inputs), partial(prepare_forward, job.models)
     _FORWARD.measure_pool(job, stage, {"": lambda: prepare})
 

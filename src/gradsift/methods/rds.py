@@ -25,7 +25,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
 
 
 def measure(job: Job) -> None:
-    """Leave the pooled hidden states of targets and pool."""
+    """Store the pooled hidden states of targets and pool."""
     _FORWARD.measure(job, stages(job.inputs), partial(prepare_forward, job.models))
 
 

@@ -51,7 +51,7 @@ def train(  # noqa: PLR0913
 ) -> list[dict[str, int | float]]:
     """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
 
-    For so many optimizer steps, the examples shuffled anew whenever all have been seen.
+    For `steps` optimizer steps; the examples are shuffled anew whenever all have been seen.
     `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
     Of processes that train together each takes its share of every optimizer step's examples, and
     calls `on_epoch` for itself.

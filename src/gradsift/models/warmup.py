@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def warm_up(
     warmup: WarmupConfig, lora: LoraConfig, models: ModelCache, pool: EncodedSet, directory: Path
 ) -> None:
-    """Leave in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
+    """Store in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
     Trained on a random part of the pool (one adapter for each of the last epochs, weighted by its
     mean learning rate), or fresh, or copied from an existing one, as the configuration says. Of
@@ -50,7 +50,7 @@ def warm_up(
 
 
 def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
-    """Leave the adapters of a training that begins with this fresh one, or just the fresh one."""
+    """Train this fresh adapter and store it after the last epochs; or store just the fresh one."""
     if warmup.mode == "none":
         save_adapter(model, directory / layout.FRESH_ADAPTER)
         write_checkpoints(directory, {layout.FRESH_ADAPTER: 1.0})

@@ -39,7 +39,7 @@ class Exhibit:
 def write_exhibits(
     folder: Run, part: str, exhibits: Mapping[str, Sequence[Exhibit]], of: Mapping[str, str]
 ) -> None:
-    """Leave the exhibits of each target in a part of a run; `of` tells what each's are about."""
+    """Store the exhibits of each target in a part of a run; `of` says what each's are about."""
     content = {
         name: {"of": of[name], "exhibits": [asdict(exhibit) for exhibit in own]}
         for name, own in exhibits.items()

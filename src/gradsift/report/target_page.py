@@ -185,7 +185,7 @@ def _lines(
 
 
 def _evenly(rows: Int[np.ndarray, " row"], count: int) -> Int[np.ndarray, " shown"]:
-    """Return so many of the rows, spread evenly, the first among them."""
+    """Return `count` of the rows, spread evenly, the first among them."""
     return rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(count, len(rows))).astype(int))]
 
 

@@ -1,6 +1,6 @@
 """Names of the files in a run folder, each decided here and nowhere else.
 
-All are relative to the folder, `/` between their parts. A stage is named by what it leaves there.
+All are relative to the folder, `/` between their parts. A stage has the name of what it stores.
 """
 
 from __future__ import annotations

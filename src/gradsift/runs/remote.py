@@ -79,7 +79,7 @@ class RemoteFolder:
         return RemoteFolder, (self.url, self.path)
 
     def fetch(self, name: str = "", shards: bool = True) -> None:
-        """Bring a file, or all under a folder, as far as they differ; perhaps without shards.
+        """Download a file, or all under a folder, where they differ; perhaps without shards.
 
         Raises:
             RunError: If the folder cannot be reached.
@@ -97,7 +97,7 @@ class RemoteFolder:
             self._set_mark(found, info, _state(path))
 
     def update(self) -> None:
-        """Bring everything, and remove from the copy what is not over there: that alone counts.
+        """Download everything, and remove from the copy what is not in the remote folder: that alone counts.
 
         Raises:
             RunError: If the folder cannot be reached, or holds files that are not a run's.
@@ -114,7 +114,7 @@ class RemoteFolder:
         self.fetch()
 
     def publish(self, name: str = "") -> None:
-        """Bring a file of the copy, or all under a folder, over there, as far as they differ.
+        """Upload a file of the copy, or all under a folder, where they differ.
 
         Raises:
             RunError: If the folder cannot be written to.
@@ -136,7 +136,7 @@ class RemoteFolder:
                 self._set_mark(found.as_posix(), info, state)
 
     def remove(self, name: str) -> None:
-        """Remove a file or folder over there."""
+        """Remove a file or folder of the remote folder."""
         self._try(self._files.invalidate_cache)
         if self._try(self._files.exists, f"{self._root}/{name}"):
             self._try(self._files.rm, f"{self._root}/{name}", recursive=True)

@@ -29,7 +29,7 @@ from gradsift.types import Budget, Checkpoint
 _SEED = 0
 _HALVES = 16
 _NEAR_CUT = 400  # rows whose noise is looked at
-_DENSITY = 40  # the best so many are all in the sample, of twice as many every second, and so on
+_DENSITY = 40  # the best 40 are all in the sample, of the next about every second, and so on
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def sampling_stage(scores: Stage) -> Stage:
 
 
 def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]) -> None:
-    """Leave coordinates of a sample of the pool in twice the rank of every target.
+    """Store coordinates of a sample of the pool in twice the rank of every target.
 
     An example is in it with a probability that falls with its place in the ranking: what is
     picked or nearly is dense, the rest is thin, and weights make up for it.

@@ -97,7 +97,7 @@ class RemoteFolder:
             self._set_mark(found, info, _state(path))
 
     def update(self) -> None:
-        """Download everything, and remove from the copy what is not in the remote folder: that alone counts.
+        """Download everything, and remove from the copy what the remote folder does not have.
 
         Raises:
             RunError: If the folder cannot be reached, or holds files that are not a run's.

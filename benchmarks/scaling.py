@@ -169,7 +169,7 @@ def _stored_run(folder: Path) -> Config:
     config = Config.build(given)
     stages, rng = RunStages.of(config), np.random.default_rng(0)
     with open_run(folder) as run:
-        for stage in [*stages.inputs.data.values(), *stages.measured]:
+        for stage in [*stages.inputs.data_stages.values(), *stages.measured]:
             with run.stage(stage) as todo:
                 if todo:
                     (folder / stage.outputs[0]).parent.mkdir(parents=True, exist_ok=True)

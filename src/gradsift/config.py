@@ -174,7 +174,7 @@ class PolicyConfig(Section):
     budget: str = "5%"
     strategy: Literal["top", "round-robin"] = "top"
     per: Literal["example", "task"] = Field(
-        default="example", description="whose rankings round-robin picks from in turn"
+        default="example", description="whose turn round-robin takes"
     )
     source_cap: str | dict[str, str] | None = Field(
         default=None, description="largest share from one source: '20%' or {dolly: 10%}"

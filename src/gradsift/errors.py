@@ -1,4 +1,4 @@
-"""What can go wrong by a user's hand, each with a message that says how to mend it."""
+"""Errors that a user can cause; each message says how to mend it."""
 
 from __future__ import annotations
 

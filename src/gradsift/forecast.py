@@ -91,10 +91,10 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         raise ConfigError(f"plan forecasts the method gist alone, found method={config.method}")
     stages = RunStages.of(config)
     with open_run(output_dir) as folder, tempfile.TemporaryDirectory() as scratch:
-        folder.prepare(stages.inputs.data.values())
+        folder.prepare(stages.inputs.data_stages.values())
         job = encode(stages, folder, strict)
         pool, targets = job.pool, job.targets
-        facts = folder.facts(stages.inputs.data.values())
+        facts = folder.facts(stages.inputs.data_stages.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
         unloaded = psutil.Process().memory_info().rss
         seconds["warm-up"], adapter = _try_warm_up(config, pool, Path(scratch))

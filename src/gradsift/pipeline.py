@@ -154,9 +154,9 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
     config = stages.inputs.config
     load, columns = partial(load_encoder, config.model, config.data), config.data.columns
     sets = data_sets(config.data)
-    encode_sets(sets, stages.inputs.data, folder, load, columns, strict)
+    encode_sets(sets, stages.inputs.data_stages, folder, load, columns, strict)
     rejected = b"".join((folder.path / layout.rejected(name)).read_bytes() for name in sets)
-    if strict and rejected:
+    if strict and rejected:  # of a set that was encoded before, without --strict
         first = rejected.decode().partition("\n")[0]
         raise DataError(f"unusable rows under --strict, the first: {first}")
     write_atomically(folder.path / layout.REJECTED, rejected)

@@ -1,4 +1,4 @@
-"""The few nouns that more than one module speaks of, as frozen values."""
+"""Small value types that several folders use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 MethodName = Literal[
     "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
 ]
-"""The ways to score a pool; `gradsift.methods` has one file for each."""
+"""The ways to score a pool; `gradsift/methods/` has a file for each."""
 
 
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(%|[kKMG]?tok)?")

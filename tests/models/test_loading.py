@@ -20,7 +20,7 @@ from gradsift.gradients.per_example import PerExampleGradients
 from gradsift.models.adapters import load_adapter
 from gradsift.models.batches import Batch
 from gradsift.models.cache import ModelCache
-from gradsift.models.loading import check_servable, load_base
+from gradsift.models.loading import check_causal, load_base
 from gradsift.models.lora import attach_lora, lora_pairs
 
 
@@ -191,7 +191,7 @@ def test_a_model_that_is_not_causal_is_refused() -> None:
     )  # fmt: skip
     model = tf.BertLMHeadModel(config).eval()
     with pytest.raises(ModelError, match=r"'bert' \(BertLMHeadModel\) is not causal: what follows"):
-        check_servable(model, "bert")
+        check_causal(model, "bert")
 
 
 def test_gradient_checkpointing_is_refused() -> None:

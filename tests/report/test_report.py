@@ -34,7 +34,7 @@ from gradsift.selection.picks import candidates
 from gradsift.selection.policies import Candidates
 from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare
-from gradsift.selection.stability import measure_sample, noise_at_cut, twice_the_rank
+from gradsift.selection.stability import compare_with_twice_the_rank, measure_sample, noise_at_cut
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
@@ -171,19 +171,19 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     own = pq.read_table(folder / "selected/u.parquet")["row"].to_pylist()
     shared = len({*own} & {*other})
     refused = pq.read_table(folder / "selected/u.refused.parquet")["row"].to_numpy()
-    assert twice_the_rank(job, "u", np.array(own), refused, pool_of(job)) == change
+    assert compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job)) == change
     scores = {name: read_scores(folder, "gist", name) for name in "tu"}
     with monkeypatch.context() as everything:
         everything.setattr(stability, "_DENSITY", 10**6)  # all of the pool is in the sample
         measure_sample(job, scores)
-        whole = twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
+        whole = compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
     measure_sample(job, scores)
     assert whole.sampled == 92
     with monkeypatch.context() as nothing:  # no further directions: the ranking stays as it is
         nothing.setattr(stability, "_wider", gist.stored_subspace)
         nothing.setattr(stability, "_DENSITY", 10)
         measure_sample(job, scores)
-        same = twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
+        same = compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
     measure_sample(job, scores)
     assert same.sampled is not None
     assert same.sampled < 80

@@ -143,9 +143,9 @@ def test_a_second_machine_is_refused_until_the_first_is_dead(
     other.communicate()
     with pytest.raises(BusyError, match="is in use by process"), open_run(url):
         pass  # nobody can know yet that it is dead
-    monkeypatch.setattr(remote, "LEASE", 0.0)
+    monkeypatch.setattr(remote, "LEASE_SECONDS", 0.0)
     with open_run(url) as folder:
-        monkeypatch.setattr(remote, "LEASE", 60.0)
+        monkeypatch.setattr(remote, "LEASE_SECONDS", 60.0)
         lock = json.loads(stored(url)[".lock.json"])
         assert lock["process"] == os.getpid()
         (folder.path / "log.txt").write_text("x")
@@ -169,7 +169,7 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
 
 
 def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "BEAT", 0.05)
+    monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.05)
     url = f"{bucket}/run"
     with open_run(url):
         first = json.loads(stored(url)[".lock.json"])
@@ -182,7 +182,7 @@ def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPa
 def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "BEAT", 0.05)
+    monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.05)
     ends: list[int] = []
     monkeypatch.setattr(remote.os, "_exit", ends.append)
     with caplog.at_level("WARNING", "gradsift"), open_run(f"{bucket}/run"):
@@ -196,7 +196,7 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
         time.sleep(0.5)
         assert json.loads(stored(f"{bucket}/run")[".lock.json"])["at"] > first["at"] + 0.3
         assert "no sign of life could be given (no net); trying again" in caplog.text
-        monkeypatch.setattr(remote, "LEASE", 0.1)
+        monkeypatch.setattr(remote, "LEASE_SECONDS", 0.1)
         with monkeypatch.context() as patch:
             patch.setattr(
                 RemoteFolder, "_owner", lambda *_: (_ for _ in ()).throw(RunError("no net"))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from gradsift.config import PolicyConfig
 from gradsift.data.conversations import Message
-from gradsift.data.duplicates import Texts, shingles
+from gradsift.data.duplicates import DedupColumns, shingles
 from gradsift.errors import ConfigError
 from gradsift.selection.policies import Candidates, Picks, check_policy, pick
 
 
-def texts(contents: Sequence[str], prefix: str = "p") -> Texts:
+def texts(contents: Sequence[str], prefix: str = "p") -> DedupColumns:
     def conversations(rows: Sequence[int]) -> list[list[Message]]:
         return [[{"role": "user", "content": contents[row]}] for row in rows]
 
@@ -24,7 +24,7 @@ def texts(contents: Sequence[str], prefix: str = "p") -> Texts:
     hashes = [content.lower().encode() for content in contents]
     columns = (names, hashes, [b"q" + h for h in hashes])
     types = (pa.string(), pa.binary(), pa.binary())
-    return Texts(*map(pa.array, columns, types), conversations=conversations)
+    return DedupColumns(*map(pa.array, columns, types), conversations=conversations)
 
 
 def run(

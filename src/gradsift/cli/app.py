@@ -21,8 +21,8 @@ class ExitCode(IntEnum):
     """What the shell gets back."""
 
     DONE = 0
-    OUR_FAULT = 1  # what Python itself returns for an exception that nobody caught
-    USER_CAN_MEND = 2  # what Typer, too, returns for flags that it cannot read
+    INTERNAL_ERROR = 1  # what Python itself returns for an exception that nobody caught
+    USER_ERROR = 2  # what Typer, too, returns for flags that it cannot read
 
 
 app = typer.Typer(
@@ -54,9 +54,9 @@ def main() -> None:
 
     set_environment()
     try:
-        with translate_os_errors(), launched_processes() as leads:
-            if leads:
+        with translate_os_errors(), launched_processes() as runs_command:
+            if runs_command:
                 app()
     except GradsiftError as error:
         typer.secho(visible(f"gradsift: {error}"), err=True, fg="red")
-        sys.exit(ExitCode.USER_CAN_MEND)
+        sys.exit(ExitCode.USER_ERROR)

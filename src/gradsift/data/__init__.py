@@ -7,7 +7,7 @@ May import: `runs`, `executors`.
 
 PUBLIC = {
     "conversations": ("as_text", "text_of"),
-    "duplicates": ("DuplicateFinder", "Refusal", "Texts", "texts_of"),
+    "duplicates": ("DedupColumns", "DuplicateFinder", "Refusal", "dedup_columns"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),
     "sets": ("data_sets", "encode_sets", "encoding_stages"),

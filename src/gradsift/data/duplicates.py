@@ -31,7 +31,7 @@ _WORD = re.compile(
 
 
 @dataclass(frozen=True)
-class Texts:
+class DedupColumns:
     """What is compared to find repeated examples, as columns with an entry per row.
 
     Hashes are those of the encoded set; `conversations` fetches some rows' texts, in bulk.
@@ -53,22 +53,22 @@ class Refusal:
 
 
 class DuplicateFinder:
-    """Which pool examples repeat a target example or an earlier pick.
+    """Finds pool examples that repeat a target example or an earlier pick.
 
-    Texts are fetched for those examples alone that come into question: `upcoming` says which.
+    Texts are fetched of those rows alone that are ranked next: `upcoming` returns them.
     """
 
     def __init__(
         self,
-        pool: Texts,
-        target: Texts,
+        pool: DedupColumns,
+        target: DedupColumns,
         policy: PolicyConfig,
         upcoming: Callable[[], list[int]],
     ) -> None:
         self._pool = pool
         self._policy = policy
         self._upcoming = upcoming
-        self._likes: dict[int, str | None] = {}
+        self._target_matches: dict[int, str | None] = {}
         self._shingles: dict[int, frozenset[str]] = {}
         self._target: dict[bytes, str] = {}
         self._picked: dict[bytes, str] = {}
@@ -93,13 +93,13 @@ class DuplicateFinder:
         if like is None and prompt is not None:
             like = self._target.get(prompt)
         if like is None and self._near_target is not None:
-            self._look_at(row)
-            like = self._likes[row]
+            self._load_texts_for(row)
+            like = self._target_matches[row]
         if like is not None:
             return Refusal(row, "repeats the target", like)
         like = self._picked.get(text)
         if like is None and self._policy.duplicates == "near":
-            self._look_at(row)
+            self._load_texts_for(row)
             like = self._near_picked.find(self._shingles[row])
         return None if like is None else Refusal(row, "repeats a pick", like)
 
@@ -110,20 +110,20 @@ class DuplicateFinder:
         name = self._pool.ids[row].as_py()
         self._picked[self._pool.text_hashes[row].as_py()] = name
         if self._policy.duplicates == "near":
-            self._look_at(row)
+            self._load_texts_for(row)
             self._near_picked.add(name, self._shingles[row])
 
-    def _look_at(self, row: int) -> None:
+    def _load_texts_for(self, row: int) -> None:
         """Read the texts of all rows that come up, and keep what is needed of them."""
-        if row in self._likes:
+        if row in self._target_matches:
             return
         rows = self._upcoming()
-        self._likes, self._shingles = {}, {}
+        self._target_matches, self._shingles = {}, {}
         for start in range(0, len(rows), _TEXTS_AT_ONCE):
             some = rows[start : start + _TEXTS_AT_ONCE]
             for own, messages in zip(some, self._pool.conversations(some), strict=True):
                 found = shingles(messages)
-                self._likes[own] = self._near_target and self._near_target.find(found)
+                self._target_matches[own] = self._near_target and self._near_target.find(found)
                 if self._policy.duplicates == "near":
                     self._shingles[own] = found
 
@@ -143,14 +143,14 @@ class _SharedShingles:
     def find(self, members: frozenset[str]) -> str | None:
         """Return the name of the first of the most similar, None where none is near."""
         shared = Counter(n for m in members if m in self._owners for n in self._owners[m])
-        likeness = {
+        similarities = {
             number: count / (len(members) + len(self._known[number]) - count)
             for number, count in shared.items()
         }
-        best = max(likeness.values(), default=0.0)
-        if not likeness or best < self._similarity:
+        best = max(similarities.values(), default=0.0)
+        if not similarities or best < self._similarity:
             return None
-        return self._names[min(number for number, value in likeness.items() if value == best)]
+        return self._names[min(number for number, value in similarities.items() if value == best)]
 
 
 class _NearIndex:
@@ -171,10 +171,10 @@ class _NearIndex:
         if not self._members:
             return None
         found = sorted(int(i) for i in self._index.query(_minhash(members)))  # type: ignore[arg-type]
-        likeness = [_jaccard(members, self._members[i][1]) for i in found]
-        if not found or max(likeness) < self._similarity:
+        similarities = [_jaccard(members, self._members[i][1]) for i in found]
+        if not found or max(similarities) < self._similarity:
             return None
-        return self._members[found[likeness.index(max(likeness))]][0]
+        return self._members[found[similarities.index(max(similarities))]][0]
 
 
 def shingles(messages: Sequence[Message]) -> frozenset[str]:
@@ -198,9 +198,9 @@ def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def texts_of(encoded: EncodedSet, columns: Mapping[str, str]) -> Texts:
-    """Return what tells repeated examples of a set."""
-    return Texts(
+def dedup_columns(encoded: EncodedSet, columns: Mapping[str, str]) -> DedupColumns:
+    """Return the columns of a set by which repeats are found."""
+    return DedupColumns(
         *(encoded.column(name) for name in ("id", "text_hash", "prompt_hash")),
         conversations=lambda rows: encoded.conversations(rows, columns),
     )

@@ -59,7 +59,7 @@ class Encoder:
         template: str | None = None,
         num_embeddings: int | None = None,
     ) -> None:
-        """Prepare the template: the tokenizer's own, Tulu's, or that of a file.
+        """MeasureFactory the template: the tokenizer's own, Tulu's, or that of a file.
 
         `num_embeddings`: how many tokens the model knows.
 
@@ -175,7 +175,7 @@ class Encoder:
         """Return whether this conversation has the same text; not if the template refuses it."""
         try:
             return self._apply(messages, tools, marked=self._marked)[0] == text
-        except Exception:  # noqa: BLE001 (it looked at what is missing now)
+        except Exception:  # noqa: BLE001 (it may need the part that was removed)
             return False
 
     def _by_markers(
@@ -239,7 +239,7 @@ def _turns_not_in(messages: Sequence[Message], text: str) -> list[int]:
             content = message["content"] or ""
             in_order = message["role"] not in ("system", "developer")
             if isinstance(content, list) and repr(content) in text:
-                lost.append(turn)  # printed as Python shows it
+                lost.append(turn)  # the template printed the list with Python's repr
                 continue
             for part in [content] if isinstance(content, str) else [p["text"] for p in content]:
                 forms = squeeze(part), squeeze(json.dumps(part, ensure_ascii=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from gradsift.config import DataConfig
 from gradsift.data.encoded import encode_set
@@ -25,18 +24,20 @@ def data_sets(data: DataConfig) -> dict[str, tuple[str, ...]]:
 
 def encoding_stages(
     data: DataConfig,
-    tokenizer: Mapping[str, Any],
+    tokenizer: str,
+    trust_remote_code: bool,
     sets: Mapping[str, tuple[str, ...]],
     folder: str = layout.ENCODED,
 ) -> dict[str, Stage]:
     """Return the stages that encode some sets of sources into a folder.
 
-    `tokenizer`: what tells it from others.
+    `tokenizer`: the identity of the model that it belongs to.
 
     Raises:
         DataError: If a file is not there.
     """
-    shared = data.model_dump(include={"max_length", "columns", "template"}) | dict(tokenizer)
+    shared = data.model_dump(include={"max_length", "columns", "template"})
+    shared["trust_remote_code"] = trust_remote_code
     if data.template and Path(data.template).is_file():
         content = Path(data.template).read_bytes()
         shared["template_hash"] = hashlib.sha256(content).hexdigest()
@@ -45,7 +46,7 @@ def encoding_stages(
         sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
         files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
         outputs = (layout.encoded(name, folder), layout.rejected(name, folder))
-        settings = {"files": files} | shared
+        settings = {"files": files, "tokenizer": tokenizer} | shared
         stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
     return stages
 
@@ -53,7 +54,7 @@ def encoding_stages(
 def encode_sets(
     sets: Mapping[str, tuple[str, ...]],
     stages: Mapping[str, Stage],
-    run: Run,
+    folder: Run,
     load_encoder: Callable[[], Encoder],
     columns: Mapping[str, str],
     strict: bool = False,
@@ -67,8 +68,8 @@ def encode_sets(
     """
     encoder = None
     for name, specs in sets.items():
-        path = run.path / stages[name].outputs[0]
-        with run.stage(stages[name]) as todo:
+        path = folder.path / stages[name].outputs[0]
+        with folder.stage(stages[name]) as todo:
             if todo:
                 log_folder_contents(specs)
                 encoder = encoder or load_encoder()

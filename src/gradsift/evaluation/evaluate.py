@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, with_engine
-from gradsift.data.duplicates import texts_of
+from gradsift.data.duplicates import dedup_columns
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import ConfigError, translate_os_errors
@@ -38,13 +38,12 @@ from gradsift.sections import merge
 from gradsift.selection.picks import candidates
 from gradsift.selection.policies import pick
 from gradsift.selection.score_table import read_scores
-from gradsift.selection.stages import RunStages, tokenizer_settings
+from gradsift.selection.stages import RunStages
 
 if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger(__name__)
-__all__ = ["Evaluation", "EvaluationConfig", "evaluate", "run_evaluation"]
 
 
 def evaluate(
@@ -85,7 +84,7 @@ def run_evaluation(
     by_method = _stages_by_method(config, settings)
     with open_run(run) as folder:
         for stages in by_method.values():  # whatever cannot be done is said before anything is
-            folder.prepare([*stages.inputs.data.values(), *stages.measured])
+            folder.prepare([*stages.inputs.data_stages.values(), *stages.measured])
         job = encode(by_method["random"], folder, strict=False)
         budgets = settings.budgets or (config.policy.budget,)
         check_budgets(job, budgets)
@@ -137,8 +136,8 @@ def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
 
     config = job.config
     specs = {layout.test_set(name): sources for name, sources in settings.tests.items()}
-    tokenizer = tokenizer_settings(config, job.inputs.model)
-    stages = encoding_stages(config.data, tokenizer, specs, layout.TESTS)
+    identity, trusted = job.inputs.model_identity, config.model.trust_remote_code
+    stages = encoding_stages(config.data, identity, trusted, specs, layout.TESTS)
     load = partial(load_encoder, config.model, config.data)
     encode_sets(specs, stages, job.folder, load, config.data.columns)
     result = {}
@@ -214,7 +213,7 @@ def _picks(
         policy, scores = job.config.policy.model_copy(update={"budget": budget}), scored[target]
         if isinstance(scores, Ranking):  # it has no target examples to pick for in turn
             policy = policy.model_copy(update={"strategy": "top"})
-        of_target = texts_of(job.targets[target], columns)
+        of_target = dedup_columns(job.targets[target], columns)
         rows = pick(scores.rankings(policy), pool, of_target, policy).rows
         yield (target, budget), tuple(sorted(rows))
 

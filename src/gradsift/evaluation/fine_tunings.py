@@ -1,7 +1,7 @@
-"""One fine-tuning and what it leads to: done once, whoever asks for it, and kept by its inputs.
+"""Fine-tunings and their held-out results, each done once and stored under a hash of its inputs.
 
-Its file is named by a hash of all that the training depends on. So an evaluation that was killed
-goes on with the first one that is missing, and selections that are the same share one.
+The hash covers all that a training depends on. So an evaluation that was killed goes on with the
+first one that is missing, and selections that are the same share one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
 from gradsift.executors.processes import decided_by_first, is_first
 from gradsift.methods.job import Job
+from gradsift.models.batches import device_of
 from gradsift.progress import track
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -107,7 +108,7 @@ class FineTuner:
         self._common = {
             "model": job.inputs.model_settings,
             "lora": job.config.lora.model_dump(),
-            "pool": job.inputs.pool.fingerprint,
+            "pool": job.inputs.pool_stage.fingerprint,
             **self._settings.model_dump(exclude={"steps"}),
         }
 
@@ -242,7 +243,7 @@ class FineTuner:
 
         test = self._tests[name].examples
         examples = test.examples(range(len(test)))
-        tokens = start_tokens(self._job.config.engine, next(model.parameters()).device)
+        tokens = start_tokens(self._job.config.engine, device_of(model))
         work = partial(run_forward, model, examples)
         found, _ = within_memory(work, tokens, lengths_of(examples))
         losses = found.losses.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Tables, verdicts and the plot of an evaluation."""
+"""The results of an evaluation: a row per method, verdicts, and both as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every process of a run has in its environment, and what libraries need not say."""
+"""What every process of a run has in its environment, and which library warnings are silenced."""
 
 from __future__ import annotations
 

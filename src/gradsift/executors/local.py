@@ -18,9 +18,9 @@ class Local:
         yield from open_worker()(tasks)
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do it here."""
+        """Run it in this process."""
         return work()
 
     def train(self, work: Callable[[], object]) -> None:
-        """Do it here."""
+        """Run it in this process."""
         work()

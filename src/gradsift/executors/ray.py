@@ -1,7 +1,7 @@
 """A Ray cluster: the pool pass as a Ray Data actor pool, trainings under Ray Train.
 
 One model per actor, a GPU each where there are any. Ray restarts what dies and sends its work
-elsewhere; all that a task returns is that it is done, its result lies in the run folder.
+elsewhere; a task returns only that it is done, its result lies in the run folder.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from gradsift.progress import VisibleFormatter
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_WAITING = 2  # tasks at an actor: one is done, one is ready
+_TASKS_IN_FLIGHT = 2  # tasks at an actor: one is done, one is ready
 _SECONDS_BETWEEN_LOOKS = 5.0
-_ANSWER = 10.0  # seconds in which a cluster has to answer
-_PATIENCE = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
+_CONNECT_TIMEOUT = 10.0  # seconds in which a cluster has to answer
+_COLLECTIVE_TIMEOUT = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
 _TRAINING_FAILURES = 3  # of machines, in one training
 
 
@@ -53,7 +53,9 @@ class RayCluster:
         host, colon, port = (config.ray_address or "").rpartition(":")
         if colon and port.isdigit():  # Ray itself would try for minutes
             try:
-                socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()
+                socket.create_connection(
+                    (host.rpartition("/")[2], int(port)), _CONNECT_TIMEOUT
+                ).close()
             except OSError as error:
                 raise _unreachable(config.ray_address, error) from None
         workers = None if config.workers == "auto" else config.workers
@@ -85,7 +87,7 @@ class RayCluster:
             min_size=1,
             max_size=self.workers,
             initial_size=min(count, len(tasks)),
-            max_tasks_in_flight_per_actor=_WAITING,
+            max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT,
         )
         numbers = [{"task": number} for number in range(len(tasks))]
         done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
@@ -113,7 +115,7 @@ class RayCluster:
         import ray
 
         share, _ = self._connect(self.workers)
-        task = ray.remote(_caught).options(
+        task = ray.remote(_run_and_catch).options(
             max_retries=-1, runtime_env={"env_vars": ENVIRONMENT}, **share
         )
         outcome = ray.get(task.remote(str(Path.cwd()), work))
@@ -139,7 +141,7 @@ class RayCluster:
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"folder": str(Path.cwd()), "work": work},
-            torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_PATIENCE),
+            torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
             scaling_config=ScalingConfig(
                 num_workers=self.train_workers,
                 use_gpu=bool(gpus),
@@ -181,7 +183,7 @@ class RayCluster:
             nodes, of_all = ray.nodes(), ray.cluster_resources()
             cpus, gpus = of_all.get("CPU", 0), of_all.get("GPU", 0)
             logger.info("Ray: %d machines, %g CPUs, %g GPUs", len(nodes), cpus, gpus)
-        while not (found := _able_machines()):
+        while not (found := _usable_machines()):
             logger.info("waiting for a machine of the Ray cluster that has CPUs")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         gpus = [int(machine.get("GPU", 0)) for machine in found]
@@ -200,7 +202,7 @@ def _unreachable(address: str | None, error: Exception) -> RunError:
     )
 
 
-def _able_machines() -> list[dict[str, float]]:
+def _usable_machines() -> list[dict[str, float]]:
     """Return the resources of the machines that can work now."""
     import ray
 
@@ -215,7 +217,7 @@ class _Actor:
         import ray
 
         self._folder, open_worker, self._tasks = ray.get(reference)
-        opened = _caught(self._folder, open_worker)
+        opened = _run_and_catch(self._folder, open_worker)
         self._failure, self._work = opened["failure"], opened["value"]
         self._name = f"process {os.getpid()} on {platform.node()}"
 
@@ -223,11 +225,13 @@ class _Actor:
         [number] = batch["task"].tolist()
         failure = self._failure
         if failure is None:
-            failure = _caught(self._folder, lambda: [*self._work([self._tasks[number]])])["failure"]
+            failure = _run_and_catch(self._folder, lambda: [*self._work([self._tasks[number]])])[
+                "failure"
+            ]
         return {"task": [number], "failure": [failure], "worker": [self._name]}
 
 
-def _caught(folder: str, work: Callable[[], T]) -> dict[str, Any]:
+def _run_and_catch(folder: str, work: Callable[[], T]) -> dict[str, Any]:
     """Return what some work gives, or the fault that a user can mend: Ray would do it again.
 
     `folder` is what relative paths begin from.
@@ -255,7 +259,7 @@ class _FailureError(Exception):
 
 
 def _train_loop(config: dict[str, Any]) -> str | None:
-    failure = _caught(config["folder"], config["work"])["failure"]
+    failure = _run_and_catch(config["folder"], config["work"])["failure"]
     if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise _FailureError(failure)
     return failure

@@ -29,7 +29,7 @@ class Torchrun:
         yield from _gather(tasks)
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do it here."""
+        """Run it in this process."""
         return work()
 
     def train(self, work: Callable[[], object]) -> None:

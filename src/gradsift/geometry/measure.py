@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 logger = logging.getLogger(__name__)
-
 _BEFORE = "before warm-up"
 
 
@@ -65,9 +64,9 @@ def measure_geometry(
             "model.quantization is none"
         )
     stages = RunStages.of(config)
-    inputs, warmup = stages.inputs, stages.inputs.warmup
+    inputs, warmup = stages.inputs, stages.inputs.warmup_stage
     with open_run(run) as folder:
-        folder.prepare([*inputs.data.values(), warmup])
+        folder.prepare([*inputs.data_stages.values(), warmup])
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")
         run_job = encode(stages, folder, strict=False)
@@ -75,9 +74,9 @@ def measure_geometry(
         # what curves little is lost in half precision
         job = open_job(inputs, folder, ModelCache(_in_float32(config.model)))
         found = {}
+        models = _models_to_measure(job, warmup)
         for name in job.targets:
-            places = _places(job, warmup)
-            found[name] = _measure_target(job, name, places, warmup, wanted)
+            found[name] = _measure_target(job, name, models, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(layout.GEOMETRY_NUMBERS), content)
         of = {name: inputs.gradients_key(name) for name in job.targets}
@@ -92,19 +91,19 @@ def _in_float32(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"dtype": "float32", "attention": "eager"})
 
 
-Place = Callable[[], AbstractContextManager["peft.PeftModel"]]
-"""Gives the model with one adapter."""
+OpenModel = Callable[[], AbstractContextManager["peft.PeftModel"]]
+"""Opens a context with the model at one adapter."""
 
 
-def _places(job: Job, warmup: Stage) -> dict[str, Place]:
-    """Return where it is measured: at the fresh adapter, if it is known, and at each checkpoint."""
+def _models_to_measure(job: Job, warmup: Stage) -> dict[str, OpenModel]:
+    """Return the models to measure: with the fresh adapter, if it is known, and each checkpoint."""
     config = job.config
-    places: dict[str, Place] = {}
+    models: dict[str, OpenModel] = {}
     if config.warmup.adapter is None and config.warmup.mode == "train":
-        places[_BEFORE] = partial(_fresh, job.models, config.lora, config.warmup.seed)
+        models[_BEFORE] = partial(_fresh, job.models, config.lora, config.warmup.seed)
     for checkpoint in job.checkpoints(warmup):
-        places[checkpoint.label] = partial(_at, job.models, checkpoint.path)
-    return places
+        models[checkpoint.label] = partial(_at, job.models, checkpoint.path)
+    return models
 
 
 @contextmanager
@@ -118,29 +117,32 @@ def _at(models: ModelCache, path: Path) -> AbstractContextManager[peft.PeftModel
 
 
 def _measure_at(
-    place: Place, job: Job, name: str, settings: GeometryConfig, coupling: bool
+    open_model: OpenModel, job: Job, name: str, settings: GeometryConfig, coupling: bool
 ) -> dict[str, Any]:
-    from gradsift.geometry.target import measure_place
+    from gradsift.geometry.target import measure_target
 
-    with place() as model:
-        return measure_place(model, name, job.targets[name], job.config, settings, coupling)
+    with open_model() as model:
+        return measure_target(model, name, job.targets[name], job.config, settings, coupling)
 
 
 def _measure_target(
-    job: Job, name: str, places: Mapping[str, Place], warmup: Stage, settings: GeometryConfig
+    job: Job, name: str, models: Mapping[str, OpenModel], warmup: Stage, settings: GeometryConfig
 ) -> dict[str, Any]:
-    """Return what is found of a target at every place, measured now or before."""
-    gist, sources = job.config.gist.model_dump(include={"rank"}), (job.inputs.target(name), warmup)
+    """Return what is found of a target at every adapter, measured now or before."""
+    gist, sources = (
+        job.config.gist.model_dump(include={"rank"}),
+        (job.inputs.target_stage(name), warmup),
+    )
     result: dict[str, Any] = {"places": {}}
-    for number, (label, place) in enumerate(places.items(), start=1):
-        last = number == len(places)
+    for number, (label, open_model) in enumerate(models.items(), start=1):
+        last = number == len(models)
         wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
         path = layout.geometry_at(name, label)
         depends = wanted | {"gist": gist, "place": label}
         stage = Stage(path.removesuffix(".json"), depends, (path,), sources, cheap=True)
         with job.folder.stage(stage) as todo:
             if todo:
-                found = job.call(partial(_measure_at, place, job, name, settings, last))
+                found = job.call(partial(_measure_at, open_model, job, name, settings, last))
                 logger.info("%s, %s: measured", name, label)
                 job.path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(job.path(path), json.dumps(found, indent=1).encode())

@@ -22,6 +22,7 @@ from gradsift.gradients.distinct import distinct_examples, merge_rows
 from gradsift.gradients.gram import fitting_gram
 from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
+from gradsift.models.batches import device_of
 from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _TOKENS = 1024  # per batch: a graph of the backward pass is kept for each
 _ENTRIES = 16  # of A and of B, in the picture of one layer
 
 
-def measure_place(
+def measure_target(
     model: nn.Module,
     name: str,
     target: EncodedSet,
@@ -52,7 +53,7 @@ def measure_place(
     merged = merge_rows(subspace.combination, inverse, len(examples))
     basis = fitting_basis(model, [(examples, merged)], engine)
     weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
-    max_tokens = min(_TOKENS, start_tokens(engine, next(model.parameters()).device))
+    max_tokens = min(_TOKENS, start_tokens(engine, device_of(model)))
     hessian = Hessian(model, examples, weights, max_tokens)
     found = {"spectrum": describe(everything)}
     found["hessian"] = {"num_examples": count} | _compare(hessian, basis, subspace, name, settings)

@@ -1,6 +1,6 @@
-"""The bases of all targets, stacked: on the device as far as they fit, else brought there in time.
+"""The bases of all targets, stacked: on the device as far as they fit, else in host memory.
 
-A block that waits in host memory is copied while the backward pass is still at the block before
+An offloaded block is copied while the backward pass is still at the block before
 it. Where a block lies changes no result.
 """
 
@@ -24,11 +24,10 @@ from gradsift.gradients.gram import FLOAT_BYTES
 from gradsift.gradients.memory import host_memory, memory_budget
 from gradsift.gradients.per_example import (
     blocks,
-    device_of,
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batches import lengths_of, plan_batches, to_device
+from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
 
 Shapes = Mapping[str, tuple[int, int]]
 """Each block's shape (out, in) by its name."""
@@ -37,7 +36,7 @@ Shapes = Mapping[str, tuple[int, int]]
 class Basis:
     """`basis[name]` is one block of it, (direction, parameter), on the device.
 
-    What it returned before may no longer be used: the memory of offloaded blocks is used in turn.
+    A block is valid until the next but one is asked for: offloaded blocks share two buffers.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Basis:
 def choose_offloaded(
     shapes: Shapes, rank: int, itemsize: int, device: torch.device, memory: int
 ) -> frozenset[str]:
-    """Return the blocks that have to wait in host memory so that the rest keeps within `memory`.
+    """Return the blocks to offload to host memory so that the rest keeps within `memory`.
 
     Raises:
         ModelError: If even host memory does not suffice.
@@ -212,7 +211,7 @@ def fitting_basis(
     Raises:
         ModelError: If nothing does.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
     work = partial(build_basis, model, targets, memory=memory_budget(engine, device))
     return within_memory(work, start_tokens(engine, device), lengths)[0]

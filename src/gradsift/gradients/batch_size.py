@@ -18,7 +18,7 @@ from gradsift.models.batches import MAX_EXAMPLES
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Measure = Callable[[Sequence[Encoded], int], object]
+RunBatches = Callable[[Sequence[Encoded], int], object]
 """Measures some examples, given the most tokens per batch."""
 
 
@@ -40,17 +40,20 @@ def start_tokens(engine: EngineConfig, device: torch.device) -> int:
 
 
 def find_batch_tokens(
-    measure: Measure, lengths: Int[np.ndarray, " example"], engine: EngineConfig, on: torch.device
+    measure: RunBatches,
+    lengths: Int[np.ndarray, " example"],
+    engine: EngineConfig,
+    device: torch.device,
 ) -> int:
     """Return the tokens per batch of a pool pass: as set, or the most that the device holds."""
-    max_tokens = start_tokens(engine, on)
-    if engine.batch_tokens == "auto" and on.type != "cpu":
+    max_tokens = start_tokens(engine, device)
+    if engine.batch_tokens == "auto" and device.type != "cpu":
         max_tokens = probe(measure, lengths, max_tokens)
     logger.info("batches of up to %d tokens", max_tokens)
     return max_tokens
 
 
-def probe(measure: Measure, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
+def probe(measure: RunBatches, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
     """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
 
     The worst in activations and logits is a batch of the longest examples with a label at every

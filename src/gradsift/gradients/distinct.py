@@ -12,7 +12,7 @@ from gradsift.data.encoding import Encoded
 
 
 def distinct(keys: Sequence[object]) -> tuple[list[int], np.ndarray]:
-    """Return where each different key first stands, and for each key which of them it is.
+    """Return the first index of each distinct key, and for each key its place among those.
 
     >>> distinct(["a", "b", "a"])[1].tolist()
     [0, 1, 0]

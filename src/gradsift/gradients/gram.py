@@ -21,11 +21,10 @@ from gradsift.gradients.batch_size import start_tokens, within_memory
 from gradsift.gradients.memory import memory_budget
 from gradsift.gradients.per_example import (
     blocks,
-    device_of,
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batches import lengths_of, plan_batches
+from gradsift.models.batches import device_of, lengths_of, plan_batches
 
 FLOAT_BYTES = 4  # bytes of a float32
 _COLUMNS_AT_ONCE = 1 << 14  # of gradients that are float64 for a moment
@@ -107,6 +106,6 @@ def fitting_gram(
     Raises:
         ModelError: If nothing does.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     work = partial(gram_matrix, model, examples, memory=memory_budget(engine, device))
     return within_memory(work, start_tokens(engine, device), lengths_of(examples))[0]

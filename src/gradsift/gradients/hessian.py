@@ -88,7 +88,7 @@ class Hessian:
             ):
                 own = to_device(self._weights[group].astype(np.float32), device)
                 logits = label_logits(self._model, batch)
-                # the softmax of our own that a pool pass uses has no second derivative
+                # our own softmax (`token_losses`) has no second derivative
                 nll = cross_entropy(logits, batch.labels, reduction="none")
                 loss = (nll * batch.weights * own[batch.rows]).sum()
                 yield torch.autograd.grad(

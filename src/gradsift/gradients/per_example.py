@@ -27,6 +27,7 @@ from gradsift.errors import ModelError
 from gradsift.models.batches import (
     MAX_EXAMPLES,
     Batch,
+    device_of,
     lengths_of,
     make_batches,
     plan_batches,
@@ -61,7 +62,7 @@ def gradient_scale(model: nn.Module) -> float:
 
 
 class PerExampleGradients:
-    """Taps on a model's LoRA layers for as long as the context is open.
+    """Hooks on a model's LoRA layers, attached while the context is open.
 
     Each call runs one batch, hands every block's gradients, times `gradient_scale`, to `consume`
     during the backward pass, and returns each example's loss: the mean negative log-likelihood of
@@ -72,7 +73,7 @@ class PerExampleGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the layers to tap.
+        """Remember the layers to attach hooks to.
 
         Raises:
             ModelError: If a layer's gradient cannot be measured exactly.
@@ -91,7 +92,9 @@ class PerExampleGradients:
 
     def __enter__(self) -> PerExampleGradients:
         """Attach the taps."""
-        self._handles = [tap for name, pair in self._pairs.items() for tap in self._tap(name, pair)]
+        self._handles = [
+            tap for name, pair in self._pairs.items() for tap in self._register_hooks(name, pair)
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,23 +113,23 @@ class PerExampleGradients:
             (nll.sum() * self._scale).backward()
         return batch.by_example(nll.detach())
 
-    def _tap(self, name: str, pair: LoraPair) -> Iterator[Any]:
+    def _register_hooks(self, name: str, pair: LoraPair) -> Iterator[Any]:
         for suffix, module in zip("AB", pair, strict=True):
-            yield module.register_forward_hook(partial(self._watch, f"{name}.{suffix}"))
+            yield module.register_forward_hook(partial(self._forward_hook, f"{name}.{suffix}"))
 
-    def _watch(
+    def _forward_hook(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
-        entering = self._by_example(name, inputs[0].detach())
+        layer_input = self._by_example(name, inputs[0].detach())
         if name in self._seen:
             raise ModelError(f"cannot measure {name}: it is used more than once in a forward pass")
         self._seen.add(name)
         if not output.requires_grad:  # the first adapted layer: autograd begins here
             output = output.detach().requires_grad_()
 
-        def backward_hook(leaving: Tensor) -> None:
-            each = self._by_example(name, leaving)
-            gradient = torch.bmm(each.transpose(1, 2), entering.to(each.dtype))
+        def backward_hook(grad_output: Tensor) -> None:
+            each = self._by_example(name, grad_output)
+            gradient = torch.bmm(each.transpose(1, 2), layer_input.to(each.dtype))
             self._consume(name, gradient)
 
         output.register_hook(backward_hook)
@@ -175,8 +178,3 @@ def each_batch(
     with PerExampleGradients(model) as gradients:
         for group, batch in zip(groups, batches, strict=True):
             yield group, partial(gradients, batch)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the model is."""
-    return next(model.parameters()).device

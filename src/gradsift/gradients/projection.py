@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis
 from gradsift.gradients.per_example import (
-    device_of,
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batches import MAX_EXAMPLES, lengths_of, plan_batches, to_device
+from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, plan_batches, to_device
 
 
 @dataclass(frozen=True)

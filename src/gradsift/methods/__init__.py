@@ -1,6 +1,6 @@
 """Ways to score a pool against targets, one file each, and what they are given.
 
-In: a `Job`: settings, encoded data, models, executor, run folder. Out: what each stores in the run
+In: a `Job`: settings, encoded data, models, executor, run folder. Out: what each leaves in the run
 folder, and `Scores` by target.
 May import: `scores`, `pool` and what is beneath them.
 """

@@ -16,8 +16,8 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.pool.coordinates import coordinates_of, prepare_projection
-from gradsift.pool.examples import Prepare, not_finite
+from gradsift.pool.coordinates import coordinates_key, make_projection_measure
+from gradsift.pool.examples import MeasureFactory, not_finite
 from gradsift.pool.pool_pass import PoolPass
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up and the pass over the pool."""
-    targets = [inputs.target(name) for name in inputs.targets]
-    warmup = inputs.warmup
-    return warmup, inputs.pool_pass(layout.COSINE_PRODUCTS, warmup, *targets)
+    targets = [inputs.target_stage(name) for name in inputs.target_names]
+    warmup = inputs.warmup_stage
+    return warmup, inputs.make_pool_pass_stage(layout.COSINE_PRODUCTS, warmup, *targets)
 
 
 def check(config: Config) -> None:
@@ -53,17 +53,17 @@ def measure(job: Job) -> None:
     """
     warmup, products = stages(job.inputs)
     checkpoints = job.warm_up(warmup)
-    prepare = {c.label: partial(_prepare, job, c.path) for c in checkpoints}
-    job.pool_pass(products.name).run(products, prepare)
+    factories = {c.label: partial(_factory, job, c.path) for c in checkpoints}
+    job.pool_pass(products.name).run(products, factories)
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines, aggregated as `gist.aggregation` says."""
-    checkpoints = job.checkpoints(stages(job.inputs)[0])
+    checkpoints = job.checkpoints(job.inputs.warmup_stage)
     aggregation, products = job.config.gist.aggregation, job.pool_pass(layout.COSINE_PRODUCTS)
     return {
         name: Alignment(
-            Table([(_Cosines(products, name, c.label), c.weight) for c in checkpoints]),
+            Table([(_CosineRows(products, name, c.label), c.weight) for c in checkpoints]),
             job.tasks(name),
             aggregation,
         )
@@ -73,7 +73,7 @@ def scores(job: Job) -> dict[str, Alignment]:
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
-    last = job.checkpoints(stages(job.inputs)[0])[-1].label
+    last = job.checkpoints(job.inputs.warmup_stage)[-1].label
     products = job.pool_pass(layout.COSINE_PRODUCTS)
     return {name: products.read(name, last)[:] for name in ("loss", "gradient_norm")}
 
@@ -86,11 +86,11 @@ def settings(config: Config) -> dict[str, object]:
 METHOD = Method(scores, stages, measure, settings, facts, check)
 
 
-class _Cosines:
+class _CosineRows:
     """Inner products with target gradients of length 1, over the norm of the pool gradient."""
 
     def __init__(self, products: PoolPass, target: str, checkpoint: str) -> None:
-        self._products = products.read(coordinates_of(target), checkpoint)
+        self._products = products.read(coordinates_key(target), checkpoint)
         self._norms = products.read("gradient_norm", checkpoint)
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class _Cosines:
         return self._products[rows] / np.where(norms > 0, norms, 1)
 
 
-def _prepare(job: Job, adapter: Path) -> Prepare:
+def _factory(job: Job, adapter: Path) -> MeasureFactory:
     """Return what projects on the target gradients of an adapter, brought to length 1."""
     units = {
         name: job.call(
@@ -110,7 +110,7 @@ def _prepare(job: Job, adapter: Path) -> Prepare:
         for name, target in job.targets.items()
     }
     args = (job.models, adapter, job.targets, units, job.config.engine)
-    return partial(prepare_projection, *args)
+    return partial(make_projection_measure, *args)
 
 
 def _to_unit_length(

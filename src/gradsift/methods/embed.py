@@ -18,13 +18,14 @@ from gradsift.models.identity import identity
 from gradsift.pool.examples import check_finite
 from gradsift.pool.shards import save_shard
 from gradsift.progress import track
+from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
 logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], np.ndarray]
-_EMBEDDINGS = Measurement("embed")
+_EMBEDDINGS = Measurement(layout.EMBED)
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
@@ -60,20 +61,20 @@ def measure(job: Job) -> None:
     for name, stage in zip(job.targets, targets, strict=True):
         with job.folder.stage(stage) as todo:
             if todo:
-                encode = encode or _load_encoder(job.config)
+                encode = encode or _load_sentence_encoder(job.config)
                 embedding = encode(job.texts(job.targets[name]))
                 _EMBEDDINGS.save_target(job, name, {"embedding": embedding})
     with _EMBEDDINGS.pool_pass(job).open(pool) as todo:
         if todo:
-            _embed_pool(job, encode or _load_encoder(job.config))
+            _embed_pool(job, encode or _load_sentence_encoder(job.config))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = _EMBEDDINGS.of_pool(job, "embedding")
+    pool = _EMBEDDINGS.read_pool(job, "embedding")
     return {
         name: Alignment(
-            Cosines([View(pool, _EMBEDDINGS.of_target(job, name, "embedding"))]),
+            Cosines([View(pool, _EMBEDDINGS.read_target(job, name, "embedding"))]),
             job.tasks(name),
             "max",
         )
@@ -97,7 +98,7 @@ def _embed_pool(job: Job, encode: Encode) -> None:
             advance(len(shard))
 
 
-def _load_encoder(config: Config) -> Encode:
+def _load_sentence_encoder(config: Config) -> Encode:
     """Return what turns texts into embeddings of length 1.
 
     Raises:

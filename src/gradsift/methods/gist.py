@@ -26,8 +26,8 @@ from gradsift.gradients.subspace import (
 )
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.pool.coordinates import coordinates_of, prepare_projection
-from gradsift.pool.examples import Prepare, not_finite
+from gradsift.pool.coordinates import coordinates_key, make_projection_measure
+from gradsift.pool.examples import MeasureFactory, not_finite
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
@@ -40,13 +40,16 @@ logger = logging.getLogger(__name__)
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
-    warmup, settings = inputs.warmup, inputs.config.gist.model_dump(include={"rank", "directions"})
-    folders = {name: layout.target_folder(name) for name in inputs.targets}
+    warmup, settings = (
+        inputs.warmup_stage,
+        inputs.config.gist.model_dump(include={"rank", "directions"}),
+    )
+    folders = {name: layout.target_folder(name) for name in inputs.target_names}
     subspaces = [
-        Stage(folder, settings, (folder,), (inputs.target(name), warmup))
+        Stage(folder, settings, (folder,), (inputs.target_stage(name), warmup))
         for name, folder in folders.items()
     ]
-    return warmup, *subspaces, inputs.pool_pass(layout.COORDINATES, warmup, *subspaces)
+    return warmup, *subspaces, inputs.make_pool_pass_stage(layout.COORDINATES, warmup, *subspaces)
 
 
 def measure(job: Job) -> None:
@@ -61,8 +64,8 @@ def measure(job: Job) -> None:
         with job.folder.stage(stage) as todo:
             if todo:
                 job.call(partial(_measure_subspaces, job, name, checkpoints), job.path(stage.name))
-    prepare = {c.label: partial(_prepare, job, c) for c in checkpoints}
-    job.pool_pass(coordinates.name).run(coordinates, prepare)
+    factories = {c.label: partial(_factory, job, c) for c in checkpoints}
+    job.pool_pass(coordinates.name).run(coordinates, factories)
 
 
 def scores(job: Job) -> dict[str, Alignment]:
@@ -87,7 +90,7 @@ METHOD = Method(scores, stages, measure, settings, facts)
 
 def checkpoints(job: Job) -> list[Checkpoint]:
     """Return the adapters at which gradients were measured."""
-    return job.checkpoints(job.inputs.warmup)
+    return job.checkpoints(job.inputs.warmup_stage)
 
 
 def stored_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
@@ -100,7 +103,7 @@ def views(job: Job, name: str) -> list[View]:
     coordinates = job.pool_pass(layout.COORDINATES)
     return [
         View(
-            pool=coordinates.read(coordinates_of(name), checkpoint.label),
+            pool=coordinates.read(coordinates_key(name), checkpoint.label),
             target=stored_subspace(job, name, checkpoint).coordinates.astype(np.float32),
             weight=checkpoint.weight,
             gradient_norms=coordinates.read("gradient_norm", checkpoint.label),
@@ -109,28 +112,28 @@ def views(job: Job, name: str) -> list[View]:
     ]
 
 
-def align(job: Job, name: str, of: Sequence[View], aggregation: str) -> Alignment:
+def align(job: Job, name: str, compared: Sequence[View], aggregation: str) -> Alignment:
     """Return the scores of a target that follow from some coordinates."""
-    return Alignment(Cosines(of, job.config.gist.norm_power), job.tasks(name), aggregation)
+    return Alignment(Cosines(compared, job.config.gist.norm_power), job.tasks(name), aggregation)
 
 
-def _prepare(job: Job, checkpoint: Checkpoint) -> Prepare:
+def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
     """Return what projects on the subspaces of all targets at a checkpoint."""
     combinations = {
         name: stored_subspace(job, name, checkpoint).combination for name in job.targets
     }
     args = (job.models, checkpoint.path, job.targets, combinations, job.config.engine)
-    return partial(prepare_projection, *args)
+    return partial(make_projection_measure, *args)
 
 
-def _measure_subspaces(job: Job, name: str, at: Sequence[Checkpoint]) -> None:
+def _measure_subspaces(job: Job, name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Store each checkpoint's subspace of a target, and `spectrum.json`."""
     from gradsift.gradients.gram import fitting_gram
 
     config, target = job.config.gist, job.targets[name]
     examples, inverse = distinct_examples(target)
     spectra = {}
-    for checkpoint in at:
+    for checkpoint in checkpoints:
         model = job.models.with_adapter(checkpoint.path)
         gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))

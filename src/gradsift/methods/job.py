@@ -33,44 +33,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before any work, and the stages that several methods share.
+    """The settings of a run and the stages that methods share; known before any work is done.
 
-    `model`: the identity of the base model. `data`: the stages that encode the pool and every
-    target, by the name of their set, the pool first.
+    `data_stages`: those that encode the pool and every target, by the name of their set, the pool
+    first.
     """
 
     config: Config
-    model: str
-    data: Mapping[str, Stage]
+    model_identity: str
+    data_stages: Mapping[str, Stage]
 
     @property
-    def targets(self) -> Sequence[str]:
+    def target_names(self) -> Sequence[str]:
         """The names of the targets."""
         return [*self.config.data.targets]
 
     @property
-    def pool(self) -> Stage:
+    def pool_stage(self) -> Stage:
         """The stage that encodes the pool."""
-        return self.data[layout.POOL]
+        return self.data_stages[layout.POOL]
 
-    def target(self, name: str) -> Stage:
+    def target_stage(self, name: str) -> Stage:
         """Return the stage that encodes a target."""
-        return self.data[layout.target_set(name)]
+        return self.data_stages[layout.target_set(name)]
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """What tells the base model, as it is used, from others."""
+        """What identifies the base model as it is used."""
         settings = self.config.model.model_dump(
             include={"name", "dtype", "attention", "quantization", "trust_remote_code"}
         )
-        return {"identity": self.model} | settings
+        return {"identity": self.model_identity} | settings
 
     @property
-    def warmup(self) -> Stage:
+    def warmup_stage(self) -> Stage:
         """The configured warm-up, which stores adapters."""
-        return self.warmup_of(self.config.warmup, layout.WARMUP)
+        return self.make_warmup_stage(self.config.warmup, layout.WARMUP)
 
-    def warmup_of(self, warmup: WarmupConfig, name: str) -> Stage:
+    def make_warmup_stage(self, warmup: WarmupConfig, name: str) -> Stage:
         """Return the stage of a warm-up that stores its adapters in the folder of that name.
 
         Raises:
@@ -82,17 +82,17 @@ class Inputs:
                 raise ModelError(f"no such adapter folder: {warmup.adapter!r}")
             return Stage(name, settings | {"adapter": identity(warmup.adapter)}, (name,))
         settings |= {"lora": self.config.lora.model_dump(), "warmup": warmup.model_dump()}
-        trained_on = (self.pool,) if warmup.mode == "train" else ()
+        trained_on = (self.pool_stage,) if warmup.mode == "train" else ()
         return Stage(name, settings, (name,), trained_on)
 
     def gradients_key(self, target: str) -> str:
-        """Return what tells a target's gradients from others: their adapter and examples."""
-        return f"{self.warmup.fingerprint} {self.target(target).fingerprint}"
+        """Return a key of a target's gradients: of their adapter and examples."""
+        return f"{self.warmup_stage.fingerprint} {self.target_stage(target).fingerprint}"
 
-    def pool_pass(self, name: str, *sources: Stage, **settings: Any) -> Stage:
+    def make_pool_pass_stage(self, name: str, *sources: Stage, **settings: Any) -> Stage:
         """Return the stage of that name that measures the pool, shard by shard."""
         settings |= self.config.engine.model_dump(include={"window", "shard_size"})
-        return Stage(name, settings, (name,), (self.pool, *sources), keeps_parts=True)
+        return Stage(name, settings, (name,), (self.pool_stage, *sources), keeps_parts=True)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.methods.measurement import Measurement, PrepareAt
-from gradsift.pool.examples import Measure
+from gradsift.methods.measurement import Measurement
+from gradsift.pool.examples import Measure, MeasureFactory
+from gradsift.pool.pool_pass import FactoriesByCheckpoint
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
@@ -42,14 +43,14 @@ if TYPE_CHECKING:
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # of the AdamW that trained the warm-up
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_GRADIENTS = Measurement("less", at_checkpoints=True)
+_GRADIENTS = Measurement(layout.LESS, at_checkpoints=True)
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the projected gradients of the targets, and those of the pool."""
     config, own = inputs.config, _own_warmup(inputs.config)
     name = layout.WARMUP if own == config.warmup else layout.LESS_WARMUP
-    warmup, settings = inputs.warmup_of(own, name), config.less.model_dump()
+    warmup, settings = inputs.make_warmup_stage(own, name), config.less.model_dump()
     return warmup, *_GRADIENTS.stages(inputs, warmup, **settings)
 
 
@@ -63,24 +64,21 @@ def measure(job: Job) -> None:
     warmup, *targets, pool = stages(job.inputs)
     checkpoints = job.warm_up(warmup, _own_warmup(job.config))
 
-    def prepare(with_moments: bool) -> PrepareAt:
-        settings = (job.config.less, job.config.engine, with_moments)
-        return {
-            c.label: partial(partial, prepare_random_projection, job.models, c.path, *settings)
-            for c in checkpoints
-        }
+    def factories(with_moments: bool) -> FactoriesByCheckpoint:
+        return {c.label: partial(_factory, job, c.path, with_moments) for c in checkpoints}
 
-    _GRADIENTS.measure_targets(job, targets, prepare(with_moments=False))
-    _GRADIENTS.measure_pool(job, pool, prepare(with_moments=True))
+    _GRADIENTS.measure_targets(job, targets, factories(with_moments=False))
+    _GRADIENTS.measure_pool(job, pool, factories(with_moments=True))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines of projected gradients, mean within a task, best task."""
-    checkpoints = job.checkpoints(stages(job.inputs)[0])
+    warmup, *_ = stages(job.inputs)
+    checkpoints = job.checkpoints(warmup)
 
     def view(name: str, checkpoint: Checkpoint) -> View:
-        pool = _GRADIENTS.of_pool(job, "gradient", checkpoint.label)
-        target = _GRADIENTS.of_target(job, name, "gradient", checkpoint.label)
+        pool = _GRADIENTS.read_pool(job, "gradient", checkpoint.label)
+        target = _GRADIENTS.read_target(job, name, "gradient", checkpoint.label)
         return View(pool, target, checkpoint.weight)
 
     return {
@@ -155,7 +153,12 @@ def _own_warmup(config: Config) -> WarmupConfig:
     return config.warmup.model_copy(update=own | {"keep_optimizer": True})
 
 
-def prepare_random_projection(
+def _factory(job: Job, adapter: Path, with_moments: bool) -> MeasureFactory:
+    args = (job.models, adapter, job.config.less, job.config.engine, with_moments)
+    return partial(make_random_projection_measure, *args)
+
+
+def make_random_projection_measure(
     models: ModelCache,
     adapter: Path,
     settings: LessConfig,

@@ -8,34 +8,32 @@ import numpy as np
 
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.methods.measurement import Measurement
-from gradsift.pool.hidden_states import prepare_forward
+from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
-
-_FORWARD = Measurement("base")  # `rds` reads the same pass over the pool
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the forward pass of the base model over the pool."""
-    return (_FORWARD.pool_stage(inputs, model=inputs.model_settings),)
+    return (BASE_FORWARD.pool_stage(inputs, model=inputs.model_settings),)
 
 
 def measure(job: Job) -> None:
     """Store the losses of the pool."""
-    [stage], prepare = stages(job.inputs), partial(prepare_forward, job.models)
-    _FORWARD.measure_pool(job, stage, {"": lambda: prepare})
+    [stage], factory = stages(job.inputs), partial(make_forward_measure, job.models)
+    BASE_FORWARD.measure_pool(job, stage, {"": lambda: factory})
 
 
 def scores(job: Job) -> dict[str, Ranking]:
     """Return the mean negative log-likelihood of each example's supervised tokens."""
-    losses = _FORWARD.of_pool(job, "loss")[:]
+    losses = BASE_FORWARD.read_pool(job, "loss")[:]
     return {name: Ranking(losses) for name in job.targets}
 
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return the losses."""
-    return {"loss": _FORWARD.of_pool(job, "loss")[:]}
+    return {"loss": BASE_FORWARD.read_pool(job, "loss")[:]}
 
 
 METHOD = Method(scores, stages, measure, facts=facts)

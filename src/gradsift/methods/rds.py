@@ -10,31 +10,31 @@ from functools import partial
 
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.methods.measurement import Measurement
-from gradsift.pool.hidden_states import prepare_forward
+from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
-_FORWARD = Measurement("base")  # `perplexity` reads the same pass over the pool
-
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the forward passes of the base model over targets and pool."""
-    return _FORWARD.stages(inputs, model=inputs.model_settings)
+    return BASE_FORWARD.stages(inputs, model=inputs.model_settings)
 
 
 def measure(job: Job) -> None:
     """Store the pooled hidden states of targets and pool."""
-    _FORWARD.measure(job, stages(job.inputs), partial(prepare_forward, job.models))
+    BASE_FORWARD.measure(job, stages(job.inputs), partial(make_forward_measure, job.models))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = _FORWARD.of_pool(job, "hidden")
+    pool = BASE_FORWARD.read_pool(job, "hidden")
     return {
         name: Alignment(
-            Cosines([View(pool, _FORWARD.of_target(job, name, "hidden"))]), job.tasks(name), "max"
+            Cosines([View(pool, BASE_FORWARD.read_target(job, name, "hidden"))]),
+            job.tasks(name),
+            "max",
         )
         for name in job.targets
     }

@@ -1,4 +1,4 @@
-"""Ways to score a pool against targets, one file each; `METHODS` has them by name."""
+"""All methods by name."""
 
 from gradsift.methods import (
     bm25,

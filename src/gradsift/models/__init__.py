@@ -9,10 +9,11 @@ PUBLIC = {
     "batches": (
         "Batch",
         "MAX_EXAMPLES",
-        "prefetch",
-        "make_batches",
+        "device_of",
         "lengths_of",
+        "make_batches",
         "plan_batches",
+        "prefetch",
         "to_device",
     ),
     "cache": ("ModelCache",),

@@ -1,4 +1,4 @@
-"""StoredTensor LoRA adapters in PEFT's format: checked, loaded onto a base model, saved."""
+"""Stored LoRA adapters in PEFT's format: checked, loaded onto a base model, saved."""
 
 from __future__ import annotations
 

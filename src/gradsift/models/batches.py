@@ -15,13 +15,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 
 T = TypeVar("T")
 _END = object()
+MAX_EXAMPLES = 512
+"""The most examples in a batch: more very short ones would fit, but not their gradients."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Batch:
         table = torch.zeros(self.input_ids.shape, dtype=values.dtype, device=values.device)
         table[self.rows, self.columns] = values
         return table.sum(1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model is."""
+    return next(model.parameters()).device
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -135,7 +142,3 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
                 yield item  # type: ignore[misc]
         finally:
             thread.shutdown(cancel_futures=True)
-
-
-MAX_EXAMPLES = 512
-"""In one batch of a pool pass: very short ones would be too many gradients at a time."""

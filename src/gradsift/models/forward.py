@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
-from gradsift.models.batches import MAX_EXAMPLES, make_batches, plan_batches, to_device
+from gradsift.models.batches import MAX_EXAMPLES, device_of, make_batches, plan_batches, to_device
 from gradsift.models.losses import label_logits, token_losses
 
 
@@ -33,7 +33,7 @@ class Outputs:
 @torch.no_grad()
 def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) -> Outputs:
     """Return the outputs for the examples; hidden states are those that enter the output head."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     lengths = [len(example.input_ids) for example in examples]
     groups = plan_batches(lengths, max_tokens, MAX_EXAMPLES)
     losses: list[Tensor] = []
@@ -43,7 +43,7 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
         groups, make_batches(examples, groups, device, whole=True), strict=True
     ):
         own = torch.tensor([lengths[i] for i in group], device=device)
-        logits = label_logits(model, batch, partial(_pool, own, hidden))
+        logits = label_logits(model, batch, partial(_keep_mean, own, hidden))
         losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))
         num_correct.append(batch.by_example((logits.argmax(-1) == batch.labels).long()))
     order = [int(i) for group in groups for i in group]
@@ -52,7 +52,7 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
     return Outputs(*found)
 
 
-def _pool(
+def _keep_mean(
     lengths: Int[Tensor, " example"],
     pooled: list[Tensor],
     hidden: Float[Tensor, "example token feature"],

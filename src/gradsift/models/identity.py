@@ -1,4 +1,4 @@
-"""What tells a model, adapter or encoder from another under the same name."""
+"""A string that changes when the files behind a model, adapter or encoder change."""
 
 from __future__ import annotations
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
 _PROBE_TOKENS = 8
 
 
@@ -56,7 +55,7 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def load_encoder(model: ModelConfig, data: DataConfig) -> Encoder:
-    """Return the encoder of a model, that cuts examples to what data and model allow.
+    """Return the encoder for a model; examples are cut to what settings and model allow.
 
     Raises:
         ModelError: If there is no such device, configuration or tokenizer.
@@ -105,11 +104,11 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model = model.requires_grad_(False).eval()
     with translate_load_errors(f"the model {config.name!r}"):
-        check_servable(model, config.name)
+        check_causal(model, config.name)
     return model
 
 
-def check_servable(model: PreTrainedModel, name: str) -> None:
+def check_causal(model: PreTrainedModel, name: str) -> None:
     """Make sure that right padding without a mask changes nothing for the tokens before it.
 
     Raises:

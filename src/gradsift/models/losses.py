@@ -15,19 +15,19 @@ _LOGITS_AT_ONCE = 1 << 26  # float32 entries of one piece of the softmax: 256 MB
 
 
 def label_logits(
-    model: nn.Module, batch: Batch, look: Callable[[Tensor], object] = lambda hidden: None
+    model: nn.Module, batch: Batch, on_hidden: Callable[[Tensor], object] = lambda hidden: None
 ) -> Float[Tensor, "label vocabulary"]:
     """Return the logits where there is a label; elsewhere none are formed.
 
     What enters the output head is trimmed, which keeps each architecture's own scaling and
-    soft-capping; `look` sees it before.
+    soft-capping; `on_hidden` is called with it before that.
 
     Raises:
         ModelError: If the output head is not fed (example, token, feature).
     """
 
     def trim(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        look(inputs[0])
+        on_hidden(inputs[0])
         return (batch.at_labels(inputs[0]), *inputs[1:])
 
     head = getattr(model, "module", model).get_output_embeddings()  # type: ignore[operator]

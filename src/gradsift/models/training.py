@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
-from gradsift.models.batches import lengths_of, make_batches, plan_batches
+from gradsift.models.batches import device_of, lengths_of, make_batches, plan_batches
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.progress import track
 
@@ -81,7 +81,7 @@ def train(  # noqa: PLR0913
 def _arguments(
     settings: TrainingSettings, model: nn.Module, steps: int, seed: int, scratch: str
 ) -> TrainingArguments:
-    device = next(model.parameters()).device
+    device = device_of(model)
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
     arguments = TrainingArguments(
         output_dir=scratch,
@@ -137,7 +137,7 @@ class _Trainer(Trainer):
         """Backpropagate the loss of one optimizer step and return it."""
         model.train()
         examples: list[Encoded] = inputs["examples"]
-        device = next(model.parameters()).device
+        device = device_of(model)
         num_labels = sum(int(example.supervised.sum()) for example in examples)
         # gradients and losses are averaged over the processes
         weight = self.accelerator.num_processes / num_labels

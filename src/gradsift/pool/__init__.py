@@ -6,9 +6,9 @@ May import: `gradients` and what is beneath it.
 """
 
 PUBLIC = {
-    "coordinates": ("coordinates_of", "prepare_projection"),
-    "examples": ("Measure", "Prepare", "check_finite", "measure_examples", "not_finite"),
-    "hidden_states": ("prepare_forward",),
-    "pool_pass": ("PoolPass",),
+    "coordinates": ("coordinates_key", "make_projection_measure"),
+    "examples": ("Measure", "MeasureFactory", "check_finite", "measure_examples", "not_finite"),
+    "hidden_states": ("make_forward_measure",),
+    "pool_pass": ("FactoriesByCheckpoint", "PoolPass"),
     "shards": ("StoredTensor", "save_shard"),
 }

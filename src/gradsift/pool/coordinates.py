@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 
-def prepare_projection(
+def make_projection_measure(
     models: ModelCache,
     adapter: Path,
     targets: Mapping[str, EncodedSet],
@@ -51,12 +51,12 @@ def prepare_projection(
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         found = project(model, examples, max_tokens, basis)
         pieces = zip(combinations, found.coordinates.split(ranks, dim=1), strict=True)
-        coordinates = {coordinates_of(name): piece for name, piece in pieces}
+        coordinates = {coordinates_key(name): piece for name, piece in pieces}
         return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
 
     return measure, model.device
 
 
-def coordinates_of(target: str) -> str:
+def coordinates_key(target: str) -> str:
     """Return the name under which an example's coordinates for a target are stored."""
     return f"coordinates/{target}"

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Measure = Callable[[Sequence[Encoded], int], "Mapping[str, Tensor]"]
-"""What to store of some examples, row by row and by name, given the most tokens per batch."""
-Prepare = Callable[[], "tuple[Measure, torch.device]"]
-"""Gives the measure and its device; called in the process that is to measure."""
+"""`measure(examples, max_tokens)` returns the tensors to store by name, a row per example."""
+MeasureFactory = Callable[[], "tuple[Measure, torch.device]"]
+"""Loads the model and returns (measure, device); called in the process that is to measure."""
 
 
 def measure_examples(
-    encoded: EncodedSet, rows: np.ndarray, prepare: Prepare, engine: EngineConfig
+    encoded: EncodedSet, rows: np.ndarray, factory: MeasureFactory, engine: EngineConfig
 ) -> dict[str, np.ndarray]:
     """Return what the measure finds of some examples, row by row, in batches that fit."""
     from gradsift.gradients.batch_size import start_tokens, within_memory
     from gradsift.models.batches import lengths_of
 
-    measure, device = prepare()
+    measure, device = factory()
     examples = encoded.examples(rows)
     work = partial(measure, examples)
     found, _ = within_memory(work, start_tokens(engine, device), lengths_of(examples))
@@ -40,7 +40,7 @@ def measure_examples(
 def check_finite(
     tensors: Mapping[str, np.ndarray], whose: str, encoded: EncodedSet, start: int = 0
 ) -> None:
-    """Make sure that all is finite that was found of some examples, the first being `start`.
+    """Check that all values are finite; row 0 is example `start` of the set.
 
     Raises:
         NumericsError: Naming the first example of which something is not.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 
-def prepare_forward(models: ModelCache) -> tuple[Measure, torch.device]:
+def make_forward_measure(models: ModelCache) -> tuple[Measure, torch.device]:
     """Return what measures losses and pooled hidden states, and its device."""
     from gradsift.models.forward import run_forward
 

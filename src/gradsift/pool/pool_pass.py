@@ -13,7 +13,7 @@ from gradsift.config import EngineConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import RunError
 from gradsift.executors.base import Executor
-from gradsift.pool.examples import Prepare
+from gradsift.pool.examples import MeasureFactory
 from gradsift.pool.shards import (
     BATCH_TOKENS,
     Shard,
@@ -27,6 +27,11 @@ from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
+FactoriesByCheckpoint = Mapping[str, Callable[[], MeasureFactory]]
+"""For each checkpoint's label (empty where there are none), what makes the factory.
+
+It is called here, when that checkpoint is reached; the factory is sent to the workers.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,16 @@ class PoolPass:
     executor: Executor
     engine: EngineConfig
 
-    def run(self, stage: Stage, prepare: Mapping[str, Callable[[], Prepare]]) -> None:
+    def run(self, stage: Stage, factories: FactoriesByCheckpoint) -> None:
         """Measure what is not stored yet, at each checkpoint in turn.
-
-        `prepare`: by label, what gives the measure; called when its turn has come.
 
         Raises:
             NumericsError: Naming the first example of which something is not finite.
         """
-        with self.open(stage, [*prepare]) as todo:
+        with self.open(stage, [*factories]) as todo:
             if todo:
-                for label, at_checkpoint in prepare.items():
-                    self._measure(at_checkpoint(), label)
+                for label, make_factory in factories.items():
+                    self._measure(make_factory(), label)
 
     @contextmanager
     def open(self, stage: Stage, labels: Sequence[str] = ("",)) -> Iterator[bool]:
@@ -95,7 +98,7 @@ class PoolPass:
     def _directory(self, label: str) -> Path:
         return self.folder.path / self.name / label
 
-    def _measure(self, prepare: Prepare, label: str) -> None:
+    def _measure(self, factory: MeasureFactory, label: str) -> None:
         self._directory(label).mkdir(parents=True, exist_ok=True)
         shards, missing = self.shards(label), self.missing(label)
         if not missing:
@@ -105,7 +108,7 @@ class PoolPass:
         if stored:
             logger.info("%d of %d shards are there already", len(stored), len(shards))
         known = read_facts(stored[-1])[BATCH_TOKENS] if stored else None
-        open_worker = partial(_open_worker, self.pool, self.folder, self.engine, prepare, known)
+        open_worker = partial(_open_worker, self.pool, self.folder, self.engine, factory, known)
         with track(f"{self.name}/{label}".rstrip("/"), sum(map(len, missing))) as advance:
             for shard in self.executor.map(open_worker, missing):
                 advance(len(shard))
@@ -113,9 +116,13 @@ class PoolPass:
 
 
 def _open_worker(
-    pool: EncodedSet, folder: Run, engine: EngineConfig, prepare: Prepare, known_tokens: int | None
+    pool: EncodedSet,
+    folder: Run,
+    engine: EngineConfig,
+    factory: MeasureFactory,
+    known_tokens: int | None,
 ) -> Callable[[Iterable[Shard]], Iterator[Shard]]:
     """Return a worker; called in the process that is to measure, where torch may be loaded."""
     from gradsift.pool.worker import Worker
 
-    return Worker(pool, folder, engine, prepare, known_tokens)
+    return Worker(pool, folder, engine, factory, known_tokens)

@@ -20,7 +20,7 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.batch_size import find_batch_tokens, within_memory
 from gradsift.models.batches import lengths_of, prefetch
-from gradsift.pool.examples import Prepare, check_finite
+from gradsift.pool.examples import MeasureFactory, check_finite
 from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard
 from gradsift.runs.folder import Run
 
@@ -36,7 +36,7 @@ class Worker:
         pool: EncodedSet,
         folder: Run,
         engine: EngineConfig,
-        prepare: Prepare,
+        factory: MeasureFactory,
         known_tokens: int | None,
     ) -> None:
         """Load what the measure needs, and find the batch size.
@@ -45,7 +45,7 @@ class Worker:
         """
         folder.fetch_inputs()
         self._pool, self._folder, self._window = pool, folder, engine.window
-        self._measure, device = prepare()
+        self._measure, device = factory()
         if known_tokens and engine.batch_tokens == "auto":
             self._max_tokens = known_tokens
         else:

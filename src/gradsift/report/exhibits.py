@@ -16,11 +16,9 @@ from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
 _NAME = "exhibits"
-
-
 _VERBS = {layout.EVALUATION: "evaluate", layout.GEOMETRY: "geometry"}
 PARTS = tuple(_VERBS)
-"""Of a run, that have something to show."""
+"""The parts of a run that may have exhibits for the report."""
 
 
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "

@@ -64,7 +64,7 @@ def overview(job: Job, stages: RunStages) -> Overview:
             if stage.name in facts
         ],
         versions=next(reversed(facts.values()))["versions"],
-        rejected=_rejected(path, job.inputs.data),
+        rejected=_rejected(path, job.inputs.data_stages),
         command=shlex.join(
             [
                 "gradsift",

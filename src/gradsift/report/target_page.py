@@ -24,10 +24,10 @@ from gradsift.selection.source_shares import SourceShare, source_shares
 from gradsift.selection.stability import (
     Change,
     Noise,
-    can_double,
+    can_compare_twice_the_rank,
     changes,
+    compare_with_twice_the_rank,
     noise_at_cut,
-    twice_the_rank,
 )
 from gradsift.selection.stages import RunStages
 
@@ -106,7 +106,11 @@ def target_page(
         reasons = selection.refused["reason"].to_pylist()
         repeated = refused[[reason.startswith("repeats") for reason in reasons]]
         found += changes(job, name, rows, repeated, pool)
-        found += [twice_the_rank(job, name, rows, repeated, pool)] if can_double(job, name) else []
+        found += (
+            [compare_with_twice_the_rank(job, name, rows, repeated, pool)]
+            if can_compare_twice_the_rank(job, name)
+            else []
+        )
     policy, noise = job.config.policy, None
     cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
     if cut is not None:

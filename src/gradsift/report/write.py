@@ -20,7 +20,7 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
 from gradsift.selection.picks import candidates
 from gradsift.selection.score_table import read_scores, scores_of
-from gradsift.selection.stability import can_double, measure_sample, sampling_stage
+from gradsift.selection.stability import can_compare_twice_the_rank, measure_sample, sampling_stage
 from gradsift.selection.stages import RunStages
 
 logger = logging.getLogger(__name__)
@@ -84,4 +84,6 @@ def build_report(job: Job, stages: RunStages) -> Path:
 
 def _needs_sample(job: Job) -> bool:
     """Return whether a part of the pool has to be measured in more directions than were kept."""
-    return job.config.method == "gist" and any(can_double(job, name) for name in job.targets)
+    return job.config.method == "gist" and any(
+        can_compare_twice_the_rank(job, name) for name in job.targets
+    )

@@ -41,7 +41,9 @@ class Run:
     def __init__(self, path: Path, remote: RemoteFolder | None = None) -> None:
         self.path = path
         self._manifests = Manifests(path)
-        self._relied_on: set[str] = set()  # stages that were found whole or done
+        self._relied_on: set[str] = (
+            set()
+        )  # stages that workers may read: found complete, or completed here
         self._remote = remote
         self._opened_on = platform.node()
 
@@ -114,11 +116,12 @@ class Run:
     def stage(self, stage: Stage, whole: bool = True) -> Iterator[bool]:
         """Yield whether the stage is still to do; mark it complete when the block ends well.
 
-        It is where its manifest says so, its outputs are as they were written, what it was made
-        from is still there, and it is `whole`. What it left otherwise is removed first.
+        It is done if its manifest is complete and unchanged, its outputs and those of the stages
+        that it was made from are as they were written, and `whole` is true. Otherwise what it
+        stored is removed first (unless it broke off and `keeps_parts`).
         """
-        made_from = self._manifests.contents(stage.sources)
-        manifest = self._keep_or_remove(stage, made_from)
+        found, made_from = self._manifests.read(stage.name), self._manifests.contents(stage.sources)
+        manifest = self._keep_or_remove(stage, found, made_from)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             self._relied_on.add(stage.name)
@@ -162,7 +165,7 @@ class Run:
         return ""
 
     def key(self, name: str) -> str:
-        """Return what every shard of a stage is marked with, so that another run's is known."""
+        """Return the key that every shard of a stage carries; those of other runs have another."""
         manifest = self._manifests.read(name)
         if manifest is None:
             raise RunError(f"{self.path} has no stage {name!r}; run `gradsift select` with it")
@@ -191,9 +194,10 @@ class Run:
         """Return whether something was kept under this name, and its manifest can be read."""
         return self._manifests.read(name) is not None
 
-    def _keep_or_remove(self, stage: Stage, made_from: dict[str, str | None]) -> Manifest | None:
-        """Return a stage's manifest if what it left is to be kept; else remove that."""
-        manifest = self._manifests.read(stage.name)
+    def _keep_or_remove(
+        self, stage: Stage, manifest: Manifest | None, made_from: dict[str, str | None]
+    ) -> Manifest | None:
+        """Return a stage's manifest if what it stored is to be kept; else remove that."""
         if manifest:
             change = describe_change(manifest, stage)
             reason = change or describe_replaced(manifest, made_from)

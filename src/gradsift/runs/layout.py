@@ -7,12 +7,13 @@ from __future__ import annotations
 
 CONFIG = "config.yaml"
 REJECTED = "rejected.jsonl"
+REJECTED_SUFFIX = f".{REJECTED}"  # of the same, by set
 REPORT = "report.html"
 LOG = "log.txt"
 MANIFESTS = "manifests"
 OWNER = ".owner"  # which process works in the folder, for people
 LOCK = ".lock"  # by which other processes of this machine are kept out
-PARTIAL = ".partial"  # the suffix of what is being written
+PARTIAL = ".partial"  # the suffix of files that are still being written
 REMOTE_LOCK = ".lock.json"  # by which other machines are kept out of a remote folder
 REMOTE_STATES = ".mirror"  # in the copy of such a folder: what is the same on both sides
 ENCODED = "data"  # pool and targets, encoded
@@ -25,6 +26,7 @@ GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains no
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
 COORDINATES = "coordinates"
 COSINE_PRODUCTS = "cosine/pool"
+BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
 STABILITY = "stability"
 STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
 SELECTED = "selected"
@@ -61,7 +63,7 @@ def encoded(name: str, folder: str = ENCODED) -> str:
 
 def rejected(name: str, folder: str = ENCODED) -> str:
     """Return the rows of a set that could not be encoded, and why."""
-    return f"{folder}/{name}.rejected.jsonl"
+    return f"{folder}/{name}{REJECTED_SUFFIX}"
 
 
 def epoch(number: int) -> str:

@@ -20,8 +20,8 @@ from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
 Manifest = Mapping[str, Any]
-_UNREAD = (f"/{layout.TRAINING_LOG}", layout.rejected("").rpartition("/")[2])
-"""Ends of the names of outputs on which no later stage depends."""
+_OUTPUTS_NO_STAGE_READS = (f"/{layout.TRAINING_LOG}", layout.REJECTED_SUFFIX)
+"""How the names of outputs end on which no later stage depends."""
 
 
 class Manifests:
@@ -136,7 +136,9 @@ def _content_key(manifest: Manifest | None) -> str | None:
     """Return what tells the outputs of a stage from others of the same settings."""
     if manifest is None:
         return None
-    outputs = {n: own for n, own in manifest["outputs"].items() if not n.endswith(_UNREAD)}
+    outputs = {
+        n: own for n, own in manifest["outputs"].items() if not n.endswith(_OUTPUTS_NO_STAGE_READS)
+    }
     return digest(outputs or [manifest["inputs"], manifest["made_from"]])[:16]
 
 

@@ -1,4 +1,4 @@
-"""With what a stage was done: versions of the packages, and the memory that it took."""
+"""What is recorded with each stage: versions of the packages, and peak memory."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from gradsift.errors import BusyError, RunError
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
-BEAT, LEASE = 10.0, 60.0
+HEARTBEAT_SECONDS, LEASE_SECONDS = 10.0, 60.0
 """Seconds between signs of life of the owner of a run, and without one until it counts as dead."""
 
 
@@ -217,16 +217,16 @@ class RemoteFolder:
                 continue
             silent = time.time() - owner["at"]
             ours = (owner["host"], owner["copy"]) == (me["host"], me["copy"])
-            if not ours and silent < LEASE:
+            if not ours and silent < LEASE_SECONDS:
                 raise BusyError(
                     f"{self.url} is in use by process {owner['process']} on {owner['host']} (last "
                     f"sign of life {max(silent, 0):.0f} s ago); wait for it to end (or, if it "
-                    f"died, {LEASE:.0f} s) or use another --output-dir"
+                    f"died, {LEASE_SECONDS:.0f} s) or use another --output-dir"
                 )
             message = f"the process that had {self.url} is gone; going on in its place"
             self._try(self._files.rm, where)
         stop = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(where, me, stop), daemon=True)
+        thread = threading.Thread(target=self._heartbeat, args=(where, me, stop), daemon=True)
         thread.start()
         try:
             yield message
@@ -265,9 +265,9 @@ class RemoteFolder:
             )
         return owner
 
-    def _beat(self, where: str, me: dict[str, Any], stop: threading.Event) -> None:
+    def _heartbeat(self, where: str, me: dict[str, Any], stop: threading.Event) -> None:
         last = time.time()
-        while not stop.wait(BEAT):
+        while not stop.wait(HEARTBEAT_SECONDS):
             try:
                 owner = self._owner(where)
                 if owner is None or owner["token"] == me["token"]:
@@ -278,7 +278,7 @@ class RemoteFolder:
                 reason = "another process has taken it over"
             except (RunError, ValueError) as error:
                 reason = f"no sign of life could be given ({error})"
-                if time.time() - last < LEASE:
+                if time.time() - last < LEASE_SECONDS:
                     logger.warning("%s: %s; trying again", self.url, reason)
                     continue
             logger.error("%s: %s; this process stops: what is finished is kept", self.url, reason)

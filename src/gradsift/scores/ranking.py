@@ -14,7 +14,7 @@ from gradsift.scores.similarity import Rows
 
 @runtime_checkable
 class Scores(Protocol):
-    """How the pool fares for one target."""
+    """Scores of the whole pool for one target."""
 
     def scores(
         self,

@@ -100,7 +100,7 @@ class Cosines:
 
     @property
     def width(self) -> int:
-        """As many as it has features, or the target examples."""
+        """The number of features or of target examples, whichever is larger."""
         return max(max(view.target.shape) for view in self.views)
 
     @property
@@ -140,7 +140,7 @@ class Table:
 
     @property
     def width(self) -> int:
-        """The target examples."""
+        """The number of target examples."""
         return self.with_examples(slice(0, 1)).shape[1]
 
     @property

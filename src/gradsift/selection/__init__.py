@@ -15,12 +15,12 @@ PUBLIC = {
     "stability": (
         "Change",
         "Noise",
-        "can_double",
+        "can_compare_twice_the_rank",
         "changes",
-        "twice_the_rank",
+        "compare_with_twice_the_rank",
         "measure_sample",
         "noise_at_cut",
         "sampling_stage",
     ),
-    "stages": ("RunStages", "tokenizer_settings"),
+    "stages": ("RunStages",),
 }

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from gradsift.methods import gist
 from gradsift.methods.job import Job
-from gradsift.pool.coordinates import coordinates_of
+from gradsift.pool.coordinates import coordinates_key
 from gradsift.runs import layout
 
 _DIRECTIONS, _EACH_SIDE = 5, 3
@@ -45,7 +45,7 @@ def leading_directions(job: Job, target: str) -> list[Direction]:
     """
     label = gist.checkpoints(job)[-1].label
     coordinates = job.pool_pass(layout.COORDINATES)
-    own = coordinates.read(coordinates_of(target), label)
+    own = coordinates.read(coordinates_key(target), label)
     norms = coordinates.read("gradient_norm", label)
     pieces = [slice(start, start + _AT_ONCE) for start in range(0, len(job.pool), _AT_ONCE)]
     tiny = np.finfo(np.float32).tiny

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from gradsift.data.duplicates import texts_of
+from gradsift.data.duplicates import dedup_columns
 from gradsift.data.encoded import EncodedSet
 from gradsift.methods.job import Job
 from gradsift.runs import layout
@@ -46,7 +46,7 @@ class Selection:
 def candidates(pool: EncodedSet, columns: Mapping[str, str]) -> Candidates:
     """Return the pool as a policy sees it; `columns` maps fields to the pool's own columns."""
     return Candidates(
-        texts_of(pool, columns), pool.column("source"), pool.column("num_tokens").to_numpy()
+        dedup_columns(pool, columns), pool.column("source"), pool.column("num_tokens").to_numpy()
     )
 
 
@@ -57,7 +57,7 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
         rankings = read_scores(job.folder.path, job.config.method, name)[:, None]
     else:
         rankings = scores.rankings(policy)
-    picks = pick(rankings, candidates(job.pool, columns), texts_of(target, columns), policy)
+    picks = pick(rankings, candidates(job.pool, columns), dedup_columns(target, columns), policy)
     _log(name, picks)
     rows, own = np.array(picks.rows, np.int64), np.array(picks.rankings, np.int64)
     winners = scores.winners(policy, rows, own)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from gradsift.config import PolicyConfig
-from gradsift.data.duplicates import DuplicateFinder, Refusal, Texts
+from gradsift.data.duplicates import DedupColumns, DuplicateFinder, Refusal
 from gradsift.errors import ConfigError
 from gradsift.sections import parse_share
 from gradsift.types import Budget
@@ -23,7 +23,7 @@ from gradsift.types import Budget
 class Candidates:
     """The pool as a policy sees it."""
 
-    texts: Texts
+    texts: DedupColumns
     sources: pa.Array
     num_tokens: Int[np.ndarray, " example"]
 
@@ -41,7 +41,7 @@ class Picks:
 def pick(
     rankings: Float[np.ndarray, "example ranking"],
     pool: Candidates,
-    target: Texts,
+    target: DedupColumns,
     policy: PolicyConfig,
 ) -> Picks:
     """Return the best examples within the budget, one from each column of `rankings` in turn.
@@ -71,11 +71,11 @@ def pick(
         for row in map(int, orders[ranking][positions[ranking] :]):
             if row not in picked and row not in refused:
                 refusal = limits.refuses(row) or repeats.refuses(row)
-                if refusal is None and not limits.can_pay(row):
+                if refusal is None and not limits.fits(row):
                     return False
                 if refusal is None:
                     picked[row] = ranking
-                    limits.pay(row)
+                    limits.spend(row)
                     repeats.remember(row)
                     return True
                 refused[row] = refusal
@@ -170,12 +170,12 @@ class _Limits:
                 return Refusal(row, "source cap")
         return None
 
-    def can_pay(self, row: int) -> bool:
+    def fits(self, row: int) -> bool:
         """Whether the example fits into what is left; the first that does not ends the picks."""
         self.closed = self.closed or self.spent + self.cost(row) > self.limit
         return not self.closed
 
-    def pay(self, row: int) -> None:
+    def spend(self, row: int) -> None:
         self.spent += self.cost(row)
         if self.caps:
             self.spent_by_source[self.sources[row].as_py()] += self.cost(row)

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from gradsift.config import PolicyConfig
-from gradsift.data.duplicates import DuplicateFinder, texts_of
+from gradsift.data.duplicates import DuplicateFinder, dedup_columns
 from gradsift.gradients.subspace import Subspace, fit_subspace, load_gram
 from gradsift.methods import gist
 from gradsift.methods.job import Job
-from gradsift.pool.coordinates import coordinates_of, prepare_projection
+from gradsift.pool.coordinates import coordinates_key, make_projection_measure
 from gradsift.pool.examples import measure_examples
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -97,7 +97,7 @@ def changes(
     near ones are not looked for anew.
     """
     found, policy = [], _without_near(job.config.policy)
-    target = texts_of(job.targets[name], job.config.data.columns)
+    target = dedup_columns(job.targets[name], job.config.data.columns)
     for settings, aligned in _variants(job, name).items():
         rankings = aligned.rankings(policy)
         rankings[repeated] = -np.inf
@@ -158,7 +158,7 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
         further = {name: _further(job, name, checkpoint) for name in job.targets}
         args = (job.models, checkpoint.path, job.targets, further, job.config.engine)
-        prepare = partial(prepare_projection, *args)
+        prepare = partial(make_projection_measure, *args)
         work = partial(measure_examples, job.pool, rows, prepare, job.config.engine)
         measured = job.call(work)
         tensors |= {f"{checkpoint.label}/{key}": values for key, values in measured.items()}
@@ -167,7 +167,7 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     write_atomically(path, partial(save_file, tensors))
 
 
-def can_double(job: Job, name: str) -> bool:
+def can_compare_twice_the_rank(job: Job, name: str) -> bool:
     """Return whether more directions could have been kept, and picks be compared on a sample.
 
     On a sample there is only the plain top by count: no rankings, no caps, no count of tokens.
@@ -183,7 +183,7 @@ def can_double(job: Job, name: str) -> bool:
     )
 
 
-def twice_the_rank(
+def compare_with_twice_the_rank(
     job: Job,
     name: str,
     picks: Int[np.ndarray, " pick"],
@@ -198,8 +198,8 @@ def twice_the_rank(
     tensors = load_file(job.path(layout.STABILITY_SAMPLE))
     rows, weights, views, ranks = tensors["rows"], tensors["weights"], [], set()
     for checkpoint in gist.checkpoints(job):
-        stored = coordinates.read(coordinates_of(name), checkpoint.label)[rows]
-        further = tensors[f"{checkpoint.label}/{coordinates_of(name)}"]
+        stored = coordinates.read(coordinates_key(name), checkpoint.label)[rows]
+        further = tensors[f"{checkpoint.label}/{coordinates_key(name)}"]
         wider = _wider(job, name, checkpoint)
         ranks.add(wider.rank)
         views.append(
@@ -211,7 +211,7 @@ def twice_the_rank(
             )
         )
     aligned = gist.align(job, name, views, job.config.gist.aggregation)
-    target = texts_of(job.targets[name], job.config.data.columns)
+    target = dedup_columns(job.targets[name], job.config.data.columns)
     repeats = DuplicateFinder(pool.texts, target, _without_near(job.config.policy), upcoming=list)
     before, now = np.isin(rows, picks), np.zeros(len(rows), dtype=bool)
     left = weights[before].sum() * (1 + 1e-9)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gradsift.config import Config
 from gradsift.data.sets import data_sets, encoding_stages
@@ -36,8 +35,8 @@ class RunStages:
             ModelError: If the model or adapter is not there.
         """
         model = identity(config.model.name)
-        sets = data_sets(config.data)
-        data = encoding_stages(config.data, tokenizer_settings(config, model), sets)
+        sets, trusted = data_sets(config.data), config.model.trust_remote_code
+        data = encoding_stages(config.data, model, trusted, sets)
         inputs = Inputs(config, model, data)
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
@@ -52,19 +51,14 @@ class RunStages:
         return cls(inputs, measured, scores, selections)
 
     def __iter__(self) -> Iterator[Stage]:
-        yield from self.inputs.data.values()
+        yield from self.inputs.data_stages.values()
         yield from self.measured
         yield self.scores
         yield from self.selections.values()
 
 
-def tokenizer_settings(config: Config, model: str) -> dict[str, Any]:
-    """Return what tells the tokenizer from others, given the identity of its model."""
-    return {"tokenizer": model, "trust_remote_code": config.model.trust_remote_code}
-
-
 def _selection(inputs: Inputs, name: str, scores: Stage) -> Stage:
     settings = {"method": inputs.config.method} | inputs.config.policy.model_dump()
     outputs = (layout.picks(name), layout.reasons(name), layout.refusals(name))
-    sources = (scores, inputs.pool, inputs.target(name))
+    sources = (scores, inputs.pool_stage, inputs.target_stage(name))
     return Stage(layout.selection(name), settings, outputs, sources, cheap=True)

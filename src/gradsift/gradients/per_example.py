@@ -91,10 +91,9 @@ class PerExampleGradients:
         self._consume: Consume = lambda name, gradient: None
 
     def __enter__(self) -> PerExampleGradients:
-        """Attach the taps."""
-        self._handles = [
-            tap for name, pair in self._pairs.items() for tap in self._register_hooks(name, pair)
-        ]
+        """Attach the hooks."""
+        pairs = self._pairs.items()
+        self._handles = [hook for name, pair in pairs for hook in self._register_hooks(name, pair)]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,9 +41,7 @@ class Run:
     def __init__(self, path: Path, remote: RemoteFolder | None = None) -> None:
         self.path = path
         self._manifests = Manifests(path)
-        self._relied_on: set[str] = (
-            set()
-        )  # stages that workers may read: found complete, or completed here
+        self._relied_on: set[str] = set()  # stages found complete, or completed: workers read them
         self._remote = remote
         self._opened_on = platform.node()
 

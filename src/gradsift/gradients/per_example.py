@@ -97,7 +97,7 @@ class PerExampleGradients:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the taps off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

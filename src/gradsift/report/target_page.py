@@ -106,11 +106,8 @@ def target_page(
         reasons = selection.refused["reason"].to_pylist()
         repeated = refused[[reason.startswith("repeats") for reason in reasons]]
         found += changes(job, name, rows, repeated, pool)
-        found += (
-            [compare_with_twice_the_rank(job, name, rows, repeated, pool)]
-            if can_compare_twice_the_rank(job, name)
-            else []
-        )
+        if can_compare_twice_the_rank(job, name):
+            found.append(compare_with_twice_the_rank(job, name, rows, repeated, pool))
     policy, noise = job.config.policy, None
     cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
     if cut is not None:

@@ -34,7 +34,7 @@ types: $(ready)
 imports: $(ready)
 	.venv/bin/lint-imports
 
-# lines of files and functions, and what is over the bounds
+# lines of files and functions: median, 90th percentile, longest
 sizes:
 	python3 tests/test_structure.py
 

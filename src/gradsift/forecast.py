@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
+
 _TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
 _POOL_SECONDS = 10.0

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from gradsift.errors import visible
 
 logger = logging.getLogger(__name__)
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -40,6 +40,7 @@ from gradsift.errors import DataError, shorten
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
+
 _GROUP = 1024  # rows encoded, written and read together
 _NAME = pa.dictionary(pa.int32(), pa.string())
 _SCHEMA = pa.schema(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
 TULU = (
     "{{ start }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + end }}{% endgeneration %}"

@@ -29,6 +29,7 @@ from gradsift.data.readers import (
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
+
 _ROWS_AT_ONCE = 1024
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")

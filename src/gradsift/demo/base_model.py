@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
 _BASE: dict[str, Any] = {
     "vocab_size": 768,
     "hidden_size": 128,

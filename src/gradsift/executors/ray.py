@@ -24,6 +24,7 @@ from gradsift.executors.environment import ENVIRONMENT, set_environment
 from gradsift.progress import VisibleFormatter
 
 logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 _TASKS_IN_FLIGHT = 2  # tasks at an actor: one is done, one is ready
 _SECONDS_BETWEEN_LOOKS = 5.0

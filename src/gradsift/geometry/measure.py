@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 logger = logging.getLogger(__name__)
+
 _BEFORE = "before warm-up"
 
 

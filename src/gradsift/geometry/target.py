@@ -26,6 +26,7 @@ from gradsift.models.batches import device_of
 from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
+
 _TOKENS = 1024  # per batch: a graph of the backward pass is kept for each
 _ENTRIES = 16  # of A and of B, in the picture of one layer
 

@@ -17,6 +17,7 @@ from gradsift.errors import ModelError
 from gradsift.models.batches import MAX_EXAMPLES
 
 logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 RunBatches = Callable[[Sequence[Encoded], int], object]
 """Measures some examples, given the most tokens per batch."""

@@ -30,6 +30,7 @@ from gradsift.models.lora import lora_pairs
 from gradsift.models.losses import label_logits
 
 logger = logging.getLogger(__name__)
+
 _ACCURACY = 0.01  # of eigenvalues, relative
 
 

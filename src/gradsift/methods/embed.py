@@ -24,6 +24,7 @@ from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
 logger = logging.getLogger(__name__)
+
 Encode = Callable[[list[str]], np.ndarray]
 _EMBEDDINGS = Measurement(layout.EMBED)
 

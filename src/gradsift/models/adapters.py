@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # those that leave the base as it is
 
 

@@ -27,6 +27,7 @@ from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
+
 FactoriesByCheckpoint = Mapping[str, Callable[[], MeasureFactory]]
 """For each checkpoint's label (empty where there are none), what makes the factory.
 

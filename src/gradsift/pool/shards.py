@@ -18,6 +18,7 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import HASH_THREADS, hash_tensors
 
 logger = logging.getLogger(__name__)
+
 SUFFIX = ".safetensors"
 BATCH_TOKENS = "batch_tokens"
 """The fact that says with how many tokens per batch a shard was measured."""

@@ -15,6 +15,7 @@ from gradsift.runs.folder import Run
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
+
 _NAME = "exhibits"
 _VERBS = {layout.EVALUATION: "evaluate", layout.GEOMETRY: "geometry"}
 PARTS = tuple(_VERBS)

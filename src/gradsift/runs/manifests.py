@@ -19,6 +19,7 @@ from gradsift.runs.hashing import HASH_THREADS, digest, hash_file, sync_and_hash
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
+
 Manifest = Mapping[str, Any]
 _OUTPUTS_NO_STAGE_READS = (f"/{layout.TRAINING_LOG}", layout.REJECTED_SUFFIX)
 """How the names of outputs end on which no later stage depends."""

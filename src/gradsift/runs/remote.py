@@ -28,6 +28,7 @@ from gradsift.errors import BusyError, RunError
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS, LEASE_SECONDS = 10.0, 60.0
 """Seconds between signs of life of the owner of a run, and without one until it counts as dead."""
 

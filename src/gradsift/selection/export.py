@@ -19,6 +19,7 @@ from gradsift.runs.atomic import write_atomically
 from gradsift.selection.picks import read_selection
 
 logger = logging.getLogger(__name__)
+
 _PLAIN = "{instruction}"
 
 

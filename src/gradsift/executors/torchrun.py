@@ -65,6 +65,7 @@ def launched_processes() -> Iterator[bool]:
             while (work := _receive()) is not None:
                 work()
             yield False
+        dist.barrier()  # none may close its connections while another still reads from them
     finally:
         dist.destroy_process_group()
 

@@ -138,10 +138,10 @@ def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
 
 
 def test_directions_are_those_of_the_coordinates(folder: Path, job: Job) -> None:
-    from gradsift.methods.gist import stages, stored_subspace
+    from gradsift.methods.gist import stored_subspace
 
     page = page_of(job, "u")
-    [checkpoint] = job.checkpoints(stages(job.inputs)[0])
+    [checkpoint] = job.checkpoints()
     coordinates = job.pool_pass("coordinates").read("coordinates/u", checkpoint.label)[:]
     norms = job.pool_pass("coordinates").read("gradient_norm", checkpoint.label)[:]
     loadings = coordinates / norms[:, None]

@@ -75,7 +75,7 @@ def measure_geometry(
         # what curves little is lost in half precision
         job = open_job(inputs, folder, ModelCache(_in_float32(config.model)))
         found = {}
-        models = _models_to_measure(job, warmup)
+        models = _models_to_measure(job)
         for name in job.targets:
             found[name] = _measure_target(job, name, models, warmup, wanted)
         content = json.dumps(found, indent=1).encode()
@@ -96,13 +96,13 @@ OpenModel = Callable[[], AbstractContextManager["peft.PeftModel"]]
 """Opens a context with the model at one adapter."""
 
 
-def _models_to_measure(job: Job, warmup: Stage) -> dict[str, OpenModel]:
+def _models_to_measure(job: Job) -> dict[str, OpenModel]:
     """Return the models to measure: with the fresh adapter, if it is known, and each checkpoint."""
     config = job.config
     models: dict[str, OpenModel] = {}
     if config.warmup.adapter is None and config.warmup.mode == "train":
         models[_BEFORE] = partial(_fresh, job.models, config.lora, config.warmup.seed)
-    for checkpoint in job.checkpoints(warmup):
+    for checkpoint in job.checkpoints():
         models[checkpoint.label] = partial(_at, job.models, checkpoint.path)
     return models
 
@@ -130,10 +130,8 @@ def _measure_target(
     job: Job, name: str, models: Mapping[str, OpenModel], warmup: Stage, settings: GeometryConfig
 ) -> dict[str, Any]:
     """Return what is found of a target at every adapter, measured now or before."""
-    gist, sources = (
-        job.config.gist.model_dump(include={"rank"}),
-        (job.inputs.target_stage(name), warmup),
-    )
+    gist = job.config.gist.model_dump(include={"rank"})
+    sources = (job.inputs.target_stage(name), warmup)
     result: dict[str, Any] = {"places": {}}
     for number, (label, open_model) in enumerate(models.items(), start=1):
         last = number == len(models)

@@ -22,13 +22,10 @@ T = TypeVar("T")
 RunBatches = Callable[[Sequence[Encoded], int], object]
 """Measures some examples, given the most tokens per batch."""
 
-
 # On a CPU more tokens per batch do not help (docs/performance.md); on a GPU the largest that fits
 # is looked for, from here downwards.
 _CPU_TOKENS = 2048
 _GPU_TOKENS = 32768
-
-
 # of CUDA, its allocator and its matrix library, and of the CPU
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 

@@ -6,7 +6,7 @@ May import: `scores`, `pool` and what is beneath them.
 """
 
 PUBLIC = {
-    "gist": ("align", "checkpoints", "stored_subspace", "views"),
+    "gist": ("align", "stored_subspace", "views"),
     "job": ("Inputs", "Job", "open_job"),
     "registry": ("METHODS",),
 }

@@ -16,7 +16,11 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.pool.coordinates import coordinates_key, make_projection_measure
+from gradsift.pool.coordinates import (
+    coordinates_key,
+    losses_and_norms,
+    make_projection_measure,
+)
 from gradsift.pool.examples import MeasureFactory, not_finite
 from gradsift.pool.pool_pass import PoolPass
 from gradsift.runs import layout
@@ -59,7 +63,7 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines, aggregated as `gist.aggregation` says."""
-    checkpoints = job.checkpoints(job.inputs.warmup_stage)
+    checkpoints = job.checkpoints()
     aggregation, products = job.config.gist.aggregation, job.pool_pass(layout.COSINE_PRODUCTS)
     return {
         name: Alignment(
@@ -73,9 +77,7 @@ def scores(job: Job) -> dict[str, Alignment]:
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
-    last = job.checkpoints(job.inputs.warmup_stage)[-1].label
-    products = job.pool_pass(layout.COSINE_PRODUCTS)
-    return {name: products.read(name, last)[:] for name in ("loss", "gradient_norm")}
+    return losses_and_norms(job.pool_pass(layout.COSINE_PRODUCTS), job.checkpoints()[-1].label)
 
 
 def settings(config: Config) -> dict[str, object]:

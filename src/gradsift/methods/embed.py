@@ -21,7 +21,6 @@ from gradsift.progress import track
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
-from gradsift.scores.similarity import Cosines, View
 
 logger = logging.getLogger(__name__)
 
@@ -72,22 +71,15 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = _EMBEDDINGS.read_pool(job, "embedding")
-    return {
-        name: Alignment(
-            Cosines([View(pool, _EMBEDDINGS.read_target(job, name, "embedding"))]),
-            job.tasks(name),
-            "max",
-        )
-        for name in job.targets
-    }
+    return _EMBEDDINGS.nearest_cosines(job, "embedding")
 
 
 METHOD = Method(scores, stages, measure, check=check)
 
 
 def _embed_pool(job: Job, encode: Encode) -> None:
-    missing = _EMBEDDINGS.pool_pass(job).missing()
+    pool_pass = _EMBEDDINGS.pool_pass(job)
+    missing = pool_pass.missing(pool_pass.shards())
     with track("embedding the pool", sum(map(len, missing))) as advance:
         for shard in missing:
             rows = np.arange(shard.start, shard.stop)

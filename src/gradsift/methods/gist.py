@@ -26,7 +26,11 @@ from gradsift.gradients.subspace import (
 )
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
-from gradsift.pool.coordinates import coordinates_key, make_projection_measure
+from gradsift.pool.coordinates import (
+    coordinates_key,
+    losses_and_norms,
+    make_projection_measure,
+)
 from gradsift.pool.examples import MeasureFactory, not_finite
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -40,10 +44,8 @@ logger = logging.getLogger(__name__)
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
-    warmup, settings = (
-        inputs.warmup_stage,
-        inputs.config.gist.model_dump(include={"rank", "directions"}),
-    )
+    warmup = inputs.warmup_stage
+    settings = inputs.config.gist.model_dump(include={"rank", "directions"})
     folders = {name: layout.target_folder(name) for name in inputs.target_names}
     subspaces = [
         Stage(folder, settings, (folder,), (inputs.target_stage(name), warmup))
@@ -76,8 +78,7 @@ def scores(job: Job) -> dict[str, Alignment]:
 
 def facts(job: Job) -> dict[str, np.ndarray]:
     """Return loss and gradient norm of every pool example at the last checkpoint."""
-    last, coordinates = checkpoints(job)[-1].label, job.pool_pass(layout.COORDINATES)
-    return {name: coordinates.read(name, last)[:] for name in ("loss", "gradient_norm")}
+    return losses_and_norms(job.pool_pass(layout.COORDINATES), job.checkpoints()[-1].label)
 
 
 def settings(config: Config) -> Mapping[str, Any]:
@@ -86,11 +87,6 @@ def settings(config: Config) -> Mapping[str, Any]:
 
 
 METHOD = Method(scores, stages, measure, settings, facts)
-
-
-def checkpoints(job: Job) -> list[Checkpoint]:
-    """Return the adapters at which gradients were measured."""
-    return job.checkpoints(job.inputs.warmup_stage)
 
 
 def stored_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
@@ -108,7 +104,7 @@ def views(job: Job, name: str) -> list[View]:
             weight=checkpoint.weight,
             gradient_norms=coordinates.read("gradient_norm", checkpoint.label),
         )
-        for checkpoint in checkpoints(job)
+        for checkpoint in job.checkpoints()
     ]
 
 

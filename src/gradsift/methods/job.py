@@ -127,9 +127,9 @@ class Job:
         conversations = encoded.conversations(wanted, self.config.data.columns)
         return ["\n".join(map(text_of, messages)) for messages in conversations]
 
-    def checkpoints(self, warmup: Stage) -> list[Checkpoint]:
-        """Return the adapters that a warm-up left."""
-        return read_checkpoints(self.path(warmup.name))
+    def checkpoints(self, warmup: str = layout.WARMUP) -> list[Checkpoint]:
+        """Return the adapters that a warm-up stored, given its name."""
+        return read_checkpoints(self.path(warmup))
 
     def warm_up(self, stage: Stage, warmup: WarmupConfig | None = None) -> list[Checkpoint]:
         """Return the adapters of a warm-up, trained now or before.
@@ -146,7 +146,7 @@ class Job:
                 do = self.train if trains else self.call
                 work = partial(warm_up, warmup, lora, self.models, self.pool, directory)
                 do(work, directory)
-        return self.checkpoints(stage)
+        return self.checkpoints(stage.name)
 
     def pool_pass(self, name: str) -> PoolPass:
         """Return the pass over the pool that the stage of this name keeps."""

@@ -74,7 +74,7 @@ def measure(job: Job) -> None:
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines of projected gradients, mean within a task, best task."""
     warmup, *_ = stages(job.inputs)
-    checkpoints = job.checkpoints(warmup)
+    checkpoints = job.checkpoints(warmup.name)
 
     def view(name: str, checkpoint: Checkpoint) -> View:
         pool = _GRADIENTS.read_pool(job, "gradient", checkpoint.label)

@@ -21,6 +21,8 @@ from gradsift.pool.shards import StoredTensor
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
+from gradsift.scores.alignment import Alignment
+from gradsift.scores.similarity import Cosines, View
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ class Measurement:
         """Return what was found of a target under a name, in float32."""
         tensors = load_file(job.path(layout.target_tensors(self.name, target, label)))
         return np.asarray(tensors[key], np.float32)
+
+    def nearest_cosines(self, job: Job, key: str) -> dict[str, Alignment]:
+        """Return, for every target, the scores by the largest cosine with one of its examples."""
+        pool = self.read_pool(job, key)
+        return {
+            name: Alignment(
+                Cosines([View(pool, self.read_target(job, name, key))]), job.tasks(name), "max"
+            )
+            for name in job.targets
+        }
 
     def _target_stage(
         self,

@@ -14,7 +14,6 @@ from gradsift.methods.measurement import BASE_FORWARD
 from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
-from gradsift.scores.similarity import Cosines, View
 
 
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
@@ -29,15 +28,7 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the largest cosine with a target example."""
-    pool = BASE_FORWARD.read_pool(job, "hidden")
-    return {
-        name: Alignment(
-            Cosines([View(pool, BASE_FORWARD.read_target(job, name, "hidden"))]),
-            job.tasks(name),
-            "max",
-        )
-        for name in job.targets
-    }
+    return BASE_FORWARD.nearest_cosines(job, "hidden")
 
 
 METHOD = Method(scores, stages, measure)

@@ -17,6 +17,7 @@ from gradsift.config import EngineConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.pool.examples import Measure
+from gradsift.pool.pool_pass import PoolPass
 
 if TYPE_CHECKING:
     import torch
@@ -60,3 +61,8 @@ def make_projection_measure(
 def coordinates_key(target: str) -> str:
     """Return the name under which an example's coordinates for a target are stored."""
     return f"coordinates/{target}"
+
+
+def losses_and_norms(pool_pass: PoolPass, checkpoint: str) -> dict[str, np.ndarray]:
+    """Return loss and gradient norm of every pool example at a checkpoint."""
+    return {name: pool_pass.read(name, checkpoint)[:] for name in ("loss", "gradient_norm")}

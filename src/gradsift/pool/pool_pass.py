@@ -66,10 +66,11 @@ class PoolPass:
         missing: list[Shard] = []
         if not self.folder.find_fault([stage]):
             for label in labels:  # of all, so that all that is damaged is named at once
-                for shard in self.shards(label):
+                shards = self.shards(label)
+                for shard in shards:
                     if not shard.path.exists():
                         logger.warning("%s is gone and is measured again", shard.path)
-                missing += self.missing(label)
+                missing += self.missing(shards)
         with self.folder.stage(stage, whole=not missing) as todo:
             yield todo
 
@@ -78,9 +79,9 @@ class PoolPass:
         size, key = self.engine.shard_size, self.folder.key(self.name)
         return plan_shards(len(self.pool), size, self._directory(label), key)
 
-    def missing(self, label: str = "") -> list[Shard]:
-        """Return the shards that are still to do; damaged ones are removed and count."""
-        return missing_shards(self.shards(label), self.folder.intact, self.folder.remove)
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return those that are still to do; damaged ones are removed and count."""
+        return missing_shards(shards, self.folder.intact, self.folder.remove)
 
     def read(self, name: str, label: str = "") -> StoredTensor:
         """Return what was stored under a name, row by row as asked for.
@@ -101,7 +102,8 @@ class PoolPass:
 
     def _measure(self, factory: MeasureFactory, label: str) -> None:
         self._directory(label).mkdir(parents=True, exist_ok=True)
-        shards, missing = self.shards(label), self.missing(label)
+        shards = self.shards(label)
+        missing = self.missing(shards)
         if not missing:
             return
         starts = {shard.start for shard in missing}

@@ -16,12 +16,9 @@ from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
 
-_NAME = "exhibits"
 _VERBS = {layout.EVALUATION: "evaluate", layout.GEOMETRY: "geometry"}
 PARTS = tuple(_VERBS)
 """The parts of a run that may have exhibits for the report."""
-
-
 _STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
 
 
@@ -45,7 +42,7 @@ def write_exhibits(
     }
     text = json.dumps(content).encode()
     depends = {"content": hashlib.sha256(text).hexdigest()}
-    stage = Stage(f"{part}/{_NAME}", depends, (layout.exhibits(part),), cheap=True)
+    stage = Stage(layout.exhibiting(part), depends, (layout.exhibits(part),), cheap=True)
     with folder.stage(stage) as todo:
         if todo:
             write_atomically(folder.path / layout.exhibits(part), text)
@@ -56,7 +53,7 @@ def exhibits_fault(folder: Run, part: str) -> str:
 
     Says what makes them again.
     """
-    name, again = f"{part}/{_NAME}", f"run `gradsift {_VERBS[part]} {folder.path}` again"
+    name, again = layout.exhibiting(part), f"run `gradsift {_VERBS[part]} {folder.path}` again"
     if damage := folder.damage(name):
         return f"{damage}; {again}, or remove {layout.manifest(name)} too"
     if (folder.path / layout.exhibits(part)).exists() and not folder.has_manifest(name):

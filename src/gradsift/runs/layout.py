@@ -132,9 +132,14 @@ def refusals(target: str) -> str:
     return f"{selection(target)}.refused.parquet"
 
 
+def exhibiting(part: str) -> str:
+    """Return the stage that stores what a part of the run has for the report."""
+    return f"{part}/exhibits"
+
+
 def exhibits(part: str) -> str:
     """Return what a part of the run, such as `evaluation`, has for the report."""
-    return f"{part}/exhibits.json"
+    return f"{exhibiting(part)}.json"
 
 
 def evaluation_table(name: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from gradsift.methods import gist
 from gradsift.methods.job import Job
 from gradsift.pool.coordinates import coordinates_key
 from gradsift.runs import layout
@@ -43,7 +42,7 @@ def leading_directions(job: Job, target: str) -> list[Direction]:
 
     A loading is the cosine of an example's whole gradient with the direction.
     """
-    label = gist.checkpoints(job)[-1].label
+    label = job.checkpoints()[-1].label
     coordinates = job.pool_pass(layout.COORDINATES)
     own = coordinates.read(coordinates_key(target), label)
     norms = coordinates.read("gradient_norm", label)

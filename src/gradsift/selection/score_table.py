@@ -46,18 +46,17 @@ def scores_of(job: Job) -> Mapping[str, Scores]:
 
 def projected_shares(run: Path, method: str, target: str, rows: np.ndarray) -> pa.Array:
     """Return ‖c‖/‖g‖ of some rows, nulls where the method knows no subspace."""
-    path = run / layout.scores(method)
     columns = ["gradient_norm", f"{target}/projected_norm"]
-    if columns[1] not in pq.read_schema(path).names:
+    if columns[1] not in pq.read_schema(run / layout.scores(method)).names:
         return pa.nulls(len(rows), pa.float32())
-    norms, projected = (column.to_numpy()[rows] for column in pq.read_table(path, columns=columns))
+    norms, projected = (column.to_numpy()[rows] for column in read_table(run, method, columns))
     return pa.array(np.divide(projected, norms, where=norms > 0, out=norms * 0))
 
 
 def read_scores(run: Path, method: str, target: str) -> Float[np.ndarray, " example"]:
     """Return a method's stored scores of the whole pool for a target."""
     name = f"{target}/score"
-    return pq.read_table(run / layout.scores(method), columns=[name])[name].to_numpy()
+    return read_table(run, method, [name])[name].to_numpy()
 
 
 def read_table(run: Path, method: str, columns: Sequence[str] | None = None) -> pa.Table:

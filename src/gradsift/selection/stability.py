@@ -154,12 +154,12 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     drawn = np.random.default_rng(_SEED).random(len(chances)) < chances
     rows = np.flatnonzero(drawn)
     tensors = {"rows": rows, "weights": 1 / chances[rows]}
-    for checkpoint in gist.checkpoints(job):
+    for checkpoint in job.checkpoints():
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
         further = {name: _further(job, name, checkpoint) for name in job.targets}
         args = (job.models, checkpoint.path, job.targets, further, job.config.engine)
-        prepare = partial(make_projection_measure, *args)
-        work = partial(measure_examples, job.pool, rows, prepare, job.config.engine)
+        factory = partial(make_projection_measure, *args)
+        work = partial(measure_examples, job.pool, rows, factory, job.config.engine)
         measured = job.call(work)
         tensors |= {f"{checkpoint.label}/{key}": values for key, values in measured.items()}
     path = job.path(layout.STABILITY_SAMPLE)
@@ -179,7 +179,7 @@ def can_compare_twice_the_rank(job: Job, name: str) -> bool:
         plain
         and counted
         and gist_config.directions == "leading"
-        and any(_further(job, name, checkpoint).shape[1] for checkpoint in gist.checkpoints(job))
+        and any(_further(job, name, checkpoint).shape[1] for checkpoint in job.checkpoints())
     )
 
 
@@ -197,7 +197,7 @@ def compare_with_twice_the_rank(
     coordinates = job.pool_pass(layout.COORDINATES)
     tensors = load_file(job.path(layout.STABILITY_SAMPLE))
     rows, weights, views, ranks = tensors["rows"], tensors["weights"], [], set()
-    for checkpoint in gist.checkpoints(job):
+    for checkpoint in job.checkpoints():
         stored = coordinates.read(coordinates_key(name), checkpoint.label)[rows]
         further = tensors[f"{checkpoint.label}/{coordinates_key(name)}"]
         wider = _wider(job, name, checkpoint)

@@ -23,38 +23,62 @@ from gradsift.sections import (
     Sources,
     merge,
     parse_share,
+    setting,
 )
 from gradsift.types import Budget, MethodName
 
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
-_LONGEST_NAME = 100  # of a target: file names are made of it
+_LONGEST_NAME = 100  # of a target or selection: file names are made of it
+NAMES_OF_FILES = ("messages", "refused")
+"""What no selection may be called: `TARGET.messages.jsonl` and so on belong to the one without a
+name."""
 _FIELDS = ("messages", "prompt", "completion", "system", "tools", "id", "source", "task")
+
+
+def check_file_name(name: str, whose: str) -> str:
+    """Return the name of a target or selection, if files can be named by it.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"a {whose}'s name becomes a file name: expected letters, digits, '_' and '-', "
+            f"{_LONGEST_NAME} bytes at most, found {shorten(repr(name))}"
+        )
+    return name
 
 
 class ModelConfig(Section):
     """The base model, its precision and its place."""
 
-    name: str = Field(description="a local folder or a Hugging Face Hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    attention: str = "auto"
-    quantization: Literal["none", "4bit", "8bit"] = Field(
-        default="none", description="of the base model, by bitsandbytes"
+    name: str = setting(..., "base model: a local folder or a Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "precision of the base model; auto: bfloat16 on CUDA, else float32"
     )
-    trust_remote_code: bool = Field(
-        default=False, description="run the code that comes with a model, tokenizer or encoder"
+    device: str = setting("auto", "where the model lies; auto: CUDA where there is one")
+    attention: str = setting("auto", "attention kernel; auto: what transformers takes")
+    quantization: Literal["none", "4bit", "8bit"] = setting(
+        "none", "of the base model, by bitsandbytes"
+    )
+    trust_remote_code: bool = setting(
+        False, "run the code that comes with a model, tokenizer or encoder"
     )
 
 
 class DataConfig(Section):
     """Pool and targets, and how their rows become token sequences."""
 
-    pool: Sources
-    targets: dict[str, Sources] = Field(min_length=1)
-    max_length: int = Field(default=2048, ge=2, le=MAX_COUNT)
-    columns: dict[str, str] = Field(default={}, description="field to column, where no schema fits")
-    template: str | None = Field(
-        default=None, description="'tulu' or the path of a Jinja chat template"
+    pool: Sources = setting(..., "files, globs, folders or Hub ids of the candidates")
+    targets: dict[str, Sources] = setting(
+        ..., "files by target name: examples of the task", min_length=1
+    )
+    max_length: int = setting(
+        2048, "tokens of an example; the rest is cut off", "2048", ge=2, le=MAX_COUNT
+    )
+    columns: dict[str, str] = setting({}, "field to column, where no schema fits")
+    template: str | None = setting(
+        None, "chat template in place of the tokenizer's: 'tulu' or a Jinja file"
     )
 
     @field_validator("columns")
@@ -69,40 +93,47 @@ class DataConfig(Section):
     @classmethod
     def _names_are_file_names(cls, targets: dict[str, Sources]) -> dict[str, Sources]:
         for name in targets:
-            if not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > _LONGEST_NAME:
-                raise ValueError(
-                    f"a target's name becomes a file name: expected letters, digits, '_' and '-', "
-                    f"{_LONGEST_NAME} bytes at most, found {shorten(repr(name))}"
-                )
+            check_file_name(name, "target")
         return targets
 
 
 class LoraConfig(Section):
     """The adapter whose gradients are measured."""
 
-    rank: Count = 128
-    alpha: float = Field(default=512, gt=0)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    target_modules: Literal["attention", "all-linear"] | LayerNames = "attention"
+    rank: Count = setting(128, "of the adapter whose gradients are measured", "128")
+    alpha: float = setting(
+        512, "scale of the adapter, divided by its rank; it stays when you lower the rank", "512",
+        gt=0,
+    )  # fmt: skip
+    dropout: float = setting(0.1, "in trainings; off while measuring", "0.1", ge=0, lt=1)
+    target_modules: Literal["attention", "all-linear"] | LayerNames = setting(
+        "attention", "layers with an adapter: attention, all-linear, or names", "attention"
+    )
 
 
 class WarmupConfig(Section):
     """Short LoRA training on a random part of the pool, before gradients mean anything."""
 
-    mode: Literal["train", "none"] = "train"
-    adapter: str | None = Field(
-        default=None, description="an existing PEFT LoRA adapter, used as it is"
+    mode: Literal["train", "none"] = setting(
+        "train", "none: measure at a fresh adapter (--warmup none)", "train"
     )
-    fraction: Share = 0.05
-    epochs: Count = 1
-    checkpoints: Count = Field(default=1, description="how many of the last epochs are measured")
-    learning_rate: float = Field(default=2e-5, gt=0)
-    batch_size: Count = Field(default=128, description="examples per optimizer step")
-    micro_batch_size: Count = Field(default=8, description="examples per forward pass")
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    keep_optimizer: bool = False
-    seed: Seed = 0
+    adapter: str | None = setting(None, "an existing PEFT LoRA adapter, measured as it is")
+    fraction: Share = setting(0.05, "random part of the pool that is trained on", "0.05")
+    epochs: Count = setting(1, "how often it is trained on", "1")
+    checkpoints: Count = setting(
+        1, "how many of the last epochs are measured, weighted by learning rate", "1"
+    )
+    learning_rate: float = setting(
+        2e-5, "of AdamW, at its peak; a small pool has few steps and needs more", "2e-5", gt=0
+    )
+    batch_size: Count = setting(128, "examples per optimizer step", "128")
+    micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
+    warmup_ratio: float = setting(
+        0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
+    )
+    weight_decay: float = setting(0.0, "of AdamW", ge=0)
+    keep_optimizer: bool = setting(False, "store Adam's moments beside the adapter")
+    seed: Seed = setting(0, "draws examples, their order, first weights, dropout (--seed)")
 
     @model_validator(mode="after")
     def _consistent(self) -> WarmupConfig:
@@ -123,14 +154,21 @@ class WarmupConfig(Section):
 class GistConfig(Section):
     """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
 
-    rank: int | str = Field(
-        default="auto", description="'auto', 'full', a share such as '95%', or a count"
+    rank: int | str = setting(
+        "auto",
+        "directions kept: auto (95% of the variance; all for up to 16 examples), full, a share, "
+        "a count",
+        "auto",
     )
-    directions: Literal["leading", "tail"] = Field(
-        default="leading", description="'tail': those that the rank leaves out, instead"
+    directions: Literal["leading", "tail"] = setting(
+        "leading", "tail: those that the rank leaves out, instead", "leading"
     )
-    aggregation: Literal["max", "task-mean", "mean-cosine"] = "max"
-    norm_power: float = Field(default=0.0, ge=0)
+    aggregation: Literal["max", "task-mean", "mean-cosine"] = setting(
+        "max", "over target examples: the nearest (max), or means within a task", "max"
+    )
+    norm_power: float = setting(
+        0.0, "weighs scores by the share of the gradient in the subspace, to this power", "0", ge=0
+    )
 
     @field_validator("rank")
     @classmethod
@@ -148,44 +186,61 @@ class GistConfig(Section):
 class LessConfig(Section):
     """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
 
-    checkpoints: Count = 4
-    dimension: int = Field(default=8192, ge=64, le=MAX_COUNT, multiple_of=64)
-    seed: Seed = Field(default=0, description="of the projection")
+    checkpoints: Count = setting(4, "epochs of its warm-up, a checkpoint after each", "4")
+    dimension: int = setting(
+        8192, "numbers kept of each gradient", "8192", ge=64, le=MAX_COUNT, multiple_of=64
+    )
+    seed: Seed = setting(0, "of the random projection (--seed)")
 
 
 class EmbedConfig(Section):
     """The sentence encoder of the method `embed`."""
 
-    model: str = Field(
-        default="sentence-transformers/gtr-t5-base",
-        description="a sentence-transformers folder or Hub id",
+    model: str = setting(
+        "sentence-transformers/gtr-t5-base", "a sentence-transformers folder or Hub id"
     )
 
 
 class RandomConfig(Section):
     """The order of the method `random`."""
 
-    seed: Seed = 0
+    seed: Seed = setting(0, "draws the order (--seed)")
 
 
 class PolicyConfig(Section):
     """From scores to picks."""
 
-    budget: str = "5%"
-    strategy: Literal["top", "round-robin"] = "top"
-    per: Literal["example", "task"] = Field(
-        default="example", description="whose turn round-robin takes"
+    name: str | None = setting(
+        None, "keeps these picks beside others (--name); the next command does not take it over"
     )
-    source_cap: str | dict[str, str] | None = Field(
-        default=None, description="largest share from one source: '20%' or {dolly: 10%}"
+    budget: str = setting("5%", "how much is picked: 5%, 2000 (examples) or 3Mtok (tokens)", "5%")
+    strategy: Literal["top", "round-robin"] = setting(
+        "top", "best scores first, or target examples pick in turn", "top"
     )
-    duplicates: Literal["keep", "exact", "near"] = Field(
-        default="exact", description="what is removed"
+    per: Literal["example", "task"] = setting("example", "whose turn round-robin takes")
+    source_cap: str | dict[str, str] | None = setting(
+        None, "largest part of the budget from one source: '20%' or {dolly: 10%}"
     )
-    decontaminate: Literal["none", "exact", "near"] = "near"
-    similarity: Share = Field(
-        default=0.8, description="Jaccard similarity from which texts are near"
+    duplicates: Literal["keep", "exact", "near"] = setting("exact", "repeated picks to refuse")
+    decontaminate: Literal["none", "exact", "near"] = setting(
+        "near", "repeats of target examples to refuse"
     )
+    similarity: Share = setting(0.8, "Jaccard similarity from which texts are near")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str | None) -> str | None:
+        if name in NAMES_OF_FILES:
+            raise ValueError(f"every selection has a file of the name {name!r}; choose another")
+        return None if name is None else check_file_name(name, "selection")
+
+    def selection_of(self, target: str) -> str:
+        """Return the key of a target's selection: its files in the run folder are named by it.
+
+        >>> PolicyConfig(name="tight").selection_of("gsm8k")
+        'gsm8k.tight'
+        """
+        return target if self.name is None else f"{target}.{self.name}"
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -206,24 +261,24 @@ class EngineConfig(Section):
     Only `window` and `batch_tokens` change even the rounding: batches are formed within windows.
     """
 
-    executor: Literal["local", "ray"] = "local"
-    ray_address: str | None = Field(
-        default=None, description="of a Ray cluster, or 'auto'; none: one is started here"
+    executor: Literal["local", "ray"] = setting("local", "where work runs (--engine)")
+    ray_address: str | None = setting(
+        None, "of a Ray cluster, or 'auto'; none: one is started here"
     )
-    workers: Literal["auto"] | Count = Field(
-        default="auto", description="of the pool pass on Ray: one per GPU, else one per machine"
+    workers: Literal["auto"] | Count = setting(
+        "auto", "of the pool pass on Ray: one per GPU, else one per machine"
     )
-    train_workers: Count = Field(default=1, description="processes that share each training on Ray")
-    batch_tokens: Literal["auto"] | Count = Field(
-        default="auto", description="padded tokens per forward pass"
+    train_workers: Count = setting(1, "processes that share each training on Ray")
+    batch_tokens: Literal["auto"] | Count = setting(
+        "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
     )
-    memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
-        default="auto", description="bytes for target gradients and bases on the device"
+    memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = setting(
+        "auto", "bytes for target gradients and bases; auto: half of what the device has free"
     )
-    window: Count = Field(
-        default=1024, description="consecutive examples among which batches are formed"
+    window: Count = setting(1024, "consecutive examples among which batches are formed")
+    shard_size: Count = setting(
+        1024, "examples per stored shard: whole windows; a killed run repeats one"
     )
-    shard_size: Count = Field(default=1024, description="examples per stored shard: whole windows")
 
     @model_validator(mode="after")
     def _whole_windows(self) -> EngineConfig:
@@ -244,7 +299,7 @@ class Config(Section):
     ('5%', ('pool.jsonl',))
     """
 
-    method: MethodName = "gist"
+    method: MethodName = setting("gist", "how the pool is scored (--method)", "gist")
     model: ModelConfig
     data: DataConfig
     lora: LoraConfig = LoraConfig()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # all control characters but new line and tab, and those that turn the direction of writing
@@ -38,6 +40,27 @@ class RunError(GradsiftError):
 
 class BusyError(RunError):
     """A run folder is in use by another process."""
+
+
+def check_installed(package: str, what: str, extra: str) -> None:
+    """Find out whether a package that only `what` needs is there.
+
+    Raises:
+        ConfigError: If it is not; it says what to install.
+    """
+    if find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise ConfigError(f"{what} needs {name}: pip install 'gradsift[{extra}]'")
+
+
+def suggest(found: str, known: Iterable[str]) -> str:
+    """Return the question whether the nearest of the known names was meant; nothing if none is.
+
+    >>> suggest("gsm8", ["sql", "gsm8k"])
+    "; did you mean 'gsm8k'?"
+    """
+    near = difflib.get_close_matches(found, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def visible(text: str) -> str:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from gradsift.config import Config
 from gradsift.data.sets import data_sets, encode_sets
-from gradsift.errors import DataError, translate_os_errors
+from gradsift.errors import DataError, check_installed, translate_os_errors
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
@@ -26,10 +26,16 @@ from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
 from gradsift.runs.opening import open_run
-from gradsift.scores.ranking import Scores
+from gradsift.runs.stage import Stage
+from gradsift.scores.ranking import Scores, refuse_turns
 from gradsift.sections import merge
-from gradsift.selection.export import export_picks
-from gradsift.selection.picks import Selection, read_selection, write_selection
+from gradsift.selection.export import export_entries
+from gradsift.selection.picks import (
+    Selection,
+    read_selection,
+    read_selections,
+    write_selection,
+)
 from gradsift.selection.policies import check_policy
 from gradsift.selection.score_table import read_table, write_scores
 from gradsift.selection.stages import RunStages
@@ -124,9 +130,8 @@ def run(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
+    check_settings(config)
     stages = RunStages.of(config)
-    METHODS[config.method].check(config)
-    choose_executor(config.engine)  # before the work: is it there?
     with open_run(output_dir) as folder:
         folder.prepare(stages, overwrite)
         _keep_first_config(folder, config)
@@ -134,13 +139,29 @@ def run(
         check_budgets(job, [config.policy.budget])
         scores = measure(job, stages)
         for name in job.targets:
+            _say_what_is_replaced(folder, stages.selections[name])
             with folder.stage(stages.selections[name]) as todo:
                 if todo:
                     write_selection(job, name, scores()[name])
-        export_picks(job)
+        export_entries(folder.path, [selection.key for selection in read_selections(folder)])
         folder.write_config(config)  # only now is it that of what the folder holds
         build_report(job, stages)
         return _result(job, stages)
+
+
+def check_settings(config: Config) -> None:
+    """Find out before any work, and before anything is looked up, what would stop it.
+
+    Raises:
+        ConfigError: If something that has to be installed is not, or settings do not fit together.
+    """
+    method = METHODS[config.method]
+    method.check(config)
+    if not method.compares:
+        refuse_turns(config.policy)
+    if (kind := config.model.quantization) != "none":
+        check_installed("bitsandbytes", f"model.quantization={kind}", "quantized")
+    choose_executor(config.engine)
 
 
 def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
@@ -194,6 +215,15 @@ def measure(job: Job, stages: RunStages) -> Callable[[], Mapping[str, Scores]]:
     return scores
 
 
+def _say_what_is_replaced(folder: Run, stage: Stage) -> None:
+    """Say that other picks of the same name are about to go, and how to keep them."""
+    change = folder.change(stage)
+    if change and (folder.path / stage.outputs[0]).exists():
+        logger.warning(
+            "%s is replaced (%s); --name NAME keeps a selection beside it", stage.outputs[0], change
+        )
+
+
 def _keep_first_config(folder: Run, config: Config) -> None:
     """Write the configuration before the work, where none is there that could be read."""
     damage = folder.damage(layout.CONFIG)
@@ -205,10 +235,11 @@ def _keep_first_config(folder: Run, config: Config) -> None:
 
 def _result(job: Job, stages: RunStages) -> RunResult:
     path, facts = job.folder.path, job.folder.facts(stages)
+    policy = job.config.policy
     return RunResult(
         path=path,
         method=job.config.method,
-        selections={name: read_selection(path, name) for name in job.targets},
+        selections={name: read_selection(path, policy.selection_of(name)) for name in job.targets},
         num_pool=len(job.pool),
         num_rejected=(path / layout.REJECTED).read_bytes().count(b"\n"),
         seconds={name: manifest["seconds"] for name, manifest in facts.items()},

@@ -3,68 +3,195 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 from gradsift.errors import visible
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_TO_FIRST_LINE, _SECONDS_BETWEEN_LINES = 10.0, 30.0
+_bars = True
+_listening: list[Tracker] = []  # those that are told of batches, the innermost last
+_counted = False  # whether the batches of this moment are those of the tracked work
+
+
+def set_bars(shown: bool) -> None:
+    """Say whether progress may be drawn as a bar on a terminal."""
+    global _bars  # noqa: PLW0603
+    _bars = shown
+
+
+@dataclass
+class Tracker:
+    """How much of a whole is done, and how long the rest will take.
+
+    Work is counted in units (`advance`: finished for good) or, where the whole is known in tokens,
+    already in batches of units that are not finished. `total` may be unknown. The time left follows
+    from the mean rate since the first news: what comes before, such as loading a model, is left out
+    of account.
+    """
+
+    label: str
+    total: int | None
+    unit: str = "examples"
+    tokens: int | None = None
+    show: Callable[[Tracker], None] = lambda tracker: None
+    clock: Callable[[], float] = time.monotonic
+    finished: int = 0
+    in_batches: int = 0  # of those that are not finished
+    tokens_seen: int = 0
+    first: tuple[float, float] | None = None  # when the first news came, and the work done by then
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    def advance(self, amount: int) -> None:
+        """Count some units as finished."""
+        self.finished += amount
+        self.in_batches = max(0, self.in_batches - amount)
+        self._news()
+
+    def count_batch(self, units: int, tokens: int) -> None:
+        """Count a batch of units that are measured, but not finished."""
+        self.in_batches += units
+        self.tokens_seen += tokens
+        self._news()
+
+    def _news(self) -> None:
+        self.first = self.first or (self.clock(), self._work)
+        self.show(self)
+
+    @property
+    def done(self) -> int:
+        """Units that are finished or measured; a batch that was done again counts once."""
+        done = self.finished + self.in_batches
+        return done if self.total is None else min(done, self.total)
+
+    @property
+    def _work(self) -> float:
+        """What is done: in tokens where batches are told of, else in units."""
+        return self.tokens_seen if self.tokens_seen else self.done
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the beginning."""
+        return self.done / max(self.clock() - self.started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest will take; none before anything is known."""
+        whole = self.tokens if self.tokens_seen else self.total
+        if self.first is None or whole is None:
+            return None
+        since, before = self.first
+        if self._work == before:  # the first news alone
+            since, before = self.started, 0
+        rate = (self._work - before) / max(self.clock() - since, 1e-9)
+        return max(whole - self._work, 0) / rate if rate else None
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "examples") -> Iterator[Callable[[int], None]]:
-    """Show the progress of `total` units of work; call what it yields with each amount done."""
-    started = time.monotonic()
-    yield from _bar(label, total, unit) if sys.stderr.isatty() else _lines(label, total, unit)
-    seconds = time.monotonic() - started
-    logger.info("%s: %d %s in %.1f s, %.3g/s", label, total, unit, seconds, total / seconds)
+def track(
+    label: str, total: int | None, unit: str = "examples", tokens: int | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Show the progress of `total` units of work; call what it yields with each amount done.
+
+    `tokens`: how many all of them have together; batches that this process measures are then shown
+    as well (`count_batch`).
+    """
+    drawn = _bars and sys.stderr.isatty()
+    with _bar(label, total) if drawn else nullcontext(_Lines().show) as show:
+        tracker = Tracker(label, total, unit, tokens, show)
+        if tokens:
+            _listening.append(tracker)
+        try:
+            yield tracker.advance
+        finally:
+            if tokens:
+                _listening.remove(tracker)
+    seconds = time.monotonic() - tracker.started
+    done = tracker.finished
+    logger.info("%s: %d %s in %.1f s, %.3g/s", label, done, unit, seconds, done / seconds)
 
 
-def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+@contextmanager
+def batches_counted() -> Iterator[None]:
+    """Count the batches of this block as tracked work; those of what precedes it are not."""
+    global _counted  # noqa: PLW0603
+    _counted = True
+    try:
+        yield
+    finally:
+        _counted = False
+
+
+def count_batch(units: int, tokens: int) -> None:
+    """Tell whoever tracks this process's batches that one is measured.
+
+    Of processes that share the work evenly under torchrun the first counts its own for all.
+    """
+    if _listening and _counted:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        _listening[-1].count_batch(units * processes, tokens * processes)
+
+
+@contextmanager
+def _bar(label: str, total: int | None) -> Iterator[Callable[[Tracker], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        Remaining(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, rate="")
-        started, done = time.monotonic(), 0
 
-        def advance(amount: int) -> None:
-            nonlocal done
-            done += amount
-            rate = done / max(time.monotonic() - started, 1e-9)
-            progress.update(task, completed=done, rate=f"{rate:.3g} {unit}/s")
+        def show(tracker: Tracker) -> None:
+            left = tracker.seconds_left
+            rate = f"{tracker.rate:.3g} {tracker.unit}/s"
+            rate += "" if left is None else f", {format_seconds(left)} left"
+            progress.update(task, completed=tracker.done, rate=rate)
 
-        yield advance
+        yield show
 
 
-def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    started = last = time.monotonic()
-    done = 0
+class _Lines:
+    """Progress where there is no terminal: a line in the log, the first one soon."""
 
-    def advance(amount: int) -> None:
-        nonlocal done, last
-        done += amount
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES:
-            last, rate = now, done / (now - started)
-            left = (total - done) / rate
-            logger.info(
-                "%s: %d of %d %s, %.3g/s, %.0f s left", label, done, total, unit, rate, left
-            )
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _SECONDS_TO_FIRST_LINE
 
-    yield advance
+    def show(self, tracker: Tracker) -> None:
+        now, left = time.monotonic(), tracker.seconds_left
+        if now < self._next:
+            return
+        self._next = now + _SECONDS_BETWEEN_LINES
+        of = "" if tracker.total is None else f" of {tracker.total}"
+        ends = "" if left is None else f", {format_seconds(left)} left"
+        logger.info(
+            "%s: %d%s %s, %.3g/s%s", tracker.label, tracker.done, of, tracker.unit, tracker.rate,
+            ends,
+        )  # fmt: skip
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in words.
+
+    >>> format_seconds(3725.0)
+    '1 h 2 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class VisibleFormatter(logging.Formatter):

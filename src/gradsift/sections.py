@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -61,6 +63,24 @@ _FLAGS = {
 S = TypeVar("S", bound="Section")
 
 
+def setting(default: Any, description: str, paper: str | None = None, **limits: Any) -> Any:
+    """Return a field of a section: what it does, and the value of the method's own paper, if any.
+
+    `limits` are those of pydantic's `Field`, such as `ge`. `...` as the default: it has none.
+    """
+    return Field(default, description=description, json_schema_extra={"paper": paper}, **limits)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the configuration: its default as YAML, what it does, the paper's value if any."""
+
+    key: str
+    default: str
+    description: str
+    paper: str | None
+
+
 class Section(BaseModel):
     """Frozen settings under one name; unknown keys are refused with the nearest match."""
 
@@ -87,6 +107,32 @@ class Section(BaseModel):
     def to_yaml(self) -> str:
         """Return the settings as YAML that `read_yaml` and `build` take back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(section: type[Section], prefix: str = "") -> list[Setting]:
+    """Return every key of a section and of those in it, in their order."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner, key = field.annotation, f"{prefix}{name}"
+        if isinstance(inner, type) and issubclass(inner, Section):
+            found += describe(inner, f"{key}.")
+            continue
+        default = "" if field.is_required() else _as_yaml(field.default)
+        assert isinstance(field.json_schema_extra, dict), f"made by `setting`: {key}"
+        paper = field.json_schema_extra["paper"]
+        found.append(
+            Setting(key, default, field.description or "", None if paper is None else str(paper))
+        )
+    return found
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as it would stand in a file."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    if isinstance(value, str | dict):
+        return str(value)
+    return json.dumps(value)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -379,6 +379,6 @@ def test_explaining_while_another_process_picks_is_told(
     def vanish(*arguments: Any) -> Any:
         raise FileNotFoundError(2, "No such file", str(folder / "selected/t.parquet"))
 
-    monkeypatch.setattr("gradsift.selection.explanation.read_selection", vanish)
+    monkeypatch.setattr("gradsift.selection.explanation.read_selections", vanish)
     with pytest.raises(RunError, match="changed while it was read, perhaps by another"):
         gradsift.explain(folder, "sql-1-0")

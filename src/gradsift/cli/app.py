@@ -12,9 +12,12 @@ from gradsift.cli.demo import demo
 from gradsift.cli.evaluate import evaluate
 from gradsift.cli.explain import explain
 from gradsift.cli.geometry import geometry
+from gradsift.cli.output import wanted, with_output
+from gradsift.cli.picks import picks
 from gradsift.cli.plan import plan
 from gradsift.cli.report import report
 from gradsift.cli.select import select
+from gradsift.cli.settings import settings
 
 
 class ExitCode(IntEnum):
@@ -31,8 +34,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (select, plan, evaluate, explain, report, geometry, demo):
-    app.command()(verb)
+_NEW_RUN = (
+    "--model Qwen/Qwen2.5-1.5B --pool 'data/*.jsonl' --target gsm8k=gsm8k_dev.jsonl "
+    "--output-dir runs/gsm8k"
+)
+_EXAMPLES = {
+    select: (
+        f"gradsift select {_NEW_RUN}",
+        "gradsift select --config runs/gsm8k/config.yaml --output-dir runs/gsm8k --budget 10% "
+        "--name wide",
+    ),
+    plan: (f"gradsift plan {_NEW_RUN}",),
+    picks: ("gradsift picks runs/gsm8k", "gradsift picks runs/gsm8k --json"),
+    evaluate: (
+        "gradsift evaluate runs/gsm8k --test gsm8k=gsm8k_test.jsonl --method gist --method rds "
+        "--set fine_tuning.steps=200",
+    ),
+    explain: ("gradsift explain runs/gsm8k gsm8k_cot-17",),
+    report: ("gradsift report runs/gsm8k",),
+    geometry: ("gradsift geometry runs/gsm8k --target gsm8k --examples 32",),
+    settings: ("gradsift settings warmup", "gradsift settings evaluate --json"),
+    demo: ("gradsift demo",),
+}
+for verb, examples in _EXAMPLES.items():
+    app.command(epilog="\n\n".join(["Examples:", *examples]))(with_output(verb))
 
 
 @app.callback(invoke_without_command=True)
@@ -58,5 +83,9 @@ def main() -> None:
             if runs_command:
                 app()
     except GradsiftError as error:
+        if wanted.verbose:
+            import traceback
+
+            traceback.print_exc()
         typer.secho(visible(f"gradsift: {error}"), err=True, fg="red")
         sys.exit(ExitCode.USER_ERROR)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gradsift.cli.output import log_to
+from gradsift.cli.output import log_to, show
+from gradsift.runs import layout
 
 DemoFolder = Annotated[Path, typer.Option(help="where the run goes")]
 
@@ -17,5 +18,17 @@ def demo(output_dir: DemoFolder = Path("runs/demo")) -> None:
     from gradsift.demo.run_demo import run_demo
 
     with log_to(None):
-        table = run_demo(output_dir)
-    typer.echo(table)
+        found = run_demo(output_dir)
+    run = found.run
+    lines = [
+        found.text(),
+        "",
+        "Where to look next:",
+        f"  {run / layout.REPORT} in a browser: where the picks come from, and why each",
+        f"  gradsift explain {run} {found.first_pick}",
+        f"  gradsift select --config {run / layout.CONFIG} --output-dir {run} --budget 10% "
+        "--name wide",
+        f"  gradsift picks {run}",
+    ]
+    text = "\n".join(lines)
+    show(found, lambda console: console.print(text, markup=False, highlight=False, soft_wrap=True))

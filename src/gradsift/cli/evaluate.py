@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,10 +17,11 @@ from gradsift.cli.options import (
     engine_settings,
     parse_targets,
 )
-from gradsift.cli.output import log_to, make_console, print_path
+from gradsift.cli.output import log_to, print_path, show
 from gradsift.runs import layout
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from gradsift.evaluation.results import Evaluation
@@ -71,18 +73,19 @@ def evaluate(
     in_file = read_yaml(config) if config else {}
     assigned = map(parse_assignment, settings)
     with log_to(run):
-        from gradsift.evaluation.config import EvaluationConfig
-        from gradsift.evaluation.evaluate import run_evaluation
+        from gradsift.evaluation.config import EvaluationConfig, check_evaluation
 
         merged = merge(in_file, drop_unset(flags), *assigned, replaced=("tests",))
-        where = engine_settings(engine, ray_address)
-        evaluation = run_evaluation(run, EvaluationConfig.build(merged), where)
-    _show_evaluation(evaluation, run)
+        asked, where = EvaluationConfig.build(merged), engine_settings(engine, ray_address)
+        check_evaluation(run, asked, where)  # before torch is loaded
+        from gradsift.evaluation.evaluate import run_evaluation
+
+        evaluation = run_evaluation(run, asked, where)
+    show(evaluation, partial(_print_evaluation, evaluation, run))
 
 
-def _show_evaluation(evaluation: Evaluation, run: str) -> None:
+def _print_evaluation(evaluation: Evaluation, run: str, console: Console) -> None:
     """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
-    console = make_console()
     for target, budget in dict.fromkeys((row.target, row.budget) for row in evaluation.rows):
         console.print(_method_table(evaluation, target, budget))
     if evaluation.lds:

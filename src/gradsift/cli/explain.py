@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gradsift.cli.options import RunFolder
-from gradsift.cli.output import make_console
+from gradsift.cli.output import show
 
 ExampleId = Annotated[str, typer.Argument(metavar="ID", help="id of a pool example")]
 
@@ -17,6 +17,6 @@ def explain(run: RunFolder, example: ExampleId) -> None:
     from gradsift.errors import visible
     from gradsift.selection.explanation import explain as explain_example
 
-    console = make_console()
-    for explanation in explain_example(run, example):
-        console.print(visible(explanation.text()), markup=False, highlight=False)
+    explanations = explain_example(run, example)
+    text = visible("\n".join(explanation.text() for explanation in explanations))
+    show(explanations, lambda console: console.print(text, markup=False, highlight=False))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradsift.types import MethodName
-
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gradsift.config import Config
 
 
@@ -32,6 +32,22 @@ class Warmup(StrEnum):
     none = "none"
 
 
+def _methods() -> list[str]:
+    from gradsift.methods.registry import METHODS
+
+    return [*METHODS]
+
+
+def _keys_that_begin(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Yield the settings whose keys begin so, each with what it does, for the shell to complete."""
+    from gradsift.config import Config
+    from gradsift.sections import describe
+
+    for found in describe(Config):
+        if found.key.startswith(incomplete):
+            yield f"{found.key}=", found.description
+
+
 OutputDir = Annotated[
     str, typer.Option(help="the run folder, also s3://bucket/run; the same one resumes")
 ]
@@ -41,7 +57,20 @@ Target = Annotated[
     list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
 ]
 Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
-Method = Annotated[MethodName | None, typer.Option(help="how the pool is scored (default: gist)")]
+Name = Annotated[
+    str | None, typer.Option(help="keep these picks beside others (else the unnamed are replaced)")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="how the pool is scored: gist (default), less, cosine, rds, embed, bm25, perplexity, "
+        "length, random",
+        autocompletion=_methods,
+    ),
+]
+RandomSeed = Annotated[
+    int | None, typer.Option("--seed", help="of all that is drawn: warm-up, less, random")
+]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
 ]
@@ -60,8 +89,13 @@ Workers = Annotated[
 RunFolder = Annotated[str, typer.Argument(help="the run folder")]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags go before it")]
 Settings = Annotated[
-    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any other setting")
-]
+    list[str],
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE",
+        help="any other setting; `gradsift settings` lists them",
+        autocompletion=_keys_that_begin,
+    ),
+]  # fmt: skip
 Strict = Annotated[bool, typer.Option(help="stop at the first unusable row")]
 Overwrite = Annotated[bool, typer.Option(help="redo stages made with other settings")]
 
@@ -74,13 +108,16 @@ def settings_of_flags(
     adapter: str | None,
     warmup: Warmup | None,
     memory: str | None,
+    seed: int | None,
 ) -> dict[str, Any]:
     """Return the settings that the flags stand for, by section."""
     return {
         "model": {"name": model},
         "data": {"pool": pool, "targets": parse_targets(target)},
         "policy": {"budget": budget},
-        "warmup": {"adapter": adapter, "mode": warmup and warmup.value},
+        "warmup": {"adapter": adapter, "mode": warmup and warmup.value, "seed": seed},
+        "less": {"seed": seed},
+        "random": {"seed": seed},
         "engine": {"memory": memory},
     }
 
@@ -117,14 +154,30 @@ def drop_unset(flags: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
 
 
-def resolve_config(file: Path | None, flags: dict[str, Any], settings: list[str]) -> Config:
-    """Return the whole configuration: `--set` goes before the flags, and these before the file.
+def resolve_config(
+    file: Path | None, flags: dict[str, Any], settings: list[str]
+) -> tuple[Config, set[str]]:
+    """Return the whole configuration, and which settings of the policy the file decided.
+
+    `--set` goes before the flags, and these before the file. The name of a selection is never taken
+    from a file: what is picked without `--name` is the unnamed one.
 
     Raises:
         ConfigError: If a setting is unknown, missing or out of range, or the file is unreadable.
     """
-    from gradsift.config import Config
+    from gradsift.config import Config, PolicyConfig
     from gradsift.sections import merge, parse_assignment, read_yaml
 
     in_file = read_yaml(file) if file else {}
-    return Config.build(merge(in_file, drop_unset(flags), *map(parse_assignment, settings)))
+    given = merge(drop_unset(flags), *map(parse_assignment, settings))
+    config = Config.build(merge(in_file, given))
+    if config.policy.name and "name" not in given.get("policy", {}):
+        policy = config.policy.model_copy(update={"name": None})
+        config = config.model_copy(update={"policy": policy})
+    usual = PolicyConfig()
+    taken_over = {
+        key
+        for key in PolicyConfig.model_fields
+        if key not in given.get("policy", {}) and getattr(config.policy, key) != getattr(usual, key)
+    }
+    return config, taken_over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gradsift.cli.options import (
@@ -12,6 +13,7 @@ from gradsift.cli.options import (
     Model,
     OutputDir,
     Pool,
+    RandomSeed,
     Settings,
     Strict,
     Target,
@@ -19,9 +21,11 @@ from gradsift.cli.options import (
     resolve_config,
     settings_of_flags,
 )
-from gradsift.cli.output import log_to, make_console
+from gradsift.cli.output import log_to, show
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gradsift.forecast import Forecast
 
 
@@ -34,25 +38,25 @@ def plan(
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
+    seed: RandomSeed = None,
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
     strict: Strict = False,
 ) -> None:
     """Say what `select` with the same arguments will take: seconds, memory, disk."""
-    flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory)
-    resolved = resolve_config(config, flags, settings)
+    flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
+    resolved, _ = resolve_config(config, flags, settings)
     with log_to(output_dir):
         from gradsift.forecast import forecast
 
         result = forecast(resolved, output_dir, strict=strict)
-    _show_forecast(result)
+    show(result, partial(_print_forecast, result))
 
 
-def _show_forecast(forecast: Forecast) -> None:
+def _print_forecast(forecast: Forecast, console: Console) -> None:
     """Print seconds by stage, memory and disk."""
     from rich.table import Table
 
-    console = make_console()
     table = Table(
         "stage", "seconds", title=f"{forecast.num_pool:,} examples, {forecast.num_tokens:,} tokens"
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from gradsift.cli.options import RunFolder
-from gradsift.cli.output import log_to, path_in_run
+from gradsift.cli.output import log_to, path_in_run, print_path, show
 
 
 def report(run: RunFolder) -> None:
@@ -14,4 +12,5 @@ def report(run: RunFolder) -> None:
         from gradsift.report.write import write_report
 
         path = write_report(run)
-    typer.echo(f"→ {path_in_run(run, path.name)}")
+    document = {"report": path_in_run(run, path.name)}
+    show(document, lambda console: print_path(console, run, path.name))

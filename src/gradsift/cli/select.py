@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from gradsift.cli.options import (
     Adapter,
@@ -12,9 +13,11 @@ from gradsift.cli.options import (
     Memory,
     Method,
     Model,
+    Name,
     OutputDir,
     Overwrite,
     Pool,
+    RandomSeed,
     RayAddress,
     Settings,
     Strict,
@@ -25,12 +28,13 @@ from gradsift.cli.options import (
     resolve_config,
     settings_of_flags,
 )
-from gradsift.cli.output import log_to, make_console, path_in_run, print_path
+from gradsift.cli.output import log_to, path_in_run, print_path, show
 from gradsift.runs import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from rich.console import Console
     from rich.table import Table
 
     from gradsift.pipeline import RunResult
@@ -45,10 +49,12 @@ def select(
     pool: Pool = [],  # noqa: B006
     target: Target = [],  # noqa: B006
     budget: Budget = None,
+    name: Name = None,
     method: Method = None,
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
+    seed: RandomSeed = None,
     engine: Engine = None,
     ray_address: RayAddress = None,
     workers: Workers = None,
@@ -58,37 +64,89 @@ def select(
     overwrite: Overwrite = False,
 ) -> None:
     """Score a pool against target examples and pick the best within a budget."""
-    flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory)
+    flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
     flags |= {"method": method}
+    flags["policy"] |= {"name": name}
     flags["engine"] |= engine_settings(engine, ray_address) | {"workers": workers}
-    resolved = resolve_config(config, flags, settings)
+    resolved, taken_over = resolve_config(config, flags, settings)
     if resolved.engine.executor != "ray" and (ray_address or workers):
         from gradsift.errors import ConfigError
 
         raise ConfigError("--ray-address and --workers are for Ray: give --engine ray as well")
     with log_to(output_dir):
         from gradsift.pipeline import run
+        from gradsift.selection.policies import describe_policy
+        from gradsift.selection.source_shares import source_shares
 
         result = run(resolved, output_dir, strict=strict, overwrite=overwrite)
-    _show_result(result, output_dir)
+    policy = [
+        f"{words} (from {config})" if key in taken_over else words
+        for key, words in describe_policy(resolved.policy).items()
+    ]
+    in_pool = result.scores(["source"])["source"]
+    shares = {
+        target: source_shares(in_pool, selection.picks["source"])
+        for target, selection in result.selections.items()
+    }
+    show(
+        _document(result, output_dir, shares, sorted(taken_over)),
+        partial(_print_result, result, output_dir, shares, policy),
+    )
 
 
-def _show_result(result: RunResult, location: str) -> None:
-    """Print what was picked for each target, and from where; then the files, time and memory."""
-    from gradsift.selection.source_shares import source_shares
+def _document(
+    result: RunResult,
+    location: str,
+    shares: Mapping[str, Sequence[SourceShare]],
+    taken_over: Sequence[str],
+) -> dict[str, Any]:
+    """Return what was picked as plain values."""
+    selections = result.selections
+    return {
+        "run": location,
+        "method": result.method,
+        "policy": next(iter(selections.values())).policy.model_dump(),
+        "policy_from_config": taken_over,
+        "num_pool": result.num_pool,
+        "num_rejected": result.num_rejected,
+        "selections": {
+            target: {
+                "num_picks": len(selection.picks),
+                "num_tokens": selection.num_tokens,
+                "num_refused": len(selection.refused),
+                "shortfall": selection.shortfall,
+                "picks": path_in_run(location, layout.picks(selection.key)),
+                "messages": path_in_run(location, layout.messages(selection.key)),
+                "reasons": path_in_run(location, layout.reasons(selection.key)),
+                "sources": shares[target],
+            }
+            for target, selection in selections.items()
+        },
+        "report": path_in_run(location, layout.REPORT),
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory,
+    }
 
-    console, in_pool = make_console(), result.scores(["source"])["source"]
-    for name, selection in result.selections.items():
-        picks = selection.picks
+
+def _print_result(
+    result: RunResult,
+    location: str,
+    shares: Mapping[str, Sequence[SourceShare]],
+    policy: Sequence[str],
+    console: Console,
+) -> None:
+    """Print the policy; what was picked for each target, and from where; files, time, memory."""
+    console.print(f"policy: {'; '.join(policy)}", markup=False, highlight=False)
+    for target, selection in result.selections.items():
         title = (
-            f"{name}: {len(picks):,} picks of {result.num_pool:,} by {result.method}, "
-            f"{sum(picks['num_tokens'].to_pylist()):,} tokens"
+            f"{selection.key}: {len(selection.picks):,} picks of {result.num_pool:,} by "
+            f"{result.method}, {selection.num_tokens:,} tokens"
         )
-        shares = source_shares(in_pool, picks["source"])
-        console.print(_source_table(title, shares[:_SOURCES_SHOWN]))
+        console.print(_source_table(title, shares[target][:_SOURCES_SHOWN]))
         if selection.shortfall:
             console.print(f"short: {selection.shortfall}", style="yellow", markup=False)
-        print_path(console, location, layout.picks(name))
+        print_path(console, location, layout.picks(selection.key))
+        print_path(console, location, layout.messages(selection.key))
     if result.num_rejected:
         path = path_in_run(location, layout.REJECTED)
         console.print(f"{result.num_rejected:,} unusable rows: {path}", markup=False)

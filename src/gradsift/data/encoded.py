@@ -125,13 +125,19 @@ class EncodedSet:
         self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]
     ) -> list[list[Message]]:
         """Return the conversations of some rows, understood as they were when they came in."""
+        return [to_messages(fields, schema) for fields, schema in self._fields(rows, columns)]
+
+    def tools(self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]) -> list[Tools]:
+        """Return the tools that came with some rows."""
+        return [to_tools(fields) for fields, _ in self._fields(rows, columns)]
+
+    def _fields(
+        self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]
+    ) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield some rows under the names of fields, and the schema of each."""
         table = self.take(rows, ["raw", "schema"])
-        return [
-            to_messages(rename(json.loads(raw), columns), schema)
-            for raw, schema in zip(
-                table["raw"].to_pylist(), table["schema"].to_pylist(), strict=True
-            )
-        ]
+        for raw, schema in zip(table["raw"].to_pylist(), table["schema"].to_pylist(), strict=True):
+            yield rename(json.loads(raw), columns), schema
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,12 @@ def cached_base(per_skill: int) -> Path:
     if path.exists():
         logger.info("base model: %s, trained before", path)
         return path
-    logger.info("training a small base model on %d skills, kept in %s", len(SKILLS), path)
+    logger.info(
+        "first, and once: training a small base model until it half knows %d made-up skills, about "
+        "a minute on 2 CPU cores (kept in %s)",
+        len(SKILLS),
+        path,
+    )
     examples = [e for skill in SKILLS for e in make_examples(skill, per_skill, seed=0)]
     partial = cache / f"{path.name}.{os.getpid()}"
     tokenizer = _train_tokenizer(examples)

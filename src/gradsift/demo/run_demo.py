@@ -8,6 +8,9 @@ nothing are compared by the loss on held-out examples of that skill.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +19,57 @@ from gradsift.config import Config
 from gradsift.demo.base_model import cached_base
 from gradsift.demo.skills import SKILLS, make_examples
 from gradsift.evaluation.evaluate import evaluate
-from gradsift.evaluation.results import Evaluation
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
+
+logger = logging.getLogger(__name__)
 
 TARGET = "sql"
 _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}
 _SEEDS = 3
 _FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
 _FINE_TUNING_EPOCHS = 8
+_RANDOM = "random picks"
 
 
-def run_demo(directory: Path, scale: float = 1.0) -> str:
-    """Run the whole demonstration in a folder and return its closing table.
+@dataclass(frozen=True)
+class Found:
+    """What the demonstration found: shares of the target's skill, and held-out losses.
+
+    `fine_tunings`: by what was fine-tuned on, share of the skill (none if nothing), mean loss and
+    its standard deviation over the seeds.
+    """
+
+    run: Path
+    first_pick: str
+    num_picks: int
+    num_pool: int
+    fine_tunings: Mapping[str, tuple[float | None, float, float]]
+    verdicts: Sequence[str]
+
+    def text(self) -> str:
+        """Return the closing table."""
+        head = f"{'fine-tuned on':<16}{f'share of {TARGET!r}':>16}{'held-out loss':>18}"
+        lines = []
+        for label, (share, loss, deviation) in self.fine_tunings.items():
+            of_skill = "" if share is None else f"{share:.1%}"
+            in_pool = " (pool)" if label == _RANDOM else ""
+            noise = f" ± {deviation:.3f}" if deviation else ""
+            lines.append(f"{label:<16}{of_skill + in_pool:>16}{f'{loss:.3f}{noise}':>18}")
+        return "\n".join(
+            [
+                f"{self.num_picks} picks for {TARGET!r} out of {self.num_pool} examples of "
+                f"{len(SKILLS)} skills, and the same fine-tuning on each choice ({_SEEDS} seeds)",
+                "",
+                head,
+                *lines,
+                "",
+                *self.verdicts,
+            ]
+        )
+
+
+def run_demo(directory: Path, scale: float = 1.0) -> Found:
+    """Run the whole demonstration in a folder and return what it found.
 
     `scale` shrinks the numbers of examples, for tests.
     """
@@ -58,9 +100,14 @@ def run_demo(directory: Path, scale: float = 1.0) -> str:
             "warmup": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch_size": 32},
         }
     )
+    logger.info(
+        "now the main job: warm-up, gradients of %d examples of %r, and the best 5%% of %d picked",
+        len(files["target"]), TARGET, len(pool),
+    )  # fmt: skip
     result = run(config, directory / "run", overwrite=True)
     picks = len(result.selections[TARGET].picks)
     batch_size = _FINE_TUNING["batch_size"]
+    logger.info("last: does it help? %d fine-tunings on each choice, and none", _SEEDS)
     found = evaluate(
         result.path,
         tests={TARGET: str(data / "held-out.jsonl")},
@@ -68,31 +115,20 @@ def run_demo(directory: Path, scale: float = 1.0) -> str:
         seeds=_SEEDS,
         fine_tuning={**_FINE_TUNING, "steps": -(-picks // batch_size) * _FINE_TUNING_EPOCHS},
     )
-    return _table(result, found)
-
-
-def _table(result: RunResult, found: Evaluation) -> str:
     everything = result.scores(["source"])["source"].to_pylist()
-    picked = result.selections[TARGET].picks["source"].to_pylist()
-    shares = {
-        name: f"{sources.count(TARGET) / len(sources):.1%}"
-        for name, sources in (("gist", picked), ("random", everything))
-    }
-    lines = [
-        f"{len(picked)} picks for {TARGET!r} out of {len(everything)} examples of {len(SKILLS)} "
-        f"skills, and the same fine-tuning on each choice ({_SEEDS} seeds)",
-        "",
-        f"{'fine-tuned on':<16}{f'share of {TARGET!r}':>16}{'held-out loss':>18}",
-    ]
-    rows = {row.method: row for row in found.rows}
-    for name, label in {
-        "gist": "GIST's picks",
-        "random": "random picks",
-        "base": "nothing",
-    }.items():
-        loss = f"{rows[name].loss:.3f}"
-        if rows[name].seeds > 1:
-            loss += f" ± {rows[name].loss_std:.3f}"
-        share = shares.get(name, "") + (" (pool)" if name == "random" else "")
-        lines.append(f"{label:<16}{share:>16}{loss:>18}")
-    return "\n".join([*lines, "", *found.verdicts])
+    chosen = result.selections[TARGET].picks
+    picked, rows = chosen["source"].to_pylist(), {row.method: row for row in found.rows}
+    shares = [sources.count(TARGET) / len(sources) for sources in (picked, everything)]
+    labels = {"gist": ("GIST's picks", shares[0]), "random": (_RANDOM, shares[1])}
+    labels["base"] = ("nothing", None)
+    return Found(
+        run=result.path,
+        first_pick=chosen["id"][0].as_py(),
+        num_picks=len(picked),
+        num_pool=len(everything),
+        fine_tunings={
+            label: (share, rows[name].loss, rows[name].loss_std if rows[name].seeds > 1 else 0.0)
+            for name, (label, share) in labels.items()
+        },
+        verdicts=found.verdicts,
+    )

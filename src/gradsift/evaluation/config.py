@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from gradsift.config import MethodName
+from gradsift.config import Config, MethodName, with_engine
+from gradsift.errors import ConfigError, check_installed, suggest
 from gradsift.methods.registry import METHODS
-from gradsift.sections import MAX_COUNT, Count, Section, Seed, Sources
+from gradsift.runs.opening import read_config
+from gradsift.sections import MAX_COUNT, Count, Section, Seed, Sources, setting
 from gradsift.types import Budget
 
 _WITHOUT_EXTRAS: Any = tuple(name for name in METHODS if name != "embed")
@@ -19,12 +23,14 @@ _TASK = re.compile(r"[\w.:/-]+")
 class FineTuningConfig(Section):
     """The same LoRA fine-tuning for every selection; its adapter is the run's `lora`."""
 
-    steps: Count = Field(default=100, description="optimizer steps of every fine-tuning")
-    learning_rate: float = Field(default=2e-5, gt=0)
-    batch_size: Count = 128
-    micro_batch_size: Count = 8
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    steps: Count = setting(100, "optimizer steps of every fine-tuning")
+    learning_rate: float = setting(2e-5, "of AdamW, at its peak", "2e-5", gt=0)
+    batch_size: Count = setting(128, "examples per optimizer step", "128")
+    micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
+    warmup_ratio: float = setting(
+        0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
+    )
+    weight_decay: float = setting(0.0, "of AdamW", ge=0)
 
 
 class LdsConfig(Section):
@@ -33,12 +39,12 @@ class LdsConfig(Section):
     Park et al., 2023, arXiv 2303.14186.
     """
 
-    subsets: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="how many; 0: it is not measured"
+    subsets: int = setting(
+        0, "random subsets to fine-tune on; 0: it is not measured (--lds)", ge=0, le=MAX_COUNT
     )
-    share: float = Field(default=0.5, gt=0, lt=1, description="of the sample in each subset")
-    sample: int | None = Field(default=None, ge=4, description="examples; all of the pool if none")
-    seed: Seed = 0
+    share: float = setting(0.5, "of the sample in each subset", gt=0, lt=1)
+    sample: int | None = setting(None, "pool examples that subsets are drawn from; none: all", ge=4)
+    seed: Seed = setting(0, "draws sample and subsets")
 
     @field_validator("subsets")
     @classmethod
@@ -51,23 +57,19 @@ class LdsConfig(Section):
 class EvaluationConfig(Section):
     """A whole evaluation, as it stands in `evaluation/config.yaml`."""
 
-    tests: dict[str, Sources] = Field(min_length=1, description="held-out examples by target")
-    methods: tuple[MethodName, ...] = Field(
-        default=_WITHOUT_EXTRAS, description="embed only where asked for: it needs an extra"
+    tests: dict[str, Sources] = setting(..., "held-out examples by target (--test)", min_length=1)
+    methods: tuple[MethodName, ...] = setting(
+        _WITHOUT_EXTRAS, "whose picks are compared (--method); embed needs an extra"
     )
-    budgets: tuple[str, ...] = Field(default=(), description="those of the run if none is given")
-    seeds: int = Field(default=2, ge=2, le=MAX_COUNT, description="fine-tunings of each selection")
-    random_seeds: int = Field(
-        default=3, ge=3, le=MAX_COUNT, description="random selections, one training each"
-    )
-    full: bool = Field(default=False, description="also one pass over the whole pool")
+    budgets: tuple[str, ...] = setting((), "of the picks (--budget); the run's if none is given")
+    seeds: int = setting(2, "fine-tunings of each selection (--seeds)", ge=2, le=MAX_COUNT)
+    random_seeds: int = setting(3, "random selections, one fine-tuning each", ge=3, le=MAX_COUNT)
+    full: bool = setting(False, "also one pass over the whole pool (--full)")
     fine_tuning: FineTuningConfig = FineTuningConfig()
     lds: LdsConfig = LdsConfig()
-    lm_eval: tuple[str, ...] = Field(default=(), description="lm-evaluation-harness tasks")
-    lm_eval_include: str | None = Field(default=None, description="a folder of more tasks")
-    trust_remote_code: bool = Field(
-        default=False, description="run what comes with the tasks of lm_eval_include"
-    )
+    lm_eval: tuple[str, ...] = setting((), "tasks of lm-evaluation-harness (--lm-eval)")
+    lm_eval_include: str | None = setting(None, "a folder of more such tasks")
+    trust_remote_code: bool = setting(False, "run what comes with the tasks of lm_eval_include")
 
     @field_validator("budgets")
     @classmethod
@@ -86,3 +88,30 @@ class EvaluationConfig(Section):
             if not _TASK.fullmatch(task):
                 raise ValueError(f"expected the name of a task, found {task!r}")
         return tasks
+
+
+def check_evaluation(
+    run: str | Path, settings: EvaluationConfig, engine: Mapping[str, Any] | None = None
+) -> Config:
+    """Find out in a second what would stop an evaluation; return the settings of the run.
+
+    `engine`: as in `evaluate`.
+
+    Raises:
+        ConfigError: If a test belongs to no target, or something that it needs is not installed.
+        DataError: If a test file is not there or its first rows cannot be used.
+        RunError: If there is no such run.
+    """
+    config = with_engine(read_config(run), engine or {})
+    for name in settings.tests:
+        if name not in config.data.targets:
+            known = config.data.targets
+            raise ConfigError(
+                f"held-out examples for {name!r}, which is no target of this run"
+                f"{suggest(name, known)} (its targets: {', '.join(known)})"
+            )
+    if settings.lm_eval:
+        check_installed("lm_eval", "--lm-eval", "lm-eval")
+    for method in settings.methods:
+        METHODS[method].check(config.model_copy(update={"method": method}))
+    return config

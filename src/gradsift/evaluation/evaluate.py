@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradsift.config import Config, with_engine
+from gradsift.config import Config
 from gradsift.data.duplicates import dedup_columns
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.sets import encode_sets, encoding_stages
-from gradsift.errors import ConfigError, translate_os_errors
+from gradsift.errors import translate_os_errors
 from gradsift.evaluation.conclusions import Entry, conclude
-from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig
+from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig, check_evaluation
 from gradsift.evaluation.figures import exhibits
 from gradsift.evaluation.fine_tunings import FineTuner, FineTuning, HeldOut
 from gradsift.evaluation.lds import subset_fine_tunings
@@ -32,7 +32,7 @@ from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.opening import open_run
 from gradsift.scores.ranking import Ranking, Scores
 from gradsift.sections import merge
 from gradsift.selection.picks import candidates
@@ -80,7 +80,7 @@ def run_evaluation(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    config = with_engine(read_config(run), engine or {})
+    config = check_evaluation(run, settings, engine)
     by_method = _stages_by_method(config, settings)
     with open_run(run) as folder:
         for stages in by_method.values():  # whatever cannot be done is said before anything is
@@ -113,21 +113,10 @@ def _stages_by_method(config: Config, settings: EvaluationConfig) -> dict[str, R
     """Return the stages of every method, `random` always among them.
 
     Raises:
-        ConfigError: If a test belongs to no target, or something would stop a method.
         ModelError: If the model, an adapter or an encoder is not there.
     """
-    unknown = [name for name in settings.tests if name not in config.data.targets]
-    if unknown:
-        raise ConfigError(
-            f"held-out examples for {unknown[0]!r}, which is no target of this run "
-            f"({', '.join(config.data.targets)})"
-        )
-    stages = {}
-    for method in dict.fromkeys([*settings.methods, "random"]):
-        own = config.model_copy(update={"method": method})
-        METHODS[method].check(own)
-        stages[method] = RunStages.of(own)
-    return stages
+    methods = dict.fromkeys([*settings.methods, "random"])
+    return {m: RunStages.of(config.model_copy(update={"method": m})) for m in methods}
 
 
 def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:

@@ -14,12 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
-from gradsift.errors import ConfigError, GradsiftError, RunError
+from gradsift.errors import GradsiftError, RunError, check_installed
 from gradsift.executors.environment import ENVIRONMENT, set_environment
 from gradsift.progress import VisibleFormatter
 
@@ -49,8 +48,7 @@ class RayCluster:
             ConfigError: If Ray is not installed.
             RunError: If nothing answers at the address.
         """
-        if find_spec("ray") is None:
-            raise ConfigError("--engine ray needs Ray: pip install 'gradsift[ray]'")
+        check_installed("ray", "--engine ray", "ray")
         host, colon, port = (config.ray_address or "").rpartition(":")
         if colon and port.isdigit():  # Ray itself would try for minutes
             try:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import LoraConfig, ModelConfig, with_engine
-from gradsift.errors import ConfigError, RunError, translate_os_errors
+from gradsift.errors import ConfigError, RunError, suggest, translate_os_errors
 from gradsift.geometry.config import GeometryConfig
 from gradsift.geometry.figures import exhibits
 from gradsift.methods.job import Job, open_job
@@ -40,12 +40,17 @@ _BEFORE = "before warm-up"
 
 @translate_os_errors()
 def measure_geometry(
-    run: str | Path, *, engine: Mapping[str, Any] | None = None, **settings: Any
+    run: str | Path,
+    *,
+    targets: Sequence[str] = (),
+    engine: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Mapping[str, Any]:
-    """Measure spectrum, subspace and coupling of every target of a run; return `geometry.json`.
+    """Measure spectrum, subspace and coupling of a run's targets; return `geometry.json`.
 
-    `settings` are as in `GeometryConfig`; `engine` holds those of that section that differ from the
-    run's. Figures and numbers go into `geometry/` and the report.
+    `targets`: names of those to measure now, all if there are none; what was measured of others, at
+    the same data and adapter, stays. `settings` are as in `GeometryConfig`; `engine` holds those of
+    that section that differ from the run's. Figures and numbers go into `geometry/` and the report.
     Run it again to go on after a crash.
 
     Example:
@@ -59,6 +64,12 @@ def measure_geometry(
     from gradsift.models.cache import ModelCache
 
     wanted, config = GeometryConfig.build(settings), with_engine(read_config(run), engine or {})
+    for name in targets:
+        if name not in config.data.targets:
+            known = config.data.targets
+            raise ConfigError(
+                f"{run} has no target {name!r}{suggest(name, known)} (its own: {', '.join(known)})"
+            )
     if config.model.quantization != "none":
         raise ConfigError(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
@@ -74,10 +85,12 @@ def measure_geometry(
         run_job.warm_up(warmup)
         # what curves little is lost in half precision
         job = open_job(inputs, folder, ModelCache(_in_float32(config.model)))
-        found = {}
-        models = _models_to_measure(job)
+        models, found = _models_to_measure(job), {}
         for name in job.targets:
-            found[name] = _measure_target(job, name, models, warmup, wanted)
+            if not targets or name in targets:
+                found[name] = _measure_target(job, name, models, warmup, wanted)
+            elif earlier := _measured_before(job, name, [*models], warmup):
+                found[name] = earlier
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(layout.GEOMETRY_NUMBERS), content)
         of = {name: inputs.gradients_key(name) for name in job.targets}
@@ -85,6 +98,26 @@ def measure_geometry(
         write_exhibits(folder, layout.GEOMETRY, shown, of)
         refresh_report(run_job, stages)
         return found
+
+
+def _measured_before(
+    job: Job, name: str, labels: Sequence[str], warmup: Stage
+) -> dict[str, Any] | None:
+    """Return what an earlier command found of a target, if it is of the same data and adapter."""
+    names = [layout.geometry_at(name, label).removesuffix(".json") for label in labels]
+    sources = (job.inputs.target_stage(name), warmup)
+    if not all(job.folder.is_made_from(stage, sources) for stage in names):
+        return None
+    return _assemble(job, name, labels)
+
+
+def _assemble(job: Job, name: str, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what the files of a target say, at every adapter; the last one has the coupling."""
+    found = {
+        label: json.loads(job.path(layout.geometry_at(name, label)).read_text(encoding="utf-8"))
+        for label in labels
+    }
+    return {"coupling": found[labels[-1]].pop("coupling"), "places": found}
 
 
 def _in_float32(model: ModelConfig) -> ModelConfig:
@@ -132,7 +165,6 @@ def _measure_target(
     """Return what is found of a target at every adapter, measured now or before."""
     gist = job.config.gist.model_dump(include={"rank"})
     sources = (job.inputs.target_stage(name), warmup)
-    result: dict[str, Any] = {"places": {}}
     for number, (label, open_model) in enumerate(models.items(), start=1):
         last = number == len(models)
         wanted = settings.model_dump() if last else settings.model_dump(exclude={"probes"})
@@ -145,7 +177,4 @@ def _measure_target(
                 logger.info("%s, %s: measured", name, label)
                 job.path(path).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(job.path(path), json.dumps(found, indent=1).encode())
-        found = json.loads(job.path(path).read_text(encoding="utf-8"))
-        result |= {key: found.pop(key) for key in ("coupling",) if key in found}
-        result["places"][label] = found
-    return result
+    return _assemble(job, name, [*models])

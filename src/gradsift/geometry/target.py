@@ -80,9 +80,8 @@ def _compare(
     hessian: Hessian, basis: Basis, subspace: Subspace, name: str, settings: GeometryConfig
 ) -> dict[str, Any]:
     """Return the leading eigenvalues, and how the subspace lies to their eigenvectors."""
-    count = min(settings.eigenvectors, hessian.size - 1)
-    logger.info("%s: looking for %d eigenvectors of the Hessian", name, count)
-    values, vectors = leading_eigenpairs(hessian, count, settings.seed)
+    logger.info("%s: looking for %d eigenvectors of the Hessian", name, settings.eigenvectors)
+    values, vectors = leading_eigenpairs(hessian, settings.eigenvectors, settings.seed)
     inside = _inside(hessian, basis, vectors)
     ranks = sorted({r for r in (1, 2, 5, 10, 20, 50, 100, 200) if r < subspace.rank})
     return {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gradsift.data.encoding import Encoded
+from gradsift.errors import ConfigError
 from gradsift.gradients.per_example import blocks
 from gradsift.models.batches import lengths_of, make_batches, plan_batches, to_device
 from gradsift.models.lora import lora_pairs
@@ -119,7 +121,19 @@ def leading_eigenpairs(
     """Return the eigenvalues of largest magnitude, the largest first, and their unit vectors.
 
     By implicitly restarted Lanczos (ARPACK), to a relative accuracy of 1 %.
+
+    Raises:
+        ConfigError: If there are not so many, or their Lanczos vectors do not fit into memory.
     """
+    num_vectors = max(2 * count + 1, 20)  # as many as ARPACK keeps, in float64
+    needed, free = 8 * hessian.size * num_vectors, psutil.virtual_memory().available
+    if count >= hessian.size or needed > free:
+        at_most = min(hessian.size - 1, (free // (8 * hessian.size) - 1) // 2)
+        raise ConfigError(
+            f"asked for {count:,} eigenvectors of a Hessian over {hessian.size:,} parameters: "
+            f"their {num_vectors:,} Lanczos vectors take {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} are free; ask for at most {max(at_most, 1):,} (--eigenvectors)"
+        )
     num_products = 0
 
     def multiply(vector: np.ndarray) -> np.ndarray:

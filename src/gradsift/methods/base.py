@@ -30,7 +30,8 @@ class Method:
     `measure`: does what of that is not there yet. `scores`: one `Scores` per target, from what is
     there. `settings`: what else the scores depend on. `facts`: columns for the table of scores that
     it knows of every pool example, whatever the target. `check`: finds out before any work what
-    would stop it.
+    would stop it. `compares`: whether it compares with target examples, each of which may then pick
+    in turn.
     """
 
     scores: Callable[[Job], Mapping[str, Scores]]
@@ -39,3 +40,4 @@ class Method:
     settings: Callable[[Config], Mapping[str, Any]] = _nothing
     facts: Callable[[Job], Mapping[str, np.ndarray]] = _nothing
     check: Callable[[Config], object] = _nothing
+    compares: bool = True

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from gradsift.config import Config
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, check_installed
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import Measurement
@@ -44,8 +43,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: If it is not, or if the work was to be spread over machines.
     """
-    if find_spec("sentence_transformers") is None:
-        raise ConfigError("method=embed needs sentence-transformers: pip install 'gradsift[embed]'")
+    check_installed("sentence_transformers", "method=embed", "embed")
     if config.engine.executor != "local":
         raise ConfigError("method=embed runs in one process alone: leave --engine ray out for it")
 

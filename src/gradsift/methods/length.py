@@ -15,4 +15,4 @@ def scores(job: Job) -> dict[str, Ranking]:
     return {name: Ranking(counts) for name in job.targets}
 
 
-METHOD = Method(scores)
+METHOD = Method(scores, compares=False)

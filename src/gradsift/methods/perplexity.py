@@ -36,4 +36,4 @@ def facts(job: Job) -> dict[str, np.ndarray]:
     return {"loss": BASE_FORWARD.read_pool(job, "loss")[:]}
 
 
-METHOD = Method(scores, stages, measure, facts=facts)
+METHOD = Method(scores, stages, measure, facts=facts, compares=False)

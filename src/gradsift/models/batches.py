@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
+from gradsift.progress import count_batch
 
 T = TypeVar("T")
 _END = object()
@@ -124,8 +125,14 @@ def make_batches(
     device: torch.device,
     whole: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the batch of each group of indices, prepared while the one before it is in use."""
-    return prefetch(Batch.of([examples[i] for i in group], device, whole) for group in groups)
+    """Yield the batch of each group of indices, prepared while the one before it is in use.
+
+    Whoever shows progress is told of each when the next one is asked for.
+    """
+    batches = prefetch(Batch.of([examples[i] for i in group], device, whole) for group in groups)
+    for group, batch in zip(groups, batches, strict=True):
+        yield batch
+        count_batch(len(group), sum(len(examples[i].input_ids) for i in group))
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:

@@ -100,6 +100,10 @@ class PoolPass:
     def _directory(self, label: str) -> Path:
         return self.folder.path / self.name / label
 
+    def _num_tokens(self, shards: Sequence[Shard]) -> int:
+        lengths = self.pool.column("num_tokens").to_numpy()
+        return sum(int(lengths[shard.start : shard.stop].sum()) for shard in shards)
+
     def _measure(self, factory: MeasureFactory, label: str) -> None:
         self._directory(label).mkdir(parents=True, exist_ok=True)
         shards = self.shards(label)
@@ -112,7 +116,8 @@ class PoolPass:
             logger.info("%d of %d shards are there already", len(stored), len(shards))
         known = read_facts(stored[-1])[BATCH_TOKENS] if stored else None
         open_worker = partial(_open_worker, self.pool, self.folder, self.engine, factory, known)
-        with track(f"{self.name}/{label}".rstrip("/"), sum(map(len, missing))) as advance:
+        name, total = f"{self.name}/{label}".rstrip("/"), sum(map(len, missing))
+        with track(name, total, tokens=self._num_tokens(missing)) as advance:
             for shard in self.executor.map(open_worker, missing):
                 advance(len(shard))
         self.folder.fetch(self._directory(label))

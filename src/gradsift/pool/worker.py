@@ -22,6 +22,7 @@ from gradsift.gradients.batch_size import find_batch_tokens, within_memory
 from gradsift.models.batches import lengths_of, prefetch
 from gradsift.pool.examples import MeasureFactory, check_finite
 from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard
+from gradsift.progress import batches_counted
 from gradsift.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Worker:
 
     def _measure_window(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor]:
         work = partial(self._measure, examples)
-        found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
+        with batches_counted():
+            found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
         return found
 
     def _write(self, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:

@@ -88,8 +88,10 @@ class Run:
         if self._remote:
             self._remote.remove(self._name(path))
 
-    def prepare(self, stages: Iterable[Stage], overwrite: bool = False) -> None:
+    def prepare(self, stages: Iterable[Stage], overwrite: bool | None = None) -> None:
         """Compare every stage with what the folder holds, before any work.
+
+        `overwrite`: none for a command that has no such flag.
 
         Raises:
             RunError: If that would cost work, unless `overwrite`: it names the stage, and the
@@ -103,11 +105,17 @@ class Run:
             reason = reason or f"{stage.name}: {change}"
             costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
             if costly and not overwrite:
+                again = f"--config {self.path / layout.CONFIG}"
+                advice = (
+                    f"Bring back what changed, or let `gradsift select {again} --output-dir "
+                    f"{self.path} --overwrite` do it again"
+                    if overwrite is None
+                    else f"To keep its settings but for some, start from its own with {again}; "
+                    "else use another --output-dir, or --overwrite to do it again"
+                )
                 raise RunError(
                     f"{self.path} holds the stage {stage.name!r} made with other settings "
-                    f"({reason}). To keep its settings but for some, start from its own with "
-                    f"--config {self.path / layout.CONFIG}; else use another --output-dir, or "
-                    "--overwrite to do it again"
+                    f"({reason}). {advice}"
                 )
 
     @contextmanager
@@ -147,6 +155,21 @@ class Run:
         self._write(stage.name, begun | done)
         self._relied_on.add(stage.name)
         logger.info("%s: %.1f s", stage.name, seconds)
+
+    def change(self, stage: Stage) -> str:
+        """Return how a finished stage of this name differs; nothing if it does not, or is none."""
+        manifest = self._manifests.read(stage.name)
+        return describe_change(manifest, stage) if manifest and manifest["complete"] else ""
+
+    def is_made_from(self, name: str, sources: Iterable[Stage]) -> bool:
+        """Return whether a stage is there, whole, and made from these as they are now."""
+        manifest = self._manifests.read(name)
+        if manifest is None or not manifest["complete"] or self._manifests.damage(manifest):
+            return False
+        sources = [*sources]
+        made_from = self._manifests.contents(sources)
+        planned = {source.name: source.fingerprint for source in sources}
+        return manifest["inputs"]["sources"] == planned and manifest["made_from"] == made_from
 
     def find_fault(self, stages: Iterable[Stage]) -> str:
         """Return why a stage is not there as it is planned; nothing if all of them are."""

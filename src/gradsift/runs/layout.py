@@ -112,24 +112,29 @@ def scores(method: str) -> str:
     return f"{scoring(method)}.parquet"
 
 
-def selection(target: str) -> str:
-    """Return the stage that picks for a target."""
-    return f"{SELECTED}/{target}"
+def selection(key: str) -> str:
+    """Return the stage of a selection, whose key is `TARGET` or, of a named one, `TARGET.NAME`."""
+    return f"{SELECTED}/{key}"
 
 
-def picks(target: str) -> str:
-    """Return the picks for a target, byte for byte as they came in."""
-    return f"{selection(target)}.jsonl"
+def picks(key: str) -> str:
+    """Return the picks of a selection, byte for byte as they came in."""
+    return f"{selection(key)}.jsonl"
 
 
-def reasons(target: str) -> str:
-    """Return why each of the picks was picked."""
-    return f"{selection(target)}.parquet"
+def messages(key: str) -> str:
+    """Return the picks of a selection in the one schema that every trainer reads."""
+    return f"{selection(key)}.messages.jsonl"
 
 
-def refusals(target: str) -> str:
-    """Return what was passed over for a target, and why."""
-    return f"{selection(target)}.refused.parquet"
+def reasons(key: str) -> str:
+    """Return why each of the picks of a selection was picked, and by which policy."""
+    return f"{selection(key)}.parquet"
+
+
+def refusals(key: str) -> str:
+    """Return what was passed over for a selection, and why."""
+    return f"{selection(key)}.refused.parquet"
 
 
 def exhibiting(part: str) -> str:

@@ -94,6 +94,8 @@ def local_folder(location: str | Path, fetch: bool = True) -> Path:
     Raises:
         RunError: If it cannot be reached.
     """
+    if not str(location).strip():
+        raise RunError("expected the path or URL of a run folder, found nothing in its place")
     if not is_remote(location):
         return Path(str(location).removeprefix("file://"))
     remote = RemoteFolder(str(location))

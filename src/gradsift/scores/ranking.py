@@ -41,6 +41,19 @@ class Scores(Protocol):
         ...
 
 
+def refuse_turns(policy: PolicyConfig) -> None:
+    """Find out whether a method that looks at no target example can serve a policy.
+
+    Raises:
+        ConfigError: If the policy picks for target examples in turn.
+    """
+    if policy.strategy != "top":
+        raise ConfigError(
+            "policy.strategy=round-robin needs a method that compares with target examples; "
+            "perplexity, length and random do not: use policy.strategy=top"
+        )
+
+
 class Ranking:
     """Scores of a method that does not look at the target examples."""
 
@@ -57,11 +70,7 @@ class Ranking:
         Raises:
             ConfigError: If the policy picks for target examples in turn.
         """
-        if policy.strategy != "top":
-            raise ConfigError(
-                "policy.strategy=round-robin needs a method that compares with target examples; "
-                "perplexity, length and random do not: use policy.strategy=top"
-            )
+        refuse_turns(policy)
         return self._values[:, None]
 
     def winners(self, policy: PolicyConfig, rows: np.ndarray, rankings: np.ndarray) -> None:

@@ -7,9 +7,17 @@ May import: `methods` and what is beneath it.
 PUBLIC = {
     "directions": ("leading_directions", "read_spectra"),
     "explanation": ("Explanation", "explain"),
-    "export": ("export_picks",),
-    "picks": ("Selection", "candidates", "read_selection", "write_selection"),
-    "policies": ("Candidates", "check_policy", "pick"),
+    "export": ("export_entries",),
+    "picks": (
+        "Selection",
+        "candidates",
+        "list_selections",
+        "overlap",
+        "read_selection",
+        "read_selections",
+        "write_selection",
+    ),
+    "policies": ("Candidates", "check_policy", "describe_policy", "pick"),
     "score_table": ("describe_rows", "read_scores", "read_table", "scores_of", "write_scores"),
     "source_shares": ("SourceShare", "source_shares"),
     "stability": (

@@ -17,7 +17,7 @@ from gradsift.runs import layout
 from gradsift.runs.folder import Run
 from gradsift.runs.opening import local_folder, read_config
 from gradsift.scores.ranking import Scores
-from gradsift.selection.picks import read_selection
+from gradsift.selection.picks import Selection, read_selections
 from gradsift.selection.score_table import read_table, scores_of
 from gradsift.selection.stages import RunStages
 
@@ -89,9 +89,12 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
         DataError: If the pool has no example of this id.
     """
     config, path = read_config(run), local_folder(run, fetch=False)
-    if not all((path / layout.reasons(name)).exists() for name in config.data.targets):
+    policy, folder = config.policy, Run(path)
+    keys = map(policy.selection_of, config.data.targets)
+    if not all((path / layout.reasons(key)).exists() for key in keys):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again")
-    stages, folder = RunStages.of(config), Run(path)
+    _find_example(path, config.method, run, example_id)  # before all files are looked at
+    stages = RunStages.of(config)
     if fault := folder.find_fault(stages):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
     try:
@@ -104,15 +107,29 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
 
 def _explain_all(job: Job, run: str | Path, example_id: str) -> list[Explanation]:
     method = job.config.method
-    table = read_table(job.folder.path, method)
-    rows = np.flatnonzero(pc.equal(table["id"], example_id))  # type: ignore[attr-defined]
+    rows = _find_example(job.folder.path, method, run, example_id)
+    table, scored = read_table(job.folder.path, method), scores_of(job)
+    return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
+
+
+def _find_example(path: Path, method: str, run: str | Path, example_id: str) -> np.ndarray:
+    """Return the rows of an id in the pool.
+
+    Raises:
+        DataError: If there is none.
+        RunError: If the ids cannot be read.
+    """
+    try:
+        ids = read_table(path, method, ["id"])["id"]
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{run} has not finished; run `gradsift select` with it again") from error
+    rows = np.flatnonzero(pc.equal(ids, example_id))  # type: ignore[attr-defined]
     if not len(rows):
         raise DataError(
             f"the pool of {run} has no example {example_id!r}; ids stand in its "
             f"{layout.scores(method)}, rows that could not be used in {layout.REJECTED}"
         )
-    scored = scores_of(job)
-    return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
+    return rows
 
 
 def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> Explanation:
@@ -129,7 +146,7 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
         id=facts["id"],
         row=row,
         source=facts["source"],
-        verdict=_verdict(job.folder.path, name, row),
+        verdict=_verdict(job, name, row),
         score=float(scores[row]),
         position=int(position),
         num_pool=len(scores),
@@ -141,8 +158,16 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
     )
 
 
-def _verdict(run: Path, name: str, row: int) -> str:
-    selection = read_selection(run, name)
+def _verdict(job: Job, name: str, row: int) -> str:
+    """Return what became of a row in the selection of the run's settings, and in others."""
+    kept = [s for s in read_selections(job.folder) if s.target == name]
+    own = job.config.policy.name
+    found = {s.policy.name: _verdict_of(s, row) for s in kept if s.method == job.config.method}
+    others = [f"{other or 'unnamed'}: {found[other]}" for other in found if other != own]
+    return "; ".join([found[own], *others])
+
+
+def _verdict_of(selection: Selection, row: int) -> str:
     for pick in selection.picks.filter(pc.field("row") == row).to_pylist():
         place = f"picked as number {pick['rank']} of {len(selection.picks)}"
         return f"{place}, for {pick['best']}" if pick["best"] else place

@@ -14,33 +14,53 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
+from gradsift.config import PolicyConfig
 from gradsift.data.duplicates import dedup_columns
 from gradsift.data.encoded import EncodedSet
+from gradsift.errors import RunError, translate_os_errors
 from gradsift.methods.job import Job
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
+from gradsift.runs.folder import Run
+from gradsift.runs.opening import local_folder, read_config
 from gradsift.scores.ranking import Scores
+from gradsift.selection.messages import write_messages
 from gradsift.selection.policies import Candidates, Picks, pick
 from gradsift.selection.score_table import projected_shares, read_scores
 
 logger = logging.getLogger(__name__)
 
+_REASONS = layout.reasons("").removeprefix(layout.selection(""))  # how the names of these files end
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The picks for one target.
+    """The picks for one target, and what they were picked by.
 
     `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
     `projected_share`, `best` (id of the target example that won), `task` (of that example); the
     last three are null where the method knows no such thing.
     `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
+    `path` has the picks byte for byte; beside it they lie as messages, for any trainer.
     """
 
     target: str
     path: Path
+    method: str
+    policy: PolicyConfig
     picks: pa.Table = field(repr=False)
     refused: pa.Table = field(repr=False)
     shortfall: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its files: that of the target and, if it has one, its own."""
+        return self.policy.selection_of(self.target)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the picks have."""
+        return sum(self.picks["num_tokens"].to_pylist())
 
 
 def candidates(pool: EncodedSet, columns: Mapping[str, str]) -> Candidates:
@@ -67,21 +87,69 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
     shares = projected_shares(job.folder.path, job.config.method, name, rows)
     reasons = reasons.append_column("projected_share", shares)
     reasons = _append_winners(reasons, target, winners)
-    reasons = reasons.replace_schema_metadata({"shortfall": picks.shortfall or ""})
+    made_by = {"target": name, "method": job.config.method, "policy": policy.model_dump_json()}
+    reasons = reasons.replace_schema_metadata(made_by | {"shortfall": picks.shortfall or ""})
+    key = policy.selection_of(name)
     job.path(layout.SELECTED).mkdir(exist_ok=True)
     write_lines = partial(_write_lines, job.pool.take(rows, ["raw"]))
-    write_atomically(job.path(layout.picks(name)), write_lines)
-    write_atomically(job.path(layout.reasons(name)), partial(pq.write_table, reasons))
+    write_atomically(job.path(layout.picks(key)), write_lines)
+    write_as_messages = partial(write_messages, job.pool, columns, reasons)
+    write_atomically(job.path(layout.messages(key)), write_as_messages)
+    write_atomically(job.path(layout.reasons(key)), partial(pq.write_table, reasons))
     refusals = _refusals(job.pool, picks)
-    write_atomically(job.path(layout.refusals(name)), partial(pq.write_table, refusals))
+    write_atomically(job.path(layout.refusals(key)), partial(pq.write_table, refusals))
 
 
-def read_selection(run: Path, name: str) -> Selection:
-    """Return the stored picks for one target."""
-    picks = pq.read_table(run / layout.reasons(name))
-    refused = pq.read_table(run / layout.refusals(name))
-    shortfall = (picks.schema.metadata or {}).get(b"shortfall", b"").decode()
-    return Selection(name, run / layout.picks(name), picks, refused, shortfall or None)
+def read_selection(run: Path, key: str) -> Selection:
+    """Return a stored selection, by its key."""
+    picks = pq.read_table(run / layout.reasons(key))
+    made_by = {name.decode(): value.decode() for name, value in picks.schema.metadata.items()}
+    return Selection(
+        target=made_by["target"],
+        path=run / layout.picks(key),
+        method=made_by["method"],
+        policy=PolicyConfig.model_validate_json(made_by["policy"]),
+        picks=picks,
+        refused=pq.read_table(run / layout.refusals(key)),
+        shortfall=made_by["shortfall"] or None,
+    )
+
+
+@translate_os_errors()
+def list_selections(run: str | Path) -> list[Selection]:
+    """Return all selections of a run, by target, the one without a name first.
+
+    Raises:
+        RunError: If the folder holds none.
+    """
+    read_config(run)  # is it a run?
+    found = read_selections(Run(local_folder(run, fetch=False)))
+    if not found:
+        raise RunError(f"{run} holds no picks yet; run `gradsift select` with it")
+    return found
+
+
+def overlap(one: Selection, other: Selection) -> float:
+    """Return the Jaccard similarity of two selections: rows in both over rows in either."""
+    rows, others = (set(each.picks["row"].to_pylist()) for each in (one, other))
+    return len(rows & others) / len(rows | others)
+
+
+def read_selections(folder: Run) -> list[Selection]:
+    """Return all selections of a run folder, by target, the one without a name first.
+
+    One whose files are damaged or gone is left out, and the log says what would make it again.
+    """
+    found = []
+    for path in sorted((folder.path / layout.SELECTED).glob(f"*{_REASONS}")):
+        key = path.name.removesuffix(_REASONS)
+        if not folder.has_manifest(layout.selection(key)):  # as `*.refused.parquet` has none
+            continue
+        if damage := folder.damage(layout.selection(key)):
+            logger.warning("%s; `gradsift select` with its policy makes it again", damage)
+            continue
+        found.append(read_selection(folder.path, key))
+    return sorted(found, key=lambda selection: (selection.target, selection.policy.name or ""))
 
 
 def _log(name: str, picks: Picks) -> None:

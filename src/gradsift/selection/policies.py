@@ -18,6 +18,8 @@ from gradsift.errors import ConfigError
 from gradsift.sections import parse_share
 from gradsift.types import Budget
 
+_BUDGETS = {"%": "{} of the pool", "examples": "{} examples", "tok": "{}ens"}
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -36,6 +38,36 @@ class Picks:
     rankings: list[int]
     refused: list[Refusal]
     shortfall: str | None
+
+
+def describe_policy(policy: PolicyConfig) -> dict[str, str]:
+    """Return what a policy asks for in plain words, by setting.
+
+    >>> describe_policy(PolicyConfig())["decontaminate"]
+    'examples near those of the target are refused (Jaccard similarity of 0.8 or more)'
+    """
+    near = f"(Jaccard similarity of {policy.similarity:g} or more)"
+    cap = policy.source_cap
+    strategy = "the top of the ranking"
+    if policy.strategy == "round-robin":
+        strategy = f"round-robin: each target {policy.per} picks in turn"
+    caps = cap.items() if isinstance(cap, dict) else [("any one source", cap)] if cap else []
+    return {
+        "budget": _BUDGETS[Budget.parse(policy.budget).unit].format(policy.budget),
+        "strategy": strategy,
+        "source_cap": "; ".join(f"at most {share} from {source}" for source, share in caps)
+        or "no cap on sources",
+        "duplicates": {
+            "keep": "repeated picks are kept",
+            "exact": "repeated picks are refused",
+            "near": f"picks near an earlier one are refused {near}",
+        }[policy.duplicates],
+        "decontaminate": {
+            "none": "repeats of target examples are kept",
+            "exact": "repeats of target examples are refused",
+            "near": f"examples near those of the target are refused {near}",
+        }[policy.decontaminate],
+    }
 
 
 def pick(

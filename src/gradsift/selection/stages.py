@@ -16,6 +16,8 @@ from gradsift.models.identity import identity
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 
+_VERSION = 2  # of the files of a selection
+
 
 @dataclass(frozen=True)
 class RunStages:
@@ -57,8 +59,12 @@ class RunStages:
         yield from self.selections.values()
 
 
-def _selection(inputs: Inputs, name: str, scores: Stage) -> Stage:
-    settings = {"method": inputs.config.method} | inputs.config.policy.model_dump()
-    outputs = (layout.picks(name), layout.reasons(name), layout.refusals(name))
-    sources = (scores, inputs.pool_stage, inputs.target_stage(name))
-    return Stage(layout.selection(name), settings, outputs, sources, cheap=True)
+def _selection(inputs: Inputs, target: str, scores: Stage) -> Stage:
+    policy = inputs.config.policy
+    key = policy.selection_of(target)
+    settings = {"method": inputs.config.method, "version": _VERSION}
+    settings |= policy.model_dump(exclude={"name"})
+    names = (layout.picks, layout.messages, layout.reasons, layout.refusals)
+    outputs = tuple(name(key) for name in names)
+    sources = (scores, inputs.pool_stage, inputs.target_stage(target))
+    return Stage(layout.selection(key), settings, outputs, sources, cheap=True)

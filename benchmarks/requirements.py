@@ -1,7 +1,8 @@
 """GPU memory and hours of GIST for models of 1.5B, 7B and 14B, computed from their shapes.
 
 Nothing here is measured: it counts floating-point operations and bytes, and assumes a share of the
-GPU's peak. `python benchmarks/requirements.py` prints the tables of docs/requirements.md.
+GPU's peak. `python benchmarks/requirements.py` prints the tables of
+docs/requirements.md and of the README.
 """
 
 from __future__ import annotations
@@ -135,5 +136,17 @@ def hours_table() -> str:
     return _rows(rows)
 
 
+def summary_table() -> str:
+    """Return the table of the README, as Markdown."""
+    head = ("model", "GPU memory at least", *(f"{num_pool:,} examples" for num_pool in POOLS))
+    rows: list[Sequence[str]] = [head, ["---"] * len(head)]
+    for shape in SHAPES:
+        memory = memory_of(shape)
+        least = max(memory["pool pass at least"], memory["warm-up by 1"])
+        hours = (f"{sum(hours_of(shape, num_pool).values()):.1f} h" for num_pool in POOLS)
+        rows.append((shape.name, f"{ceil(least / 1e9)} GB", *hours))
+    return _rows(rows)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{memory_table()}\n\n{hours_table()}\n")
+    sys.stdout.write("\n\n".join((hours_table(), memory_table(), summary_table())) + "\n")

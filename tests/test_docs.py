@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -12,6 +13,9 @@ import typer
 from gradsift.cli.app import app
 from gradsift.config import Config
 from gradsift.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HOME = Path(__file__).parents[1]
 PAGES = sorted([*HOME.glob("*.md"), *HOME.glob("docs/*.md")])
@@ -118,22 +122,59 @@ def test_results_in_the_readme_are_those_measured() -> None:
             assert cell == (f"**{difference}**" if verdict == "better" else difference)
 
 
-def test_the_size_of_lora_is_that_of_the_model() -> None:
+def tiny(layers: int) -> tuple[Any, PreTrainedModel]:
+    """Return a small Llama, and its shape as `benchmarks/requirements.py` describes it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    shape = runpy.run_path(str(HOME / "benchmarks" / "requirements.py"))["Shape"]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, vocab_size=50,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config, dtype="bfloat16")
+    return shape("tiny", 64, layers, kv=32, mlp=96, vocabulary=50), base
+
+
+def test_the_bytes_of_weights_and_lora_are_those_of_the_model() -> None:
     from gradsift.config import LoraConfig
     from gradsift.gradients.per_example import blocks
     from gradsift.models.lora import attach_lora
 
-    shape = runpy.run_path(str(HOME / "benchmarks" / "requirements.py"))["Shape"](
-        "tiny", hidden=64, layers=2, kv=32, mlp=96, vocabulary=50
-    )
-    config = AutoConfig.for_model(
-        "llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=96, vocab_size=50,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config)
-    norms = sum(p.numel() for n, p in base.named_parameters() if "norm" in n)
+    shape, base = tiny(layers=2)
+    norms = sum(p.numel() for name, p in base.named_parameters() if "norm" in name)
     assert shape.weight_bytes == 2 * (base.num_parameters() - norms)
     found = blocks(attach_lora(base, LoraConfig(), seed=0)).values()
     assert sorted(out * width for out, width in found) == sorted(shape.blocks)
+
+
+def kept_bytes(layers: int, num_tokens: int) -> int:
+    """Return what a forward pass that measures gradients keeps for its way back, LoRA's h aside."""
+    import torch
+
+    from gradsift.config import LoraConfig
+    from gradsift.models.lora import attach_lora, lora_pairs
+
+    model = attach_lora(tiny(layers)[1], LoraConfig(rank=1), seed=0).requires_grad_(False).eval()
+    model.to(torch.bfloat16)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    def hook(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        keep(inputs[0].detach())
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    for pair in lora_pairs(model).values():
+        pair.a.register_forward_hook(hook)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model.model.model(torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+def test_the_bytes_of_activations_are_those_that_autograd_keeps() -> None:
+    per_layer = (kept_bytes(4, num_tokens=128) - kept_bytes(2, num_tokens=128)) / 2 / 128
+    assert per_layer == pytest.approx(tiny(1)[0].activation_bytes, rel=0.05)

@@ -1,0 +1,152 @@
+"""GPU memory and hours of GIST for models of 1.5B, 7B and 14B, computed from their shapes.
+
+Nothing here is measured: it counts floating-point operations and bytes, and assumes a share of the
+GPU's peak. `python benchmarks/requirements.py` prints the tables of
+docs/requirements.md and of the README.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+PEAK, REACHED = 989e12, 0.5  # an H100's dense bfloat16 operations per second; the share aimed at
+LORA_RANK, DIRECTIONS, NUM_TARGET = 128, 150, 285  # the paper's, for MMLU
+MEAN_TOKENS, LONGEST = 250, 2048
+WARMUP_SHARE = 0.05
+POOLS = (270_000, 100_000)
+BYTES, FLOAT_BYTES = 2, 4  # of a bfloat16 and of a float32
+CARD = 80e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model, as its `config.json` describes it; `kv` is the width of keys."""
+
+    name: str
+    hidden: int
+    layers: int
+    kv: int
+    mlp: int
+    vocabulary: int
+    tied: bool = False
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters in matrix products: all but the input embeddings; norms and biases aside."""
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv
+        per_layer = attention + 3 * self.hidden * self.mlp
+        return self.layers * per_layer + self.hidden * self.vocabulary
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights in bfloat16."""
+        embeddings = 0 if self.tied else self.hidden * self.vocabulary
+        return BYTES * (self.multiplied + embeddings)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Parameters of every LoRA matrix on q, k, v and o."""
+        wide, narrow = LORA_RANK * self.hidden, LORA_RANK * self.kv
+        return self.layers * [wide, wide, wide, narrow, wide, narrow, wide, wide]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Kept of each token for the backward pass through frozen weights: an estimate.
+
+        Two norms in float32, their outputs, queries, keys, values and attention's output, and
+        three tensors of the MLP, for each layer.
+        """
+        return self.layers * (14 * self.hidden + 4 * self.kv + 6 * self.mlp)
+
+    @property
+    def training_bytes(self) -> int:
+        """The same in a training: four LoRA layers keep their inputs after dropout, and masks."""
+        return self.activation_bytes + self.layers * 4 * (BYTES + 1) * self.hidden
+
+
+SHAPES = (
+    Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True),
+    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064),
+    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000),
+    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064),
+)
+
+
+def memory_of(shape: Shape) -> dict[str, int]:
+    """Return bytes, by what takes them; on the GPU all but the last."""
+    blocks, lora = [DIRECTIONS * size * BYTES for size in shape.blocks], sum(shape.blocks)
+    # a quarter of --memory adds the basis up; two slots for what is brought must fit the rest
+    budget = max(lora * FLOAT_BYTES, ceil(2 * max(blocks) / 0.75))
+    trained = shape.weight_bytes + 4 * FLOAT_BYTES * lora  # weights, gradients, Adam's moments
+    return {
+        "weights": shape.weight_bytes,
+        "basis": sum(blocks),
+        "pool pass at least": shape.weight_bytes + budget + LONGEST * shape.activation_bytes,
+        "warm-up by 1": trained + LONGEST * shape.training_bytes,
+        "warm-up by 8": trained + 8 * LONGEST * shape.training_bytes,
+        # pinned memory is handed out in powers of two
+        "host at most": sum(1 << (size - 1).bit_length() for size in blocks),
+    }
+
+
+def hours_of(shape: Shape, num_pool: int) -> dict[str, float]:
+    """Return hours on one GPU by stage."""
+    lora = sum(shape.blocks)
+    # forward and backward through frozen weights; LoRA's own gradients are formed on top
+    train = MEAN_TOKENS * (4 * shape.multiplied + 6 * lora)
+    measure = train + 2 * DIRECTIONS * lora
+    budget = (CARD - shape.weight_bytes) / 2
+    row_blocks = ceil(NUM_TARGET * lora * FLOAT_BYTES / budget)
+    parts = ceil(DIRECTIONS * lora * FLOAT_BYTES / (budget / 4))
+    passes = (1 + row_blocks) / 2 + parts  # over the target, for its Gram matrix and the basis
+    operations = {
+        "warm-up": WARMUP_SHARE * num_pool * train,
+        "targets": NUM_TARGET * train * passes,
+        "pool pass": num_pool * measure,
+    }
+    return {stage: count / (PEAK * REACHED) / 3600 for stage, count in operations.items()}
+
+
+def _rows(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def memory_table() -> str:
+    """Return the table of memory, as Markdown."""
+    head = ("shape", "LoRA parameters", *memory_of(SHAPES[0]))
+    rows: list[Sequence[str]] = [head, ["---"] * len(head)]
+    for shape in SHAPES:
+        found = (f"{number / 1e9:.1f} GB" for number in memory_of(shape).values())
+        rows.append((shape.name, f"{sum(shape.blocks) / 1e6:.1f} M", *found))
+    return _rows(rows)
+
+
+def hours_table() -> str:
+    """Return the table of hours, as Markdown."""
+    head = ("shape", "pool", "warm-up", "targets", "pool pass", "in all")
+    rows: list[Sequence[str]] = [head, ["---"] * len(head)]
+    for shape in SHAPES:
+        for num_pool in POOLS:
+            hours = [*hours_of(shape, num_pool).values()]
+            found = (f"{60 * number:.1f} min" for number in hours)
+            rows.append((shape.name, f"{num_pool:,}", *found, f"{sum(hours):.1f} h"))
+    return _rows(rows)
+
+
+def summary_table() -> str:
+    """Return the table of the README, as Markdown."""
+    head = ("model", "GPU memory at least", *(f"{num_pool:,} examples" for num_pool in POOLS))
+    rows: list[Sequence[str]] = [head, ["---"] * len(head)]
+    for shape in SHAPES:
+        memory = memory_of(shape)
+        least = max(memory["pool pass at least"], memory["warm-up by 1"])
+        hours = (f"{sum(hours_of(shape, num_pool).values()):.1f} h" for num_pool in POOLS)
+        rows.append((shape.name, f"{ceil(least / 1e9)} GB", *hours))
+    return _rows(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n\n".join((hours_table(), memory_table(), summary_table())) + "\n")

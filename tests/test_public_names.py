@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from typer.main import get_command
 
@@ -14,16 +16,18 @@ PUBLIC_NAMES = [
     "plan", "run", "select", "write_report",
 ]  # fmt: skip
 
+OF_EVERY_VERB = ["--json", "--quiet", "-q", "--verbose", "-v"]
 COMMANDS = {
     "select": [
-        "--output-dir", "--model", "--pool", "--target", "--budget", "--method", "--adapter",
-        "--warmup", "--memory", "--engine", "--ray-address", "--workers", "--config", "--set",
-        "--strict", "--no-strict", "--overwrite", "--no-overwrite",
+        "--output-dir", "--model", "--pool", "--target", "--budget", "--name", "--method",
+        "--adapter", "--warmup", "--memory", "--seed", "--engine", "--ray-address", "--workers",
+        "--config", "--set", "--strict", "--no-strict", "--overwrite", "--no-overwrite",
     ],
     "plan": [
         "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
-        "--memory", "--config", "--set", "--strict", "--no-strict",
+        "--memory", "--seed", "--config", "--set", "--strict", "--no-strict",
     ],
+    "picks": ["run"],
     "evaluate": [
         "run", "--test", "--method", "--budget", "--seeds", "--full", "--no-full", "--lds",
         "--lm-eval", "--engine", "--ray-address", "--config", "--set",
@@ -31,8 +35,10 @@ COMMANDS = {
     "explain": ["run", "example"],
     "report": ["run"],
     "geometry": [
-        "run", "--examples", "--eigenvectors", "--probes", "--engine", "--ray-address",
+        "run", "--target", "--examples", "--eigenvectors", "--probes", "--seed", "--engine",
+        "--ray-address",
     ],
+    "settings": ["section"],
     "demo": ["--output-dir"],
 }  # fmt: skip
 
@@ -56,7 +62,17 @@ def test_the_commands_and_their_flags_are_these() -> None:
         for name, command in commands.items()
     }
     assert list(flags) == list(COMMANDS)  # in the order of `gradsift --help`
-    assert flags == COMMANDS
+    assert flags == {name: [*own, *OF_EVERY_VERB] for name, own in COMMANDS.items()}
+
+
+def test_every_verb_shows_an_example_that_it_accepts() -> None:
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        head, *examples = command.epilog.split("\n\n")
+        assert head == "Examples:"
+        for example in examples:
+            program, verb, *arguments = shlex.split(example)
+            assert (program, verb) == ("gradsift", name)
+            command.make_context(verb, arguments)  # does not run it
 
 
 def test_version_is_a_flag_of_gradsift_itself() -> None:

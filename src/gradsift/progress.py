@@ -45,7 +45,7 @@ class Tracker:
     finished: int = 0
     in_batches: int = 0  # of those that are not finished
     tokens_seen: int = 0
-    first: tuple[float, float] | None = None  # when the first news came, and the work done by then
+    first: tuple[float, int] | None = None  # when the first news came, and the work done by then
 
     def __post_init__(self) -> None:
         self.started = self.clock()
@@ -73,7 +73,7 @@ class Tracker:
         return done if self.total is None else min(done, self.total)
 
     @property
-    def _work(self) -> float:
+    def _work(self) -> int:
         """What is done: in tokens where batches are told of, else in units."""
         return self.tokens_seen if self.tokens_seen else self.done
 

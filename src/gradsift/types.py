@@ -50,6 +50,13 @@ class Budget:
             raise ValueError(f"a budget of examples or tokens is a whole number, found {text!r}")
         return cls(amount, unit or "examples")  # type: ignore[arg-type]
 
+    @property
+    def in_words(self) -> str:
+        """What is asked for, to be read: `5% of the pool`, `2,000 examples`."""
+        if self.unit == "%":
+            return f"{self} of the pool"
+        return f"{int(self.amount):,} {'tokens' if self.unit == 'tok' else 'examples'}"
+
     def __str__(self) -> str:
         if self.unit == "%":
             return f"{self.amount:f}%"

@@ -28,18 +28,6 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
-@pytest.fixture
-def arguments(
-    base: Path, adapter: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
-) -> list[object]:
-    pool, target = write("pool.jsonl", [*pool_rows, "{"]), write("t.jsonl", target_rows)
-    return [
-        "select", "--model", base, "--pool", pool, "--target", f"mine={target}",
-        "--adapter", adapter, "--budget", "6", "--output-dir", tmp_path / "run",
-        "--set", "model.device=cpu", "--set", "policy.decontaminate=none",
-    ]  # fmt: skip
-
-
 def test_select_and_explain(
     arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -180,7 +168,7 @@ def test_flags_of_ray_without_ray_are_refused(
     assert call(monkeypatch, *arguments, "--workers", 2) == 2
     assert "give --engine ray as well" in capsys.readouterr().err
     embed = ["--method", "embed", "--engine", "ray"]
-    monkeypatch.setattr("gradsift.methods.embed.find_spec", lambda name: True)
+    monkeypatch.setattr("gradsift.errors.find_spec", lambda name: True)
     monkeypatch.setattr("gradsift.methods.embed.identity", lambda name: name)
     assert call(monkeypatch, *arguments, *embed) == 2
     assert "method=embed runs in one process alone" in capsys.readouterr().err

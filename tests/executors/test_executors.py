@@ -132,8 +132,8 @@ def assert_same_bytes(folder: Path, whole: Path) -> None:
 
 
 def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsift.executors.ray.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'gradsift\[ray\]'"):
+    monkeypatch.setattr("gradsift.errors.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--engine ray needs ray: pip install 'gradsift\[ray\]'"):
         choose_executor(EngineConfig(executor="ray"))
 
 

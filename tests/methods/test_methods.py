@@ -211,7 +211,7 @@ def test_target_examples_cannot_take_turns_where_they_do_not_count(
 def test_embeddings_need_their_library(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path
 ) -> None:
-    monkeypatch.setattr("gradsift.methods.embed.find_spec", lambda name: None)
+    monkeypatch.setattr("gradsift.errors.find_spec", lambda name: None)
     embed = config.embed.model_copy(update={"model": str(base)})
     with pytest.raises(ConfigError, match=r"needs sentence-transformers: pip install"):
         run(by("embed", config.model_copy(update={"embed": embed})), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The picks as other trainers read them."""
+"""The picks as trainers read them: one schema of messages, whatever the pool's schemas are."""
 
 from __future__ import annotations
 
@@ -11,22 +11,57 @@ import yaml
 from datasets import load_dataset
 
 from conftest import Write, configure
+from data.test_whole_messages import ASKED, QWEN, TOOLS
 from gradsift.pipeline import run
-from gradsift.selection.export import export_entries
 
 Rows = list[dict[str, Any]]
 
+PARTS = [{"type": "text", "text": "Say "}, {"type": "text", "text": "yes."}]
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "system", "content": "Be short."},
+                              {"role": "user", "content": PARTS},
+                              {"role": "assistant", "content": "Yes."}]},
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3", "system": "Be exact."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hello?"},
+                                   {"from": "gpt", "value": "Hello."}]},
+    "prompt-completion": {"question": "Two and two?", "answer": "Four."},
+}  # fmt: skip
+AS_MESSAGES = {
+    "messages": [("system", "Be short."), ("user", "Say yes."), ("assistant", "Yes.")],
+    "alpaca": [("system", "Be exact."), ("user", "Add.\n\n1 and 2"), ("assistant", "3")],
+    "sharegpt": [("user", "Hello?"), ("assistant", "Hello.")],
+    "prompt-completion": [("user", "Two and two?"), ("assistant", "Four.")],
+}
+TEMPLATE = (  # of texts and of parts
+    "{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+def pick_all(base: Path, pool: Path, target: Path, folder: Path, **data: Any) -> Path:
+    """Pick a whole pool, without measuring anything of it, and return where the picks are."""
+    config = configure(
+        base, pool, {"t": target}, method="length", data=data,
+        policy={"budget": "100%", "duplicates": "keep"},
+    )  # fmt: skip
+    run(config, folder)
+    return folder / "selected"
+
 
 @pytest.fixture
-def picked(
-    base: Path, adapter: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
-) -> Path:
-    config = configure(
-        base, write("pool.jsonl", pool_rows), {"t": write("t.jsonl", target_rows)},
-        warmup={"adapter": str(adapter)},
-    )  # fmt: skip
-    run(config, tmp_path / "run")
-    return tmp_path / "run" / "selected"
+def mixed(base: Path, write: Write, target_rows: Rows, tmp_path: Path) -> Path:
+    """The picks of a pool whose files have four schemas."""
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    for schema, row in SCHEMAS.items():
+        write(f"pool/{schema}.jsonl", [row | {"id": f"{schema}-{n}"} for n in range(3)])
+    target, template = write("t.jsonl", target_rows), tmp_path / "parts.jinja"
+    template.write_text(TEMPLATE)
+    return pick_all(base, folder, target, tmp_path / "run", columns=COLUMNS, template=str(template))
 
 
 def load(path: Path, tmp_path: Path) -> Any:
@@ -34,103 +69,97 @@ def load(path: Path, tmp_path: Path) -> Any:
     return load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_schema_becomes_messages_in_the_order_of_the_picks(mixed: Path) -> None:
+    lines = read_lines(mixed / "t.messages.jsonl")
+    assert len(lines) == 12
+    assert [list(line) for line in lines] == [["id", "source", "score", "messages"]] * 12
+    assert [line["id"] for line in lines] == [row["id"] for row in read_lines(mixed / "t.jsonl")]
+    scores = [line["score"] for line in lines]
+    assert scores == sorted(scores, reverse=True)
+    for line in lines:
+        assert line["source"] == line["id"].rpartition("-")[0]
+        turns = [(turn["role"], turn["content"]) for turn in line["messages"]]
+        assert turns == AS_MESSAGES[line["source"]]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_trl_trains_on_the_picks_as_they_are(picked: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schema", [*SCHEMAS, "mixed"])
+def test_trl_trains_on_picks_of_every_schema(
+    schema: str, base: Path, write: Write, target_rows: Rows, mixed: Path, tmp_path: Path
+) -> None:
     trl = pytest.importorskip("trl")
-    data = load(picked / "t.jsonl", tmp_path)
+    picked = mixed
+    if schema != "mixed":
+        pool = write("one.jsonl", [SCHEMAS[schema] | {"id": f"{n}"} for n in range(6)])
+        target, template = write("t.jsonl", target_rows), tmp_path / "parts.jinja"
+        columns = COLUMNS if schema == "prompt-completion" else {}
+        picked = pick_all(
+            base, pool, target, tmp_path / "one", columns=columns, template=str(template)
+        )
+    data = load(picked / "t.messages.jsonl", tmp_path)
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path / "trl"), max_steps=2, per_device_train_batch_size=2,
         report_to="none", use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
     )  # fmt: skip
     trainer = trl.SFTTrainer(model=str(base), train_dataset=data, args=arguments)
-    assert len(trainer.train_dataset) == 9
+    assert len(trainer.train_dataset) == (12 if schema == "mixed" else 6)
     result = trainer.train()
     assert result.global_step == 2
     assert 0 < result.training_loss < 20
 
 
-def test_datasets_reads_the_picks_in_their_order(picked: Path, tmp_path: Path) -> None:
-    data = load(picked / "t.jsonl", tmp_path)
-    lines = [json.loads(line) for line in (picked / "t.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in data] == [line["id"] for line in lines]
-    assert [row["messages"] for row in data] == [line["messages"] for line in lines]
-
-
-def test_entries_name_the_file_and_what_its_turns_are_called(picked: Path, tmp_path: Path) -> None:
+def test_calls_and_tools_are_kept_and_load_however_late_they_come(
+    base: Path, write: Write, tmp_path: Path
+) -> None:
+    long = {"messages": [{"role": "user", "content": "x"},
+                         {"role": "assistant", "content": "yes " * 20}]}  # fmt: skip
+    asked = {"messages": ASKED, "tools": TOOLS, "id": "asked"}
+    template = tmp_path / "qwen.jinja"
+    template.write_text(QWEN)
+    pool = write("pool.jsonl", [asked, long | {"id": "first"}, long | {"id": "second"}])
+    target = write("t.jsonl", [long])
+    picked = pick_all(base, pool, target, tmp_path / "run", template=str(template), max_length=4000)
+    first, second, last = (picked / "t.messages.jsonl").read_text().splitlines(keepends=True)
+    found = json.loads(last)
+    assert [turn.get("tool_calls") for turn in found["messages"]] == [
+        turn.get("tool_calls") for turn in ASKED
+    ]
+    assert json.loads(found["tools"]) == TOOLS
+    # a file whose calls come after the 10 MB from which `datasets` infers its types
+    turn = json.loads(first)["messages"][0]
+    assert turn == {"role": "user", "content": "x", "name": None, "tool_calls": None}
+    late = tmp_path / "late.jsonl"
+    count = 12_000_000 // len(second)
+    late.write_text(first + second * count + last)
+    loaded = load(late, tmp_path)[count + 1]
+    assert loaded["messages"] == found["messages"]
+    assert json.loads(loaded["tools"]) == TOOLS
     entry = json.loads((picked / "dataset_info.json").read_text())["gradsift_t"]
+    assert entry["formatting"] == "openai"
+    assert entry["columns"] == {"messages": "messages", "tools": "tools"}
+
+
+def test_entries_name_the_file_and_what_its_turns_are_called(mixed: Path, tmp_path: Path) -> None:
+    entry = json.loads((mixed / "dataset_info.json").read_text())["gradsift_t"]
     assert entry == {
-        "file_name": "t.jsonl",
+        "file_name": "t.messages.jsonl",
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
         "tags": {
             "role_tag": "role", "content_tag": "content", "user_tag": "user",
-            "assistant_tag": "assistant", "system_tag": "system",
+            "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system",
         },
     }  # fmt: skip
-    [dataset] = yaml.safe_load((picked / "axolotl.yaml").read_text())["datasets"]
+    [dataset] = yaml.safe_load((mixed / "axolotl.yaml").read_text())["datasets"]
     assert dataset == {
-        "path": str(picked / "t.jsonl"), "ds_type": "json", "type": "chat_template",
+        "path": str(mixed / "t.messages.jsonl"), "ds_type": "json", "type": "chat_template",
         "field_messages": "messages",
         "message_property_mappings": {"role": "role", "content": "content"},
     }  # fmt: skip
-    turn = load(picked / "t.jsonl", tmp_path)[0][entry["columns"]["messages"]][0]
-    assert turn[entry["tags"]["role_tag"]] == entry["tags"]["user_tag"]
-
-
-@pytest.mark.parametrize(
-    ("schema", "row", "columns", "factory", "axolotl"),
-    [
-        ("alpaca", {"instruction": "a", "output": "b"}, {},
-         {"formatting": "alpaca",
-          "columns": {"prompt": "instruction", "response": "output"}},
-         {"type": "alpaca"}),
-        ("alpaca", {"instruction": "a", "input": "i", "output": "b", "system": "s"}, {},
-         {"formatting": "alpaca", "columns": {"prompt": "instruction", "query": "input",
-                                              "response": "output", "system": "system"}},
-         {"type": {"field_instruction": "instruction", "field_input": "input",
-                   "field_output": "output", "format": "{instruction}\n\n{input}",
-                   "no_input_format": "{instruction}", "field_system": "system"}}),
-        ("sharegpt", {"conversations": [{"from": "user"}, {"from": "gpt"}]}, {},
-         {"formatting": "sharegpt", "columns": {"messages": "conversations"},
-          "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "user",
-                   "assistant_tag": "gpt", "system_tag": "system"}},
-         {"type": "chat_template", "field_messages": "conversations",
-          "message_property_mappings": {"role": "from", "content": "value"}}),
-        ("prompt-completion", {"q": "a", "a": "b"}, {"prompt": "q", "completion": "a"},
-         {"formatting": "alpaca", "columns": {"prompt": "q", "response": "a"}},
-         {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction}",
-                   "no_input_format": "{instruction}"}}),
-    ],
-)  # fmt: skip
-def test_entries_of_other_schemas(
-    schema: str, row: dict[str, Any], columns: dict[str, str], factory: dict[str, Any],
-    axolotl: dict[str, Any], tmp_path: Path,
-) -> None:  # fmt: skip
-    folder = tmp_path / "selected"
-    folder.mkdir()
-    (folder / "t.jsonl").write_text(json.dumps(row) + "\n")
-    export_entries(tmp_path, {"t": {schema}}, columns)
-    found = json.loads((folder / "dataset_info.json").read_text())
-    assert found == {"gradsift_t": {"file_name": "t.jsonl", **factory}}
-    [dataset] = yaml.safe_load((folder / "axolotl.yaml").read_text())["datasets"]
-    assert dataset == {"path": str(folder / "t.jsonl"), "ds_type": "json", **axolotl}
-
-
-@pytest.mark.parametrize(
-    ("schemas", "row"),
-    [
-        ({"messages", "alpaca"}, {}),
-        ({"prompt-completion"}, {"prompt": [], "completion": []}),
-        ({"sharegpt"}, {"conversations": [{"from": "human"}, {"from": "user"}]}),
-    ],
-)
-def test_what_no_trainer_reads_in_one_go_has_no_entry(
-    schemas: set[str], row: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "selected"
-    folder.mkdir()
-    (folder / "t.jsonl").write_text(json.dumps(row) + "\n")
-    export_entries(tmp_path, {"t": schemas}, {})
-    assert json.loads((folder / "dataset_info.json").read_text()) == {}
-    assert "no trainer reads these rows in one go" in caplog.text
+    turn = load(mixed / "t.messages.jsonl", tmp_path)[0][entry["columns"]["messages"]][-1]
+    assert turn[entry["tags"]["role_tag"]] == entry["tags"]["assistant_tag"]

@@ -18,8 +18,6 @@ from gradsift.errors import ConfigError
 from gradsift.sections import parse_share
 from gradsift.types import Budget
 
-_BUDGETS = {"%": "{} of the pool", "examples": "{} examples", "tok": "{}ens"}
-
 
 @dataclass(frozen=True)
 class Candidates:
@@ -53,7 +51,7 @@ def describe_policy(policy: PolicyConfig) -> dict[str, str]:
         strategy = f"round-robin: each target {policy.per} picks in turn"
     caps = cap.items() if isinstance(cap, dict) else [("any one source", cap)] if cap else []
     return {
-        "budget": _BUDGETS[Budget.parse(policy.budget).unit].format(policy.budget),
+        "budget": Budget.parse(policy.budget).in_words,
         "strategy": strategy,
         "source_cap": "; ".join(f"at most {share} from {source}" for source, share in caps)
         or "no cap on sources",

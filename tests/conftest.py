@@ -83,3 +83,20 @@ def target_rows() -> list[dict[str, Any]]:
     return [e | {"task": "a"} for e in make_examples("sql", 5, seed=2)] + [
         e | {"task": "b"} for e in make_examples("record", 2, seed=2)
     ]
+
+
+@pytest.fixture
+def arguments(
+    base: Path,
+    adapter: Path,
+    write: Write,
+    pool_rows: list[dict[str, Any]],
+    target_rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> list[object]:
+    pool, target = write("pool.jsonl", [*pool_rows, "{"]), write("t.jsonl", target_rows)
+    return [
+        "select", "--model", base, "--pool", pool, "--target", f"mine={target}",
+        "--adapter", adapter, "--budget", "6", "--output-dir", tmp_path / "run",
+        "--set", "model.device=cpu", "--set", "policy.decontaminate=none",
+    ]  # fmt: skip

@@ -249,7 +249,8 @@ def test_csv_rows_of_another_width_are_rejected(tmp_path: Path) -> None:
     path.write_text('prompt,completion\n"NA\n",007\nx\na,b,c\n')
     assert encode(tmp_path, path).conversations([0], {})[0][1]["content"] == "007"
     assert [(r["line"], r["reason"]) for r in rejections(tmp_path)] == [
-        (4, "expected 2 fields as in the header"), (5, "expected 2 fields as in the header"),
+        (4, "expected 2 fields as in the header, found 1"),
+        (5, "expected 2 fields as in the header, found 3"),
     ]  # fmt: skip
 
 

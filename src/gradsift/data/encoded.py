@@ -34,7 +34,7 @@ from gradsift.data.conversations import (
     to_tools,
 )
 from gradsift.data.encoding import Encoded, Encoder, Tools
-from gradsift.data.readers import Row
+from gradsift.data.rows import Row
 from gradsift.data.sources import Source
 from gradsift.errors import DataError, shorten
 from gradsift.runs import layout

@@ -17,15 +17,9 @@ from typing import Any, Literal
 
 from fsspec.compression import available_compressions
 
-from gradsift.data.readers import (
-    SEPARATORS,
-    Row,
-    read_csv,
-    read_json,
-    read_lines,
-    read_parquet,
-    read_table,
-)
+from gradsift.data.csv_records import SEPARATORS, read_csv
+from gradsift.data.readers import read_json, read_lines, read_parquet, read_table
+from gradsift.data.rows import Row
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)

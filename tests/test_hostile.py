@@ -157,7 +157,7 @@ def test_a_mapped_column_that_a_file_lacks_is_said(
     encoder, sources = Encoder(tiny_models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
     with caplog.at_level("INFO", "gradsift"):
         encode_set("pool", sources, encoder, {"messages": "nope"}, tmp_path / "data")
-    assert "prompt-completion (no column nope as mapped)" in caplog.text
+    assert "prompt-completion (no column 'nope' as mapped by data.columns.messages)" in caplog.text
 
 
 def test_a_role_of_50_megabytes_is_cut_wherever_it_is_told(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +59,17 @@ def shorten(text: str, characters: int = 300) -> str:
     if len(text) <= characters:
         return text
     return f"{text[:characters]} … ({len(text):,} characters)"
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is nearest to one that is not, if any is near.
+
+    >>> suggest("Promt", ["prompt", "completion"])
+    "; did you mean 'prompt'?"
+    """
+    by_case = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(str(name)[:200].casefold(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]!r}?" if near else ""
 
 
 def is_disk_full(error: Exception) -> bool:

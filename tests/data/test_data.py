@@ -240,7 +240,11 @@ def test_a_hub_id_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
 def test_a_mapped_column_that_is_not_there_is_named(tmp_path: Path, write: Write) -> None:
     path = write("pool.jsonl", [{"question": "q", "answer": "a"}])
     columns = {"prompt": "qestion", "completion": "answer"}
-    with pytest.raises(DataError, match=r"question, answer; no column qestion as mapped"):
+    with pytest.raises(
+        DataError,
+        match=r"question, answer; no column 'qestion' as mapped by data\.columns\.prompt; did you "
+        r"mean 'question'\?",
+    ):
         encode(tmp_path, path, columns=columns)
 
 

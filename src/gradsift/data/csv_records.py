@@ -1,10 +1,10 @@
 """The records of a CSV or TSV file; one that is broken costs itself, not the file.
 
-A record ends at the first end of a line outside quotes, so quoted fields may hold line breaks. Where
-a quoted field is not closed (in the file, or within `LONGEST_RECORD` characters), or other text
-follows its closing quote, nobody can know where the record was meant to end: it costs the line where
-it begins, and reading goes on at the next line. So it does where a record has too many or too few
-fields and an odd number of quotes: a stray one has swallowed lines. With an even number such a
+A record ends at the first end of a line outside quotes, so quoted fields may hold line breaks.
+Where a quoted field is not closed (in the file, or within `LONGEST_RECORD` characters), or other
+text follows its closing quote, nobody can know where the record was meant to end: it costs the line
+where it begins, and reading goes on at the next line. So it does where a record has too many or too
+few fields and an odd number of quotes: a stray one has swallowed lines. With an even number such a
 record costs itself, all its lines. Bytes that are no UTF-8 cost the record that they stand in.
 """
 

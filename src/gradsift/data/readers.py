@@ -32,10 +32,11 @@ def read_lines(name: str) -> Iterator[Row]:
             if number == 1:
                 raw = raw.removeprefix(_BYTE_ORDER_MARK)
             if raw.strip():
-                yield _parse(name, number, raw)
+                yield parse_row(name, number, raw)
 
 
-def _parse(name: str, number: int, raw: bytes) -> Row:
+def parse_row(name: str, number: int, raw: bytes) -> Row:
+    """Return a row of JSON, or what is wrong with it."""
     try:
         # decoded first: JSON readers guess at encodings, and other readers guess differently
         value = json.loads(
@@ -118,7 +119,7 @@ def read_json(name: str) -> Iterator[Row]:
             raw = _as_json(value)
             yield Row(name, number, raw, problem=_NO_VALUE)
         else:
-            yield _parse(name, number, raw.encode("utf-8", "surrogatepass"))
+            yield parse_row(name, number, raw.encode("utf-8", "surrogatepass"))
 
 
 def read_parquet(name: str) -> Iterator[Row]:
@@ -137,7 +138,7 @@ def read_parquet(name: str) -> Iterator[Row]:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1
-                    yield _parse(name, number, _as_json(value))
+                    yield parse_row(name, number, _as_json(value))
     except (pa.ArrowException, OverflowError) as error:  # dates beyond Python's
         raise DataError(f"cannot read {name!r} after row {number}: {error}") from error
 
@@ -145,7 +146,7 @@ def read_parquet(name: str) -> Iterator[Row]:
 def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:
     """Yield the rows of a data set that is read by somebody else."""
     for number, value in enumerate(values, start=1):
-        yield _parse(name, number, _as_json(value))
+        yield parse_row(name, number, _as_json(value))
 
 
 def _as_json(value: Any) -> bytes:

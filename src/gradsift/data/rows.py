@@ -1,4 +1,4 @@
-"""One row of any file: the place it came from, its bytes, and its value or what is wrong with it."""
+"""One row of any file: the place it came from, its bytes, its value or what is wrong with it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from gradsift.config import DataConfig
 from gradsift.data.encoded import encode_set
 from gradsift.data.encoding import Encoder
-from gradsift.data.sources import log_folder_contents, resolve
+from gradsift.data.schemas import check_schemas
+from gradsift.data.sources import log_contents, resolve
 from gradsift.runs import layout
 from gradsift.runs.atomic import room_for
 from gradsift.runs.folder import Run
@@ -42,9 +43,10 @@ def encoding_stages(
         content = Path(data.template).read_bytes()
         shared["template_hash"] = hashlib.sha256(content).hexdigest()
     stages = {}
-    for name, specs in sets.items():
-        sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
-        files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
+    found = {name: resolve(specs) for name, specs in sets.items()}  # is all there? then hash it
+    for name, sources in found.items():
+        numbered = enumerate(sources, start=1)  # their order is that of the rows
+        files = {f"{number} {source.name}": source.fingerprint() for number, source in numbered}
         outputs = (layout.encoded(name, folder), layout.rejected(name, folder))
         settings = {"files": files, "tokenizer": tokenizer} | shared
         stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
@@ -61,17 +63,22 @@ def encode_sets(
 ) -> None:
     """Encode what is not encoded yet, each set as its stage says.
 
-    `load_encoder` is called once, if there is something to encode.
+    The first rows of all files are looked at before anything is encoded, and the pool, which may
+    take long, is encoded last: a fault of a target is told before. `load_encoder` is called once,
+    if there is something to encode.
 
     Raises:
         DataError: If a set has no usable row, or any unusable one under `strict`.
     """
-    encoder = None
     for name, specs in sets.items():
+        if folder.find_fault([stages[name]]):
+            log_contents(specs)
+            check_schemas(resolve(specs), columns)
+    encoder = None
+    for name in sorted(sets, key=layout.POOL.__eq__):
         path = folder.path / stages[name].outputs[0]
         with folder.stage(stages[name]) as todo:
             if todo:
-                log_folder_contents(specs)
                 encoder = encoder or load_encoder()
                 with room_for(path):
-                    encode_set(name, resolve(specs), encoder, columns, path.parent, strict)
+                    encode_set(name, resolve(sets[name]), encoder, columns, path.parent, strict)

@@ -46,7 +46,7 @@ def encode(
         return Encoder(tiny_models.tokenizer(), 64)
 
     with open_run(run) as folder:
-        stages = encoding_stages(data, "tokenizer", False, sets)
+        stages = encoding_stages(data, "model", False, sets)
         encode_sets(sets, stages, folder, load, data.columns)
     return loaded
 

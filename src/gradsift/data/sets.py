@@ -25,14 +25,14 @@ def data_sets(data: DataConfig) -> dict[str, tuple[str, ...]]:
 
 def encoding_stages(
     data: DataConfig,
-    tokenizer: str,
+    model: str,
     trust_remote_code: bool,
     sets: Mapping[str, tuple[str, ...]],
     folder: str = layout.ENCODED,
 ) -> dict[str, Stage]:
     """Return the stages that encode some sets of sources into a folder.
 
-    `tokenizer`: the identity of the model that it belongs to.
+    `model`: the identity of the model whose tokenizer is used.
 
     Raises:
         DataError: If a file is not there.
@@ -48,7 +48,7 @@ def encoding_stages(
         numbered = enumerate(sources, start=1)  # their order is that of the rows
         files = {f"{number} {source.name}": source.fingerprint() for number, source in numbered}
         outputs = (layout.encoded(name, folder), layout.rejected(name, folder))
-        settings = {"files": files, "tokenizer": tokenizer} | shared
+        settings = {"files": files, "model": model} | shared
         stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
     return stages
 

@@ -6,6 +6,8 @@ text follows its closing quote, nobody can know where the record was meant to en
 where it begins, and reading goes on at the next line. So it does where a record has too many or too
 few fields and an odd number of quotes: a stray one has swallowed lines. With an even number such a
 record costs itself, all its lines. Bytes that are no UTF-8 cost the record that they stand in.
+
+The standard library reads them, because text must stay text ("007" is no number, "NA" no gap).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The rows of files, one reader for each kind, each row with the place it came from and its bytes.
 
 JSON Lines are read line by line, because a broken line must be named and the others kept, and
-because picks are written back byte for byte; CSV by the standard library, because there text must
-stay text ("007" is no number, "NA" no gap); Parquet by PyArrow; what `save_to_disk` wrote and the
-Hub through `datasets`, which runs no code of a data set since its version 4.
+because picks are written back byte for byte; Parquet by PyArrow; what `save_to_disk` wrote and the
+Hub through `datasets`, which runs no code of a data set since its version 4. CSV files are read in
+`csv_records.py`.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
          "found 'Auto'; did you mean 'auto'?"),
         ("engine.memory=much", "engine.memory (--memory): expected 'auto' or a size such as 8GiB, "
          "found 'much'"),
+        ("method=gits", "'random', found 'gits'; did you mean 'gist'?"),
         ("lora=8", "lora: expected its settings by their names (rank, alpha, dropout, …), found 8"),
         ("data.columns={prmpt: q}", "'prmpt' is no field; expected one of messages, prompt, "
          "completion, system, tools, id, source, task; did you mean 'prompt'?"),
@@ -87,8 +88,11 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
         ("policy.source_cap=much", "expected a share above 0% and up to 100%"),
         ("policy.source_cap=NaN%", "expected a share above 0%"),
         ("data.pool=''", "(--pool): expected a path or Hub id, or a list of them, found ''"),
-        ("gist.rank=0", "expected at least 1, found 0"),
-        ("gist.rank=half", "expected a share above 0%"),
+        ("gist.rank=0", "gist.rank: expected 'auto', 'full', a share such as 95%, or a count of at "
+         "least 1, found 0"),
+        ("gist.rank=fulll", "found 'fulll'; did you mean 'full'?"),
+        ("gist.rank=150%", "or a count of at least 1, found '150%'"),
+        ("gist.rank=half", "or a count of at least 1, found 'half'"),
         ("warmup.checkpoints=2", "2 checkpoints need as many epochs, found 1"),
         ("warmup.micro_batch_size=5", "batch_size 128 is not a multiple of micro_batch_size 5"),
         ("data.columns={question: q}", "'question' is no field"),
@@ -161,6 +165,13 @@ def test_a_shard_is_whole_windows() -> None:
 def test_an_adapter_and_no_warm_up_contradict() -> None:
     with pytest.raises(ConfigError, match="give an adapter or mode 'none', not both"):
         build("warmup.adapter=a", "warmup.mode=none")
+
+
+def test_each_wrong_setting_is_told_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        build("lora.rnk=1", "lora.alfa=2", "gist.rank=[]", "less.seed=-1", "lora.dropout=2")
+    named = [re.sub(r"unknown setting |:.*|;.*", "", line) for line in str(error.value).split("\n")]
+    assert sorted(named) == ["'lora.alfa'", "'lora.rnk'", "gist.rank", "less.seed", "lora.dropout"]
 
 
 def test_missing_settings_are_named() -> None:

@@ -6,7 +6,8 @@ allowed, whichever of its rules a value breaks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -70,25 +71,30 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
     schema, lines = model.model_json_schema(), dict[str, str]()
     for item in error.errors():
         where, node, is_whole = _find(schema, item["loc"])
-        found = item["input"] if is_whole else _at(values, where, item["input"])
-        if item["loc"] and item["loc"][-1] == "[key]":
-            line = f"{_named(where[:-1])}: expected a name that is text, found {found!r}; quote it"
-        elif item["type"] in ("extra_forbidden", "invalid_key"):
+        if item["type"] in ("extra_forbidden", "invalid_key"):
             line = _unknown([*map(str, item["loc"])], node)
-        elif item["type"] == "missing":
-            flag = _FLAGS.get(".".join(where))
-            line = f"missing setting {'.'.join(where)!r}" + (f": give {flag}" if flag else "")
-        elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-            told = "" if "found " in message else f" (found {_shown(found)})"
-            line = f"{_named(where)}: {message}{told}" if where else message
-        else:
-            wanted = _IN_WORDS.get(".".join(where)) or _in_words(schema, node)
-            hint = suggest(found, _choices(schema, node)) if isinstance(found, str) else ""
-            hint = hint or (suggest_share(found) if " share " in wanted else "")
-            line = f"{_named(where)}: expected {wanted}, found {_shown(found)}{hint}"
-        lines.setdefault(".".join(where) or line, line)
+            lines[line] = line
+        else:  # of several kinds that a setting may have, each tells why it is not it
+            found = item["input"] if is_whole else _at(values, where, item["input"])
+            lines.setdefault(".".join(where), _wrong(dict(item), where, found, (schema, node)))
     return [*lines.values()]
+
+
+def _wrong(
+    item: dict[str, Any], where: list[str], found: Any, schemas: tuple[Mapping[str, Any], Any]
+) -> str:
+    """Return what is wrong with one setting, given its schema within that of all settings."""
+    if item["loc"] and item["loc"][-1] == "[key]":
+        return f"{_named(where[:-1])}: expected a name that is text, found {found!r}; quote it"
+    if item["type"] == "missing":
+        flag = _FLAGS.get(".".join(where))
+        return f"missing setting {'.'.join(where)!r}" + (f": give {flag}" if flag else "")
+    if item["type"] == "value_error" and where != ["gist", "rank"]:  # which tells but a part
+        message = item["msg"].removeprefix("Value error, ")
+        told = "" if "found " in message else f" (found {_shown(found)})"
+        return f"{_named(where)}: {message}{told}" if where else message
+    wanted = _IN_WORDS.get(".".join(where)) or _in_words(*schemas)
+    return f"{_named(where)}: expected {wanted}, found {_shown(found)}{_hint(found, wanted)}"
 
 
 def _find(schema: Mapping[str, Any], loc: tuple[Any, ...]) -> tuple[list[str], Any, bool]:
@@ -158,12 +164,11 @@ def _in_words(schema: Mapping[str, Any], node: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (kind, " and ".join(bounds))))
 
 
-def _choices(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[str]:
-    node = _resolved(schema, node)
-    for option in node.get("anyOf", ()):
-        yield from _choices(schema, option)
-    yield from node.get("enum", ())
-    yield from filter(None, [node.get("const")])
+def _hint(found: Any, wanted: str) -> str:
+    """Return the choice, or the share, that may have been meant."""
+    choices = re.findall("'([^']+)'", wanted)
+    hint = suggest(found, choices) if isinstance(found, str) else ""
+    return hint or (suggest_share(found) if " share " in wanted else "")
 
 
 def _shown(value: Any) -> str:

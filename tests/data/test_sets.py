@@ -146,8 +146,8 @@ def test_unknown_columns_are_told_by_the_first_rows_of_every_kind(
     [
         ("a.jsonl", b"", "the file has no content"),
         ("a.jsonl", b"\n\n", "it has no row"),
-        ("a.json", b"[]", "it holds an empty list"),
-        ("a.csv", b"prompt,completion\n", "it has a header and no row"),
+        ("a.json", b" [ ]\n", "it holds an empty list or nothing"),
+        ("a.csv", b"prompt,completion\n", "it has no row below a header"),
         ("a.csv", b"", "the file has no content"),
         ("a.parquet", None, "it has columns and no row"),
     ],

@@ -21,8 +21,8 @@ _LOOKED_AT = 1 << 20  # bytes of a JSON array
 _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 _COMPLETIONS = ("completion", "output", "response", "answer", "solution")
 _EMPTY = {
-    "json": "it holds an empty list",
-    "csv": "it has a header and no row",
+    "json": "it holds an empty list or nothing",
+    "csv": "it has no row below a header",
     "parquet": "it has columns and no row",
 }
 

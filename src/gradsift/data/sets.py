@@ -75,7 +75,7 @@ def encode_sets(
             log_contents(specs)
             check_schemas(resolve(specs), columns)
     encoder = None
-    for name in sorted(sets, key=layout.POOL.__eq__):
+    for name in sorted(sets, key=lambda name: name == layout.POOL):
         path = folder.path / stages[name].outputs[0]
         with folder.stage(stages[name]) as todo:
             if todo:

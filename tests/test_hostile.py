@@ -157,7 +157,7 @@ def test_a_mapped_column_that_a_file_lacks_is_said(
     encoder, sources = Encoder(tiny_models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
     with caplog.at_level("INFO", "gradsift"):
         encode_set("pool", sources, encoder, {"messages": "nope"}, tmp_path / "data")
-    assert "prompt-completion (no column nope as mapped)" in caplog.text
+    assert "prompt-completion (no column 'nope' as mapped by data.columns.messages)" in caplog.text
 
 
 def test_a_role_of_50_megabytes_is_cut_wherever_it_is_told(tmp_path: Path) -> None:
@@ -215,27 +215,57 @@ def test_what_is_visible_stays() -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("data.pool=5", "data.pool: Input should be a valid tuple (found 5)"),
-        ("data.pool={a: b}", "data.pool: Input should be a valid tuple"),
-        ("warmup.seed=-1", "warmup.seed: Input should be greater than or equal to 0"),
-        ("warmup.seed=4294967296", "warmup.seed: Input should be less than 4294967296"),
-        ("random.seed=-5", "random.seed: Input should be greater than or equal to 0"),
-        ("less.seed=-5", "less.seed: Input should be greater than or equal to 0"),
+        (
+            "data.pool=5",
+            "data.pool (--pool): expected a path or Hub id, or a list of them, found 5",
+        ),
+        (
+            "data.pool={a: b}",
+            "data.pool (--pool): expected a path or Hub id, or a list of them, found {'a'",
+        ),
+        (
+            "warmup.seed=-1",
+            "warmup.seed: expected a whole number of at least 0 and below 4,294,967,296, found -1",
+        ),
+        (
+            "warmup.seed=4294967296",
+            "expected a whole number of at least 0 and below 4,294,967,296, found 4294967296",
+        ),
+        (
+            "random.seed=-5",
+            "random.seed: expected a whole number of at least 0 and below 4,294,967,296, found -5",
+        ),
+        (
+            "less.seed=-5",
+            "less.seed: expected a whole number of at least 0 and below 4,294,967,296, found -5",
+        ),
         ("data.targets={" + "x" * 300 + ": t.jsonl}", "100 bytes at most"),
         ("model.name=" + "[" * 5000 + "]" * 5000, "nested too deep"),
         ("model.name=" + "x: {" * 3000 + "}" * 3000, "cannot read the value of"),
-        ("lora.rank=" + "x" * 99999, "lora.rank: Input should be a valid integer"),
+        (
+            "lora.rank=" + "x" * 99999,
+            "lora.rank: expected a whole number of at least 1 and at most 2,147,483,647, found 'xx",
+        ),
         ("policy.budget=" + "9" * 5000, "cannot read the value of"),
         ("policy.budget='" + "9" * 5000 + "'", "expected a share (5%)"),
         ("data.pool=[\udcff]", "data.pool"),
         ("x" * 9999 + ".y=1", "unknown setting"),
         ("policy.source_cap=1e999999999999%", "expected a share above 0%"),
         ('data.template="a\\0b"', "has a NUL character in it"),
-        ("lora.rank=1000000000000000000000000000000", "less than or equal to 2147483647"),
-        ("warmup.epochs=100000000000000000000000000", "less than or equal to 2147483647"),
-        ("warmup.batch_size=10000000000000000000000", "less than or equal to 2147483647"),
-        ("gist.norm_power=.inf", "Input should be a finite number"),
-        ("lora.alpha=.nan", "lora.alpha: Input should be"),
+        (
+            "lora.rank=1000000000000000000000000000000",
+            "expected a whole number of at least 1 and at most 2,147,483,647, found 1",
+        ),
+        (
+            "warmup.epochs=100000000000000000000000000",
+            "expected a whole number of at least 1 and at most 2,147,483,647, found 1",
+        ),
+        (
+            "warmup.batch_size=10000000000000000000000",
+            "expected a whole number of at least 1 and at most 2,147,483,647, found 1",
+        ),
+        ("gist.norm_power=.inf", "gist.norm_power: expected a number of at least 0, found inf"),
+        ("lora.alpha=.nan", "lora.alpha: expected a number above 0, found nan"),
     ],
     ids=lambda text: text[:30].encode(errors="replace").decode(),
 )

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from gradsift.errors import shorten
+from gradsift.errors import shorten, suggest
 from gradsift.sections import (
     MAX_COUNT,
     Count,
@@ -86,7 +86,10 @@ class DataConfig(Section):
     def _fields_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
         for field in columns:
             if field not in _FIELDS:
-                raise ValueError(f"{field!r} is no field; expected one of {', '.join(_FIELDS)}")
+                hint = suggest(field, _FIELDS)
+                raise ValueError(
+                    f"{field!r} is no field; expected one of {', '.join(_FIELDS)}{hint}"
+                )
         return columns
 
     @field_validator("targets")

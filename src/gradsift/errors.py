@@ -7,8 +7,10 @@ import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 
+_SMALLEST_SHARE = Decimal("1e-6")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # all control characters but new line and tab, and those that turn the direction of writing
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -53,16 +55,6 @@ def check_installed(package: str, what: str, extra: str) -> None:
         raise ConfigError(f"{what} needs {name}: pip install 'gradsift[{extra}]'")
 
 
-def suggest(found: str, known: Iterable[str]) -> str:
-    """Return the question whether the nearest of the known names was meant; nothing if none is.
-
-    >>> suggest("gsm8", ["sql", "gsm8k"])
-    "; did you mean 'gsm8k'?"
-    """
-    near = difflib.get_close_matches(found, [*known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def visible(text: str) -> str:
     r"""Return the text as it can be sent to a terminal: control characters are shown, not obeyed.
 
@@ -81,6 +73,41 @@ def shorten(text: str, characters: int = 300) -> str:
     if len(text) <= characters:
         return text
     return f"{text[:characters]} … ({len(text):,} characters)"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is nearest to one that is not, if any is near.
+
+    >>> nearest("Promt", ["prompt", "completion"])
+    'prompt'
+    """
+    by_case = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name[:200].casefold(), by_case, n=1)
+    return by_case[near[0]] if near else None
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the nearest known name, nothing if none is near.
+
+    >>> suggest("Promt", ["prompt", "completion"])
+    "; did you mean 'prompt'?"
+    """
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def suggest_share(value: object) -> str:
+    """Return a hint at the percentage that was meant by a number between 0 and 1.
+
+    >>> suggest_share("0.05")
+    '; did you mean 5%?'
+    """
+    try:
+        share = Decimal(str(value).strip())
+    except InvalidOperation:
+        return ""
+    is_meant = share.is_finite() and _SMALLEST_SHARE <= share < 1
+    return f"; did you mean {(share * 100).normalize():f}%?" if is_meant else ""
 
 
 def is_disk_full(error: Exception) -> bool:

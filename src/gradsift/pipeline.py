@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from gradsift.config import Config
-from gradsift.data.sets import data_sets, encode_sets
-from gradsift.errors import DataError, check_installed, translate_os_errors
+from gradsift.data.sets import count_rows, data_sets, encode_sets
+from gradsift.errors import ConfigError, DataError, check_installed, translate_os_errors
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
@@ -39,6 +39,7 @@ from gradsift.selection.picks import (
 from gradsift.selection.policies import check_policy
 from gradsift.selection.score_table import read_table, write_scores
 from gradsift.selection.stages import RunStages
+from gradsift.types import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,8 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
     from gradsift.models.loading import load_encoder
 
     config = stages.inputs.config
+    if folder.find_fault([stages.inputs.pool_stage]):
+        _check_count(config)
     load, columns = partial(load_encoder, config.model, config.data), config.data.columns
     sets = data_sets(config.data)
     encode_sets(sets, stages.inputs.data_stages, folder, load, columns, strict)
@@ -182,6 +185,22 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
         raise DataError(f"unusable rows under --strict, the first: {first}")
     write_atomically(folder.path / layout.REJECTED, rejected)
     return open_job(stages.inputs, folder)
+
+
+def _check_count(config: Config) -> None:
+    """Find out before the pool is encoded whether it has as many rows as are to be picked.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    budget = Budget.parse(config.policy.budget)
+    if budget.unit == "examples":
+        wanted = int(budget.amount)
+        found = count_rows(config.data.pool, at_most=wanted)
+        if found is not None and found < wanted:
+            raise ConfigError(
+                f"a budget of {wanted} examples, but the pool holds {found} rows; ask for less"
+            )
 
 
 def check_budgets(job: Job, budgets: Sequence[str]) -> None:

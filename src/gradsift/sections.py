@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from pydantic import (
     ValidationError,
 )
 
-from gradsift.errors import ConfigError, shorten
+from gradsift.errors import ConfigError, shorten, suggest_share
+from gradsift.wrong_settings import explain
 
 
 def _as_texts(value: Any) -> Any:
@@ -48,18 +48,11 @@ def parse_share(text: str) -> Decimal:
     except ArithmeticError:
         share = Decimal(0)
     if not text.endswith("%") or not share.is_finite() or not 0 < share <= 1:
-        raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {text!r}")
+        found = f"{shorten(repr(text))}{suggest_share(text)}"
+        raise ValueError(f"expected a share above 0% and up to 100% such as 5%, found {found}")
     return share
 
 
-_FLAGS = {
-    "model": "--model",
-    "model.name": "--model",
-    "data": "--pool and --target",
-    "data.pool": "--pool",
-    "data.targets": "--target",
-    "tests": "--test NAME=FILE",
-}
 S = TypeVar("S", bound="Section")
 
 
@@ -98,8 +91,7 @@ class Section(BaseModel):
         try:
             built = cls.model_validate(values)
         except ValidationError as error:
-            problems = (_explain(dict(item), cls) for item in error.errors())
-            raise ConfigError("\n".join(problems)) from None
+            raise ConfigError("\n".join(explain(error, cls, values))) from None
         if "\0" in built.model_dump_json().replace("\\u0000", "\0"):
             raise ConfigError("a setting has a NUL character in it, which no name or path can have")
         return built
@@ -191,26 +183,3 @@ def parse_assignment(text: str) -> dict[str, Any]:
     for part in reversed([section, *filter(None, name.split("."))]):
         result = {part: result}
     return result
-
-
-def _explain(error: dict[str, Any], model: type[Section]) -> str:
-    path = [str(part) for part in error["loc"]]
-    where = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = _keys_of(path[:-1], model)
-        nearest = difflib.get_close_matches(where, known, n=1, cutoff=0) or known[:1]
-        return (
-            f"unknown setting {where!r}; did you mean {nearest[0]!r}? (known: {', '.join(known)})"
-        )
-    if error["type"] == "missing":
-        flag = _FLAGS.get(where)
-        return f"missing setting {where!r}" + (f": give {flag}" if flag else "")
-    message = error["msg"].removeprefix("Value error, ")
-    found = "" if "found " in message else f" (found {shorten(repr(error['input']))})"
-    return f"{where}: {message}{found}" if path else message
-
-
-def _keys_of(path: list[str], model: Any) -> list[str]:
-    for part in path:
-        model = model.model_fields[part].annotation
-    return [".".join([*path, name]) for name in model.model_fields]

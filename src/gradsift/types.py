@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from gradsift.errors import shorten, suggest_share
+
 MethodName = Literal[
     "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
 ]
@@ -39,7 +41,8 @@ class Budget:
         match = _BUDGET.fullmatch(text.strip())
         if match is None:
             raise ValueError(
-                f"expected a share (5%), a count (2000) or tokens (3Mtok), found {text!r}"
+                f"expected a share (5%), a count (2000) or tokens (3Mtok), found "
+                f"{shorten(repr(text))}{suggest_share(text)}"
             )
         amount, unit = Decimal(match[1]), match[2]
         if unit in _SCALE:
@@ -47,7 +50,8 @@ class Budget:
         if amount == 0 or (unit == "%" and amount > 100):
             raise ValueError(f"a budget is above 0 and at most the whole pool, found {text!r}")
         if unit != "%" and amount != amount.to_integral_value():
-            raise ValueError(f"a budget of examples or tokens is a whole number, found {text!r}")
+            found = f"{text!r}{suggest_share(text)}"
+            raise ValueError(f"a budget of examples or tokens is a whole number, found {found}")
         return cls(amount, unit or "examples")  # type: ignore[arg-type]
 
     @property

@@ -74,7 +74,7 @@ def test_evaluate_says_which_methods_beat_random(
         "--set", "lora=1",
     ]  # fmt: skip
     assert call(monkeypatch, *again) == 2
-    assert "unknown setting 'lora'; did you mean" in capsys.readouterr().err
+    assert "unknown setting 'lora' (known: tests, methods, " in capsys.readouterr().err
     assert call(monkeypatch, *again[:-2]) == 0
     out = capsys.readouterr().out
     assert "mine, 6: " in out

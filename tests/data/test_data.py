@@ -240,7 +240,11 @@ def test_a_hub_id_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
 def test_a_mapped_column_that_is_not_there_is_named(tmp_path: Path, write: Write) -> None:
     path = write("pool.jsonl", [{"question": "q", "answer": "a"}])
     columns = {"prompt": "qestion", "completion": "answer"}
-    with pytest.raises(DataError, match=r"question, answer; no column qestion as mapped"):
+    with pytest.raises(
+        DataError,
+        match=r"question, answer; no column 'qestion' as mapped by data\.columns\.prompt; did you "
+        r"mean 'question'\?",
+    ):
         encode(tmp_path, path, columns=columns)
 
 
@@ -249,7 +253,8 @@ def test_csv_rows_of_another_width_are_rejected(tmp_path: Path) -> None:
     path.write_text('prompt,completion\n"NA\n",007\nx\na,b,c\n')
     assert encode(tmp_path, path).conversations([0], {})[0][1]["content"] == "007"
     assert [(r["line"], r["reason"]) for r in rejections(tmp_path)] == [
-        (4, "expected 2 fields as in the header"), (5, "expected 2 fields as in the header"),
+        (4, "expected 2 fields as in the header, found 1"),
+        (5, "expected 2 fields as in the header, found 3"),
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoder
-from gradsift.data.sources import log_folder_contents, resolve
+from gradsift.data.sources import log_contents, resolve
 from gradsift.errors import DataError
 
 
@@ -85,7 +85,7 @@ def test_what_was_taken_and_left_is_said(
     for spec in (folder, tmp_path / "p*"):
         caplog.clear()
         with caplog.at_level("INFO", "gradsift"):
-            log_folder_contents([str(spec)])
+            log_contents([str(spec)])
         names = "a.csv, array.json, b/deep.jsonl, test.jsonl, train.jsonl, z.parquet"
         assert f"{folder}: taken: {names}" in caplog.text
         assert f"{folder}: left: .git, README.md, b/.hidden.jsonl, dataset_info" in caplog.text
@@ -138,7 +138,7 @@ def test_what_save_to_disk_wrote_is_read_as_such(
     assert prompts(f"{folder}:all") == ["train 0", "train 1", "test 0", "test 1"]
     assert prompts(tmp_path / "saved*") == ["train 0", "train 1"]
     with caplog.at_level("INFO", "gradsift"):
-        log_folder_contents([str(folder), f"{folder}:test"])
+        log_contents([str(folder), f"{folder}:test"])
     assert f"{folder}: taken: train" in caplog.text
     assert f"{folder}: left: test" in caplog.text
     assert f"{folder}: taken: test" in caplog.text
@@ -174,7 +174,7 @@ def test_a_saved_data_set_is_read_as_it_is_stored(
         encode(tmp_path, tmp_path / "none")
     put(tmp_path / "some/more.jsonl", *rows("more"))
     with caplog.at_level("INFO", "gradsift"):
-        log_folder_contents([str(tmp_path / "some")])
+        log_contents([str(tmp_path / "some")])
     assert f"{tmp_path}/some: taken: the data set saved there" in caplog.text
     assert f"{tmp_path}/some: left: more.jsonl" in caplog.text
     (tmp_path / "some/dataset_info.json").write_text("[]")

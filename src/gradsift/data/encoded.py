@@ -24,19 +24,18 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from gradsift.data.conversations import (
-    EXPECTED,
     Message,
     UnusableRowError,
-    detect,
     rename,
     text_of,
     to_messages,
     to_tools,
 )
 from gradsift.data.encoding import Encoded, Encoder, Tools
-from gradsift.data.readers import Row
+from gradsift.data.rows import Row
+from gradsift.data.schemas import describe_empty, describe_lacking, find_schema
 from gradsift.data.sources import Source
-from gradsift.errors import DataError, shorten
+from gradsift.errors import DataError
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ def encode_set(
                 writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
     if not accepted:
         partial.unlink()
-        raise DataError(f"{_nothing_usable(name, sources, reasons)} (all in {rejected})")
+        raise DataError(_nothing_usable(name, sources, reasons, rejected))
     if reasons:
         logger.warning(
             "%s: %d of %d rows are unusable, for example: %s (all in %s)",
@@ -208,12 +207,15 @@ def encode_set(
     return EncodedSet(path)
 
 
-def _nothing_usable(name: str, sources: Sequence[Source], reasons: Counter[str]) -> str:
-    files = ", ".join(source.name for source in sources)
+def _nothing_usable(
+    name: str, sources: Sequence[Source], reasons: Counter[str], rejected: Path
+) -> str:
     if not reasons:
-        return f"{name} is empty: no row in {files}"
+        files = ", ".join(f"{source.name} ({describe_empty(source)})" for source in sources)
+        return f"{name} is empty: no row in {files}; give files that have rows"
+    files = ", ".join(source.name for source in sources)
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
-    return f"{name} has no usable row in {files}: {listed}"
+    return f"{name} has no usable row in {files}: {listed} (all in {rejected})"
 
 
 def _candidates(
@@ -221,24 +223,16 @@ def _candidates(
 ) -> Iterator[tuple[Row, _Candidate | UnusableRowError]]:
     """Yield each row with its conversation; a file's schema is that of its first readable row."""
     for source in sources:
-        schema = None
+        schema = row = None
         for row in source.rows():
             if row.value is None:
                 yield row, UnusableRowError(row.problem or "")
                 continue
             if schema is None:
-                schema = detect(row.value, columns)
-                if schema is None:
-                    found = shorten(", ".join(row.value))
-                    lacking = [c for c in columns.values() if c not in row.value]
-                    hint = f"; no column {', '.join(lacking)} as mapped" if lacking else ""
-                    raise DataError(
-                        f"{row.file}:{row.line}: no known schema; expected {EXPECTED}; "
-                        f"found the columns {found or '(none)'}{hint}"
-                    )
-                lacking = [c for c in columns.values() if c not in row.value]
-                hint = f" (no column {', '.join(lacking)} as mapped)" if lacking else ""
-                logger.info("%s: %s%s", source.name, schema, hint)
+                schema = find_schema(row, columns)
+                lacking = describe_lacking(row, columns)
+                log = logger.warning if "did you mean" in lacking else logger.info
+                log("%s: %s%s", source.name, schema, lacking and f" ({lacking})")
             fields = rename(row.value, columns)
             try:
                 messages, tools = to_messages(fields, schema), to_tools(fields)
@@ -246,6 +240,8 @@ def _candidates(
                 yield row, reason
             else:
                 yield row, _Candidate(row, source, schema, fields, messages, tools)
+        if row is None:
+            logger.warning("%s has no row: %s", source.name, describe_empty(source))
 
 
 def _encode(

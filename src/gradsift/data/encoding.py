@@ -60,7 +60,7 @@ class Encoder:
         template: str | None = None,
         num_embeddings: int | None = None,
     ) -> None:
-        """MeasureFactory the template: the tokenizer's own, Tulu's, or that of a file.
+        """Choose the template: the tokenizer's own, Tulu's, or that of a file.
 
         `num_embeddings`: how many tokens the model knows.
 

@@ -1,44 +1,27 @@
 """The rows of files, one reader for each kind, each row with the place it came from and its bytes.
 
 JSON Lines are read line by line, because a broken line must be named and the others kept, and
-because picks are written back byte for byte; CSV by the standard library, because there text must
-stay text ("007" is no number, "NA" no gap); Parquet by PyArrow; what `save_to_disk` wrote and the
-Hub through `datasets`, which runs no code of a data set since its version 4.
+because picks are written back byte for byte; Parquet by PyArrow; what `save_to_disk` wrote and the
+Hub through `datasets`, which runs no code of a data set since its version 4. CSV files are read in
+`csv_records.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
 
+from gradsift.data.rows import Row, check_names
 from gradsift.errors import DataError, shorten
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
 _ROWS_AT_ONCE = 1024
 _NO_VALUE = "it has NaN or Infinity, which are no JSON, or a key that stands twice in an object"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it came in: `value` where it is a JSON object, else `problem`.
-
-    `line` counts from 1; `raw` holds the row's own bytes (JSON Lines) or its JSON.
-    """
-
-    file: str
-    line: int
-    raw: bytes
-    value: dict[str, Any] | None = None
-    problem: str | None = None
 
 
 def read_lines(name: str) -> Iterator[Row]:
@@ -49,10 +32,11 @@ def read_lines(name: str) -> Iterator[Row]:
             if number == 1:
                 raw = raw.removeprefix(_BYTE_ORDER_MARK)
             if raw.strip():
-                yield _parse(name, number, raw)
+                yield parse_row(name, number, raw)
 
 
-def _parse(name: str, number: int, raw: bytes) -> Row:
+def parse_row(name: str, number: int, raw: bytes) -> Row:
+    """Return a row of JSON, or what is wrong with it."""
     try:
         # decoded first: JSON readers guess at encodings, and other readers guess differently
         value = json.loads(
@@ -135,30 +119,7 @@ def read_json(name: str) -> Iterator[Row]:
             raw = _as_json(value)
             yield Row(name, number, raw, problem=_NO_VALUE)
         else:
-            yield _parse(name, number, raw.encode("utf-8", "surrogatepass"))
-
-
-def read_csv(name: str) -> Iterator[Row]:
-    """Yield the rows of a CSV or TSV file, all values as text.
-
-    Raises:
-        DataError: If it is no such file.
-    """
-    separator = next(SEPARATORS[s] for s in reversed(Path(name).suffixes) if s in SEPARATORS)
-    csv.field_size_limit(1 << 30)  # the default of 128 KB is less than many a document
-    with fsspec.open(name, "rt", compression="infer", encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=separator, strict=True)  # type: ignore[arg-type]
-        try:
-            _check_names(name, reader.fieldnames or ())
-            for value in reader:
-                raw = json.dumps(value, ensure_ascii=False, default=str).encode()
-                if None in value or None in value.values():
-                    problem = f"expected {len(reader.fieldnames or ())} fields as in the header"
-                    yield Row(name, reader.line_num, raw, problem=problem)
-                else:
-                    yield Row(name, reader.line_num, raw, value)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{name}:{reader.line_num + 1}: {error}") from None
+            yield parse_row(name, number, raw.encode("utf-8", "surrogatepass"))
 
 
 def read_parquet(name: str) -> Iterator[Row]:
@@ -173,25 +134,19 @@ def read_parquet(name: str) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(name) as file:
-            _check_names(name, file.schema_arrow.names)
+            check_names(name, file.schema_arrow.names)
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1
-                    yield _parse(name, number, _as_json(value))
+                    yield parse_row(name, number, _as_json(value))
     except (pa.ArrowException, OverflowError) as error:  # dates beyond Python's
         raise DataError(f"cannot read {name!r} after row {number}: {error}") from error
-
-
-def _check_names(name: str, columns: Sequence[str]) -> None:
-    twice = sorted({column for column in columns if column and columns.count(column) > 1})
-    if twice:
-        raise DataError(f"{name} has the column {twice[0]!r} twice; rename or remove one of them")
 
 
 def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:
     """Yield the rows of a data set that is read by somebody else."""
     for number, value in enumerate(values, start=1):
-        yield _parse(name, number, _as_json(value))
+        yield parse_row(name, number, _as_json(value))
 
 
 def _as_json(value: Any) -> bytes:

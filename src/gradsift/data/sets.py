@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 
 from gradsift.config import DataConfig
 from gradsift.data.encoded import encode_set
 from gradsift.data.encoding import Encoder
-from gradsift.data.sources import log_folder_contents, resolve
+from gradsift.data.schemas import check_schemas
+from gradsift.data.sources import log_contents, resolve
 from gradsift.runs import layout
 from gradsift.runs.atomic import room_for
 from gradsift.runs.folder import Run
@@ -24,14 +26,14 @@ def data_sets(data: DataConfig) -> dict[str, tuple[str, ...]]:
 
 def encoding_stages(
     data: DataConfig,
-    tokenizer: str,
+    model: str,
     trust_remote_code: bool,
     sets: Mapping[str, tuple[str, ...]],
     folder: str = layout.ENCODED,
 ) -> dict[str, Stage]:
     """Return the stages that encode some sets of sources into a folder.
 
-    `tokenizer`: the identity of the model that it belongs to.
+    `model`: the identity of the model whose tokenizer is used.
 
     Raises:
         DataError: If a file is not there.
@@ -42,13 +44,33 @@ def encoding_stages(
         content = Path(data.template).read_bytes()
         shared["template_hash"] = hashlib.sha256(content).hexdigest()
     stages = {}
-    for name, specs in sets.items():
-        sources = enumerate(resolve(specs), start=1)  # their order is that of the rows
-        files = {f"{number} {source.name}": source.fingerprint() for number, source in sources}
+    found = {name: resolve(specs) for name, specs in sets.items()}  # is all there? then hash it
+    for name, sources in found.items():
+        numbered = enumerate(sources, start=1)  # their order is that of the rows
+        files = {f"{number} {source.name}": source.fingerprint() for number, source in numbered}
         outputs = (layout.encoded(name, folder), layout.rejected(name, folder))
-        settings = {"files": files, "tokenizer": tokenizer} | shared
+        settings = {"files": files, "model": model} | shared
         stages[name] = Stage(f"{folder}/{name}", settings, outputs, cheap=True)
     return stages
+
+
+def look_at(sets: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> None:
+    """Find out from the first rows whether all files of some sets are there and have a schema.
+
+    Raises:
+        DataError: If not.
+    """
+    for specs in sets.values():
+        check_schemas(resolve(specs), columns)
+
+
+def count_rows(specs: tuple[str, ...], at_most: int) -> int | None:
+    """Return how many rows some sources have, counted up to a number; of a Hub data set none."""
+    sources = resolve(specs)
+    if any(source.kind == "hub" for source in sources):
+        return None
+    rows = (row for source in sources for row in source.rows())
+    return sum(1 for _ in islice(rows, at_most))
 
 
 def encode_sets(
@@ -61,17 +83,22 @@ def encode_sets(
 ) -> None:
     """Encode what is not encoded yet, each set as its stage says.
 
-    `load_encoder` is called once, if there is something to encode.
+    The first rows of all files are looked at before anything is encoded, and the pool, which may
+    take long, is encoded last: a fault of a target is told before. `load_encoder` is called once,
+    if there is something to encode.
 
     Raises:
         DataError: If a set has no usable row, or any unusable one under `strict`.
     """
-    encoder = None
     for name, specs in sets.items():
+        if folder.find_fault([stages[name]]):
+            log_contents(specs)
+            check_schemas(resolve(specs), columns)
+    encoder = None
+    for name in sorted(sets, key=lambda name: name == layout.POOL):
         path = folder.path / stages[name].outputs[0]
         with folder.stage(stages[name]) as todo:
             if todo:
-                log_folder_contents(specs)
                 encoder = encoder or load_encoder()
                 with room_for(path):
-                    encode_set(name, resolve(specs), encoder, columns, path.parent, strict)
+                    encode_set(name, resolve(sets[name]), encoder, columns, path.parent, strict)

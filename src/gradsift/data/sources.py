@@ -10,22 +10,17 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fsspec.compression import available_compressions
 
-from gradsift.data.readers import (
-    SEPARATORS,
-    Row,
-    read_csv,
-    read_json,
-    read_lines,
-    read_parquet,
-    read_table,
-)
+from gradsift.data.csv_records import SEPARATORS, read_csv
+from gradsift.data.readers import read_json, read_lines, read_parquet, read_table
+from gradsift.data.rows import Row
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +40,11 @@ class Source:
 
     name: str
     kind: Literal["lines", "json", "csv", "parquet", "folder", "hub"]
+
+    @property
+    def place(self) -> str:
+        """What two names of one file, folder or Hub data set have in common."""
+        return f"hub:{self.name}" if self.kind == "hub" else os.path.realpath(self.name)
 
     @property
     def stem(self) -> str:
@@ -80,19 +80,30 @@ class Source:
             "csv": read_csv,
             "parquet": read_parquet,
         }
-        try:
+        with reading(self.name):
             if self.kind in readers:
                 yield from readers[self.kind](self.name)
             else:
                 yield from _read_data_set(self)
-        except RecursionError:
-            raise DataError(f"cannot read {self.name!r}: a row is nested too deep") from None
-        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"cannot read {self.name!r}: {error}") from error
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Name the source that is being read in what goes wrong with it.
+
+    Raises:
+        DataError: In place of what readers raise where a whole source cannot be read.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise DataError(f"cannot read {name!r}: a row is nested too deep") from None
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"cannot read {name!r}: {error}") from error
 
 
 def resolve(specs: Iterable[str]) -> list[Source]:
-    """Return the sources that paths, globs, folders and Hub ids stand for, in order.
+    """Return the sources that paths, globs, folders and Hub ids stand for, in order, each once.
 
     A folder is every data file in it and in its subfolders, sorted, or what `save_to_disk` wrote;
     `FOLDER:split` and `org/name[/config][:split]` name a split, `:all` takes all.
@@ -100,11 +111,14 @@ def resolve(specs: Iterable[str]) -> list[Source]:
     Raises:
         DataError: If nothing is there, or a file's kind is unknown.
     """
-    return [source for spec in specs for source in _resolve(spec)]
+    found: dict[str, Source] = {}
+    for source in _resolve_all(specs):
+        found.setdefault(source.place, source)
+    return [*found.values()]
 
 
-def log_folder_contents(specs: Iterable[str]) -> None:
-    """Say of each folder which files were taken as data, and which were left."""
+def log_contents(specs: Sequence[str]) -> None:
+    """Say of each folder which files were taken and left, and what was named more than once."""
     for spec in specs:
         found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)  # noqa: PTH207
         parts = {path: _inside(path) for path in sorted(found) if Path(path).is_dir()}
@@ -115,6 +129,16 @@ def log_folder_contents(specs: Iterable[str]) -> None:
             logger.info("%s: taken: %s", name, _named([s.name for s in taken], name))
             if left:
                 logger.warning("%s: left: %s", name, _named(left, name))
+    names: dict[str, list[str]] = {}
+    for source in _resolve_all(specs):
+        names.setdefault(source.place, []).append(source.name)
+    again = [" = ".join(same) for same in names.values() if len(same) > 1]
+    if again:
+        logger.warning("named more than once, and read once: %s", "; ".join(again))
+
+
+def _resolve_all(specs: Iterable[str]) -> list[Source]:
+    return [source for spec in specs for source in _resolve(spec)]
 
 
 def _named(paths: Iterable[str], folder: str) -> str:

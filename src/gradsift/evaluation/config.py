@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import field_validator
 
 from gradsift.config import Config, MethodName, with_engine
+from gradsift.data.sets import look_at
 from gradsift.errors import ConfigError, check_installed, suggest
 from gradsift.methods.registry import METHODS
 from gradsift.runs.opening import read_config
@@ -110,6 +111,7 @@ def check_evaluation(
                 f"held-out examples for {name!r}, which is no target of this run"
                 f"{suggest(name, known)} (its targets: {', '.join(known)})"
             )
+    look_at(settings.tests, config.data.columns)
     if settings.lm_eval:
         check_installed("lm_eval", "--lm-eval", "lm-eval")
     for method in settings.methods:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from gradsift.runs.stage import Stage
 logger = logging.getLogger(__name__)
 
 Manifest = Mapping[str, Any]
+_HASH = re.compile("[0-9a-f]{16,}")  # of content, and commits of the Hub: nothing for people
+_FILES_NAMED = 5
 _OUTPUTS_NO_STAGE_READS = (f"/{layout.TRAINING_LOG}", layout.REJECTED_SUFFIX)
 """How the names of outputs end on which no later stage depends."""
 
@@ -104,7 +107,10 @@ class Manifests:
 
 
 def describe_change(manifest: Manifest, stage: Stage) -> str:
-    """Return how a stage differs from the one that was done; nothing if it does not."""
+    """Return how a stage differs from the one that was done; nothing if it does not.
+
+    What is kept as a hash is named, and its hash is not shown: its content changed.
+    """
     old, new = dict(manifest["inputs"]), dict(stage.inputs)
     before, now = old.pop("sources", {}), new.pop("sources", {})
     changes = [*_differences(old, new)]
@@ -125,12 +131,58 @@ def describe_replaced(manifest: Manifest, made_from: Mapping[str, str | None]) -
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
+    if path == "files":
+        yield from _differences_of_files(old or {}, new or {})
+    elif isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            inner = f"{path}.{key}" if path else key
+            name = _key_of_name(key)
+            if name is None or name not in new:
+                inner = f"{path}.{key}" if path else key
+            elif old.get(name) == new[name]:
+                inner = f"{path or name} {new[name]}"
+            else:
+                continue  # of another name, which is told, the content is another
             yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new and (_is_hash(old) or _is_hash(new)):
+        if old is None or new is None:
+            yield f"the {path} {'is new' if old is None else 'is not used any more'}"
+        else:
+            yield f"the content of the {path} changed"
+    elif old != new and (isinstance(old, dict) or isinstance(new, dict)):
+        yield f"{path} {'was not set before' if old is None else 'is not set any more'}"
     elif old != new:
         yield f"{path} was {json.dumps(old)}, is now {json.dumps(new)}"
+
+
+def _differences_of_files(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    """Yield how files differ that are kept as `{"1 NAME": hash}`, by their names alone."""
+    before, now = ({key.partition(" ")[2]: own for key, own in f.items()} for f in (old, new))
+    kept = [name for name in now if name in before]
+    gone, added = [n for n in before if n not in now], [n for n in now if n not in before]
+    if edited := [name for name in kept if before[name] != now[name]]:
+        yield f"the content of {_listed(edited)} changed"
+    if gone:
+        yield f"not read any more: {_listed(gone)}"
+    if added:
+        yield f"new: {_listed(added)}"
+    if kept != [name for name in before if name in now]:
+        yield f"the order of the files was {_listed([*before])}, is now {_listed([*now])}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _FILES_NAMED
+    return ", ".join(names[:_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _key_of_name(key: str) -> str | None:
+    """Return the key beside it that names what a key holds the hash of; none if it holds none."""
+    if key == "identity":
+        return "name"
+    return key.removesuffix("_hash") if key.endswith("_hash") else None
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
 
 
 def _content_key(manifest: Manifest | None) -> str | None:

@@ -36,6 +36,7 @@ from gradsift.data.rows import Row
 from gradsift.data.schemas import describe_empty, describe_lacking, find_schema
 from gradsift.data.sources import Source
 from gradsift.errors import DataError
+from gradsift.progress import track
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def encode_set(
     with (
         pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer,
         rejected.open("w", encoding="utf-8") as rejections,
+        track(f"encoding {name}", None, "rows") as advance,
     ):
         items = _candidates(sources, columns)
         while group := list(islice(items, _GROUP)):
@@ -190,6 +192,7 @@ def encode_set(
             truncated += sum(record["truncated"] for record in records)
             if records:
                 writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
+            advance(len(group))
     if not accepted:
         partial.unlink()
         raise DataError(_nothing_usable(name, sources, reasons, rejected))

@@ -477,11 +477,11 @@ def test_template_and_order_of_files_count(
     given = (base, files["pool"], {"t": files["t"]})
     warmup = {"mode": "none"}
     assert run(configure(*given, data=data, warmup=warmup), tmp_path / "run").num_pool == 95
-    swapped = data | {"pool": [str(other), str(files["pool"]), str(other)]}
-    with pytest.raises(RunError, match=r"the stage 'coordinates' .*data/pool: files.1 "):
+    swapped = data | {"pool": [str(other), str(files["pool"])]}
+    with pytest.raises(RunError, match=r"'coordinates' .*data/pool: the order of the files was"):
         run(configure(*given, data=swapped, warmup=warmup), tmp_path / "run")
     template.write_text(tiny_models.CHATML + " ")
-    with pytest.raises(RunError, match=r"data/pool: template_hash was"):
+    with pytest.raises(RunError, match=r"data/pool: the content of the template .* changed"):
         run(configure(*given, data=data, warmup=warmup), tmp_path / "run")
 
 

@@ -1,11 +1,12 @@
 # Two commands on a fresh machine: `make demo` and `make test`. `make check` is what CI holds a change to.
 
 python := .venv/bin/python
+installed := .venv/.installed
 ready := .venv/.ready
 
 .PHONY: demo test check everything extras format lint types imports sizes
 
-demo: $(ready)
+demo: $(installed)
 	.venv/bin/gradsift demo
 
 test: $(ready)
@@ -38,10 +39,16 @@ imports: $(ready)
 sizes:
 	python3 tests/test_structure.py
 
-# pip 25.1 and later read dependency groups
-$(ready): pyproject.toml constraints.txt
+# what a user needs
+$(installed): pyproject.toml constraints.txt
 	test -x $(python) || python3 -m venv .venv
+	@echo "installing PyTorch and what gradsift needs into .venv: a few minutes, once"
 	$(python) -m pip install --quiet 'pip>=25.1'
 	$(python) -m pip install --quiet -c constraints.txt torch
-	$(python) -m pip install --quiet -c constraints.txt -e . --group dev
+	$(python) -m pip install --quiet -c constraints.txt -e .
+	touch $(installed)
+
+# and what its developers need; pip 25.1 and later read dependency groups
+$(ready): $(installed)
+	$(python) -m pip install --quiet -c constraints.txt --group dev
 	touch $(ready)

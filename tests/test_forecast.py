@@ -48,9 +48,11 @@ def test_a_plan_says_what_the_run_then_takes(
     assert 0.7 * disk < found.disk < 1.3 * disk
 
 
-def test_bad_data_stops_a_plan_as_it_stops_a_run(base: Path, write: Write, tmp_path: Path) -> None:
-    pool = write("pool.jsonl", ["{"])
+def test_bad_data_stops_a_plan_as_it_stops_a_run(
+    base: Path, write: Write, target_rows: Rows, tmp_path: Path
+) -> None:
+    pool, target = write("pool.jsonl", ["{"]), write("t.jsonl", target_rows)
     with pytest.raises(gradsift.GradsiftError, match="pool has no usable row"):
         gradsift.plan(
-            model=str(base), pool=str(pool), target={"t": str(pool)}, output_dir=tmp_path / "run"
+            model=str(base), pool=str(pool), target={"t": str(target)}, output_dir=tmp_path / "run"
         )

@@ -103,7 +103,7 @@ def test_a_carriage_return_between_tokens_breaks_no_entry(
     run(config, tmp_path / "run")
     run(config, tmp_path / "run")
     entry = json.loads((tmp_path / "run/selected/dataset_info.json").read_text())
-    assert entry["gradsift_t"]["file_name"] == "t.jsonl"
+    assert entry["gradsift_t"]["file_name"] == "t.messages.jsonl"
     picked = (tmp_path / "run/selected/t.jsonl").read_bytes().split(b"\n")
     assert all(line.decode() in lines for line in picked if line)
 

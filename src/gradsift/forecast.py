@@ -24,7 +24,7 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.gradients.subspace import fit_subspace
-from gradsift.pipeline import configure, encode
+from gradsift.pipeline import check_settings, configure, encode
 from gradsift.runs import layout
 from gradsift.runs.opening import open_run
 from gradsift.runs.provenance import peak_memory
@@ -90,6 +90,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
     """
     if config.method != "gist":
         raise ConfigError(f"plan forecasts the method gist alone, found method={config.method}")
+    check_settings(config)
     stages = RunStages.of(config)
     with open_run(output_dir) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.prepare(stages.inputs.data_stages.values())

@@ -113,7 +113,10 @@ def test_an_unfinished_run_is_not_explained(base: Path, tmp_path: Path) -> None:
     [
         (["--set", "warmup.learning_rat=1"], "did you mean 'warmup.learning_rate'?"),
         (["--budget", "0"], "a budget is above 0 and at most the whole pool, found '0'"),
-        (["--budget", "1000"], "a budget of 1000 examples, but the pool holds 90; ask for less"),
+        (
+            ["--budget", "1000"],
+            "a budget of 1000 examples, but the pool holds 91 rows; ask for less",
+        ),
         (["--pool", "nowhere.jsonl"], "no such file: 'nowhere.jsonl'"),
         (["--warmup", "none"], "give an adapter or mode 'none', not both"),
         (["--adapter", "/nowhere"], "no such adapter folder: '/nowhere'"),
@@ -130,6 +133,30 @@ def test_what_a_user_can_mend_exits_with_2(
 ) -> None:  # fmt: skip
     assert call(monkeypatch, *arguments, *change) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--budget", "1000"], "but the pool holds 91 rows"),
+        (["--budget", "0.05"], "did you mean 5%?"),
+        (["--method", "gits"], "did you mean 'gist'?"),
+        (["--method", "embed"], "needs sentence-transformers: pip install 'gradsift[embed]'"),
+        (["--set", "model.quantization=4bit"], "bitsandbytes: pip install 'gradsift[quantized]'"),
+        (["--engine", "ray"], "--engine ray needs ray: pip install 'gradsift[ray]'"),
+        (["--method", "length", "--set", "policy.strategy=round-robin"], "use policy.strategy=top"),
+        (["--target", "other=nowhere.jsonl"], "no such file: 'nowhere.jsonl'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_what_can_be_known_is_told_before_the_pool_is_encoded(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, change: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("gradsift.errors.find_spec", lambda name: None)
+    assert call(monkeypatch, *arguments, *change) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run/data/pool.parquet").exists()
 
 
 def test_missing_arguments_are_named(

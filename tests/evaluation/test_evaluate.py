@@ -257,7 +257,7 @@ def test_a_training_that_diverges_is_an_error(folder: Path, tests: dict[str, str
     [
         (
             {"tests": {"x": "x.jsonl"}},
-            r"examples for 'x', .* no target of this run \(t, u",
+            r"examples for 'x', .* no target of this run \(its targets: t, u",
         ),
         (
             {"tests": {}},

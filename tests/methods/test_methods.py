@@ -215,7 +215,7 @@ def test_embeddings_need_their_library(
     embed = config.embed.model_copy(update={"model": str(base)})
     with pytest.raises(ConfigError, match=r"needs sentence-transformers: pip install"):
         run(by("embed", config.model_copy(update={"embed": embed})), tmp_path / "run")
-    monkeypatch.undo()
+    monkeypatch.setattr("gradsift.errors.find_spec", lambda name: True)
     with pytest.raises(ModelError, match=r"no such folder: './nowhere'"):
         embed = config.embed.model_copy(update={"model": "./nowhere"})
         run(by("embed", config.model_copy(update={"embed": embed})), tmp_path / "run")

@@ -61,8 +61,6 @@ def measure_geometry(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    from gradsift.models.cache import ModelCache
-
     wanted, config = GeometryConfig.build(settings), with_engine(read_config(run), engine or {})
     for name in targets:
         if name not in config.data.targets:
@@ -75,6 +73,8 @@ def measure_geometry(
             "geometry differentiates twice, which quantized layers do not; use a run whose "
             "model.quantization is none"
         )
+    from gradsift.models.cache import ModelCache  # from here on it takes long: torch is loaded
+
     stages = RunStages.of(config)
     inputs, warmup = stages.inputs, stages.inputs.warmup_stage
     with open_run(run) as folder:

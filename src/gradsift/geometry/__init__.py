@@ -5,5 +5,6 @@ May import: `pipeline` and what is beneath it, but no pool pass.
 """
 
 PUBLIC = {
+    "config": ("GeometryConfig",),
     "measure": ("measure_geometry",),
 }

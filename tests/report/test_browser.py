@@ -280,7 +280,7 @@ def test_on_paper_there_is_the_chosen_target_alone(page: Any) -> None:
     assert not page.locator(".contents").is_visible()
     assert at(page, "u").is_visible()
     assert not at(page, "t").is_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+    page.wait_for_function("document.documentElement.scrollWidth <= 690")
     assert at(page, "u").locator("details:not([open])").count() == 0
     text = page.evaluate("getComputedStyle(document.body).color")
     assert sum(map(int, text[4:-1].split(","))) < 150  # dark: on paper the scheme is light

@@ -22,7 +22,7 @@ from gradsift.methods import gist
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.pipeline import run
-from gradsift.report import wording
+from gradsift.report import cards, wording
 from gradsift.report.exhibits import Exhibit
 from gradsift.report.overview import overview
 from gradsift.report.page import render
@@ -220,6 +220,17 @@ def test_the_page_is_small_and_loads_nothing(folder: Path) -> None:
     assert "@import" not in outside
     assert "url(" not in outside
     assert "<script>hacked" not in page
+
+
+def test_no_data_makes_the_page_larger_than_12_megabytes(job: Job) -> None:
+    page = page_of(job, "t")
+    worst = [cards._cut([("user", text * 2000)] * 9) for text in "<漢"]
+    ids = [f"{number}-{'漢' * 5000}" for number in range(500)]
+    shown = [replace(page.cards[0], id=id_, source=id_, best=id_, turns=worst[0]) for id_ in ids]
+    page = replace(page, cards=shown, winners=dict.fromkeys(ids, worst[1]))
+    pages = [replace(page, key=f"{name}-{number}") for name in "tu" for number in (1, 2)]
+    rendered = render(overview(job, RunStages.of(job.config)), pages).encode()
+    assert 9_000_000 < len(rendered) < 12_000_000
 
 
 def test_the_page_says_first_what_was_picked_and_by_which_rules(folder: Path, job: Job) -> None:

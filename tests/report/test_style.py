@@ -105,7 +105,7 @@ def test_an_example_takes_no_more_of_the_page_than_its_share(text: str) -> None:
     for count in (1, 3, 500):
         shown = cards._cut([("user", text)] * count)
         written = json.dumps(shown, ensure_ascii=False).encode()
-        assert len(written) + 5 * written.count(b"<") < 1800
+        assert len(written) + 5 * written.count(b"<") < 1300
         assert shown[0][1].endswith(" …")
         assert sum(role == "user" for role, _ in shown) == count or shown[-1] == (
             "", f"{count - len(shown) + 1} more turns",

@@ -19,7 +19,7 @@ Turns = list[tuple[str, str]]
 """A conversation, as long as the page shows it: the role and the text of each turn."""
 
 _CHARACTERS = 500  # of each turn
-_BYTES = 1600  # of all turns together, as they stand in the page: it stays under 12 MB
+_BYTES = 1100  # of all turns together, as they stand in the page: it stays under 12 MB
 _PICKS, _BEST_LEFT, _REFUSED, _LOWEST = 300, 100, 50, 50
 _ROWS_IN_ALL = 2000  # of all pages together
 

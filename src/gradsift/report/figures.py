@@ -15,8 +15,10 @@ from plotly.subplots import make_subplots
 from gradsift.report.exhibits import plotly_json
 from gradsift.report.target_page import Edge, Histogram
 
-PICKS, POOL = "var(--picks)", "var(--pool)"
-MUTED, _TEXT, _BAND = "var(--muted)", "var(--text)", "var(--band)"
+PICKS = "var(--picks)"
+POOL = "var(--pool)"
+MUTED = "var(--muted)"
+_TEXT, _BAND = "var(--text)", "var(--band)"
 SEQUENTIAL = ((0.0, "var(--surface)"), (1.0, PICKS))
 SIGNED = ((0.0, "var(--caution)"), (0.5, "var(--surface)"), (1.0, PICKS))
 _HEIGHT = 320
@@ -53,7 +55,7 @@ def _histogram(found: Histogram, title: str, log: bool = False) -> go.Figure:
 def log_ticks(low: float, high: float) -> list[float]:
     """Return round numbers for a logarithmic axis: a few even where it spans little.
 
-    >>> log_ticks(40, 1024), log_ticks(52, 58)
+    >>> log_ticks(40.0, 1024.0), log_ticks(52.0, 58.0)
     ([50.0, 100.0, 200.0, 500.0, 1000.0], [52.0, 53.0, 54.0, 55.0, 56.0, 57.0, 58.0])
     """
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):

@@ -11,11 +11,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from gradsift.errors import shorten
 from gradsift.report import figures, wording
 from gradsift.report.overview import Overview
 from gradsift.report.target_page import TargetPage
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST_NAME = 80  # characters of an id or a source
 _SCRIPTS = ("figures.js", "examples.js", "page.js")
 
 
@@ -34,6 +36,7 @@ def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
         "json": _embedded,
         "percent": wording.percent,
         "seconds": _format_duration,
+        "short": _name,
         "times": wording.times,
     }
     environment.globals["wording"] = wording
@@ -67,15 +70,19 @@ def _examples(page: TargetPage) -> dict[str, Any]:
             card.place,
             round(card.score, 4),
             None if card.share is None else round(card.share, 4),
-            card.source,
+            _name(card.source),
             card.num_tokens,
-            card.id,
+            _name(card.id),
             card.turns,
-            card.best,
+            None if card.best is None else _name(card.best),
         ]
         for card in page.cards
     ]
-    return {"rows": rows, "winners": page.winners}
+    return {"rows": rows, "winners": {_name(id_): turns for id_, turns in page.winners.items()}}
+
+
+def _name(text: str) -> str:
+    return shorten(text, _LONGEST_NAME)
 
 
 def _assets() -> dict[str, Any]:

@@ -197,7 +197,11 @@ def captions(page: TargetPage) -> dict[str, str]:
 def _lowest(page: TargetPage) -> str:
     if page.edge is None:
         return ""
-    band = f", with ±{page.edge.noise.width:.3f} of noise around it" if page.edge.noise else ""
+    band = (
+        f", with ±{page.edge.noise.width:.3f} of noise around it (the band)"
+        if page.edge.noise
+        else ""
+    )
     return f"; the lowest pick has {page.edge.cut:.3f}{band}"
 
 

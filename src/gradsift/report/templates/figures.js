@@ -5,6 +5,7 @@ const embedded = (name) =>
   JSON.parse(document.querySelector(`script[data-name="${name}"]`).textContent);
 const drawings = embedded("figures");
 const NARROW = 560; // pixels: two plots stand one above the other
+const SQUARE = 760; // pixels across a matrix, where there is room
 const PAPER = 660; // pixels across a printed page
 
 const probe = document.body.appendChild(document.createElement("i"));
@@ -55,8 +56,9 @@ function dressed(data, layout, width) {
   }
   for (const note of layout.annotations ?? []) note.font = { size: 12.5, color: text };
   return {
+    bargap: 0.4,
     ...layout,
-    width,
+    width: matrix ? Math.min(width, SQUARE) : width,
     dragmode: false, // a finger on a figure scrolls the page
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",

@@ -54,6 +54,7 @@ function dressed(data, layout, width) {
     layout.xaxis.showticklabels = layout.yaxis.showticklabels = false;
     layout.height = width;
   }
+  const above = data.length > 1 || layout.annotations?.length; // a legend, or titles
   for (const note of layout.annotations ?? []) note.font = { size: 12.5, color: text };
   return {
     bargap: 0.4,
@@ -64,7 +65,7 @@ function dressed(data, layout, width) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: muted },
     hoverlabel: { bgcolor: colour("--surface"), bordercolor: line, font: { color: text } },
-    margin: { l: 56, r: 16, t: 56, b: 48, ...layout.margin },
+    margin: { l: 56, r: 16, t: above ? 56 : 20, b: 48, ...layout.margin },
     legend: { orientation: "h", x: 0, y: 1.1, yanchor: "bottom", ...layout.legend },
   };
 }

@@ -188,6 +188,8 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(3725.0)
     '1 h 2 min'
     """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -103,6 +103,9 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert shown[0].text.startswith(found.verdicts[0])
     [stale, *_] = read_exhibits(Run(folder), "evaluation", "t", "of another selection")
     assert stale.text.startswith("Measured before this folder's picks")
+    in_short = "At 10%, " + found.verdicts[0].removeprefix("t, 10%: ")
+    assert (shown[0].verdict, shown[0].stale) == (in_short, False)
+    assert (stale.verdict, stale.stale) == (in_short, True)
     assert shown[0].figure is not None
     assert shown[0].figure["data"][0]["x"] == methods
     assert [row[0] for row in shown[0].table] == ["method", *methods]

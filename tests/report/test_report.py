@@ -1,16 +1,16 @@
-"""The report: what it says agrees with the files of the run, and it works in a real browser."""
+"""The report: what it says agrees with the files of the run."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,9 +22,11 @@ from gradsift.methods import gist
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
 from gradsift.pipeline import run
-from gradsift.report import figures
+from gradsift.report import cards, wording
+from gradsift.report.exhibits import Exhibit
 from gradsift.report.overview import overview
-from gradsift.report.target_page import TargetPage, target_page
+from gradsift.report.page import render
+from gradsift.report.target_page import TargetPage, _all_sources, target_page
 from gradsift.runs.folder import Run
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
@@ -36,16 +38,9 @@ from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare
 from gradsift.selection.stability import compare_with_twice_the_rank, measure_sample, noise_at_cut
 from gradsift.selection.stages import RunStages
+from reported import HOSTILE, make_run
 
 Rows = list[dict[str, Any]]
-
-HOSTILE = "<script>hacked=1</script></script><img src=x onerror='hacked=1'>"
-SOURCE = HOSTILE + "<a href='https://outside.example'>here</a>"  # Plotly would make it a link
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +48,7 @@ def folder(
     base: Path, pool_rows: Rows, target_rows: Rows, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run of two targets, one of which keeps only a part of its directions; a hostile pool."""
-    where = tmp_path_factory.mktemp("report")
-
-    def write(name: str, rows: list[Any]) -> Path:
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        (where / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return where / name
-
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": HOSTILE}]
-    evil = {"messages": turns, "id": HOSTILE, "source": SOURCE}
-    pool = write("pool.jsonl", [*pool_rows, evil, evil, "{", {"messages": []}])
-    targets = {"t": write("t.jsonl", [*target_rows, evil]), "u": write("u.jsonl", pool_rows[:24])}
-    config = configure(
-        base, pool, targets, policy={"budget": "20", "decontaminate": "exact"},
-        gist={"rank": "60%"},
-    )  # fmt: skip
-    run(config, where / "run")
-    return where / "run"
+    return make_run(base, pool_rows, target_rows, tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
@@ -109,14 +88,15 @@ def test_a_targets_page_agrees_with_the_run(folder: Path, job: Job) -> None:
     page = page_of(job, "t")
     scores = pq.read_table(folder / "scores/gist.parquet").to_pandas()
     picks = pq.read_table(folder / "selected/t.parquet").to_pandas()
-    assert page.cut == pytest.approx(picks.score.min())
+    assert page.edge is not None
+    assert page.edge.cut == pytest.approx(picks.score.min())
     assert sum(page.sources[i].num_picks for i in range(len(page.sources))) == 20
-    statuses = Counter(line.status for line in page.lines)
+    statuses = Counter(card.status for card in page.cards)
     assert statuses["picked"] == 20
     assert page.refusals == {"repeats the target": 2}
     assert statuses["refused: repeats the target"] == 2
     assert sum(statuses.values()) == 92  # all of this small pool
-    for line in page.lines:
+    for line in page.cards:
         row = scores[scores.id == line.id].iloc[0]
         assert line.score == pytest.approx(row["t/score"])
         assert line.best == row["t/best"]
@@ -220,21 +200,107 @@ def test_noise_is_that_of_leaving_half_of_the_target_out() -> None:
     assert noise_at_cut(few, few.scores()[0], 0.5) is None
 
 
+def test_an_unfinished_run_has_no_report(base: Path, write: Write, tmp_path: Path) -> None:
+    rows = [{"prompt": "What?", "completion": "That."}]
+    config = configure(base, write("p.jsonl", rows), {"t": write("t.jsonl", rows)})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(config.to_yaml())
+    (tmp_path / "run/.owner").touch()
+    with pytest.raises(RunError, match="has not finished; run `gradsift select` with it again"):
+        gradsift.write_report(tmp_path / "run")
+
+
 def test_the_page_is_small_and_loads_nothing(folder: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert len(page.encode()) < 7_000_000
-    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # the libraries themselves
+    assert len(page.encode()) < 6_000_000
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # our script and Plotly
     # in a tag: a text may speak of links, and its `<` is no tag's
     assert not re.search(r"<\w[^>]*\s(src|href)=[\"']?(https?:)?//", outside)
     assert "outside.example" in outside
     assert "@import" not in outside
+    assert "url(" not in outside
     assert "<script>hacked" not in page
 
 
-def test_source_names_are_no_markup_in_figures() -> None:
-    drawn = figures.sources([SourceShare(SOURCE, 1, 1.0, 0.5)])
-    assert all("<" not in name for bars in drawn["data"] for name in bars["y"])
-    assert "&lt;a href='https://outside.example'&gt;" in drawn["data"][0]["y"][0]
+def test_no_data_makes_the_page_larger_than_12_megabytes(job: Job) -> None:
+    page = page_of(job, "t")
+    worst = [cards._cut([("user", text * 2000)] * 9) for text in "<漢"]
+    ids = [f"{number}-{'漢' * 5000}" for number in range(500)]
+    shown = [replace(page.cards[0], id=id_, source=id_, best=id_, turns=worst[0]) for id_ in ids]
+    page = replace(page, cards=shown, winners=dict.fromkeys(ids, worst[1]))
+    pages = [replace(page, key=f"{name}-{number}") for name in "tu" for number in (1, 2)]
+    rendered = render(overview(job, RunStages.of(job.config)), pages).encode()
+    assert 9_000_000 < len(rendered) < 12_000_000
+
+
+def test_the_page_says_first_what_was_picked_and_by_which_rules(folder: Path, job: Job) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8").replace("\u00a0", " ")
+    found = page_of(job, "t")
+    top = found.sources[0]
+    assert top.num_picks == max(share.num_picks for share in found.sources)
+    sentence = f"<b>20 of 92 examples</b> for t; {top.of_picks:.0%} from {top.source}, "
+    assert sentence.replace("%", " %") + f"{top.lift:.1f} times its share." in page
+    first = page[page.index('id="t/picks"') : page.index('id="t/sure"')]
+    for setting in ("budget=20", "strategy=top", "source_cap=none", "duplicates=exact"):
+        assert setting in first
+    assert "passed over where a target example has the same text <code>" in first
+    assert "Not measured yet" in first
+    assert f"gradsift evaluate {folder} --test t=FILE" in first
+    order = [page.index(f'id="{place}"') for place in (
+        "t/picks", "t/sure", "t/examples", "t/target", "t/evaluation", "t/geometry", "u/picks",
+        "/run",
+    )]  # fmt: skip
+    assert order == sorted(order)
+
+
+def test_sources_without_a_pick_are_shown(job: Job) -> None:
+    pool, picks = pa.array(["a"] * 2 + ["b"] * 5 + ["c"] * 3), pa.array(["a", "a", "c"])
+    shares = _all_sources(pool, picks)
+    assert [share.source for share in shares] == ["a", "c", "b"]
+    assert shares[-1] == SourceShare("b", 0, 0.0, 0.5)
+    assert sum(share.of_pool for share in shares) == pytest.approx(1)
+    page = render(
+        overview(job, RunStages.of(job.config)), [replace(page_of(job, "t"), sources=shares)]
+    )
+    assert page.count('<tr class="none">') == 1
+    assert '<tr class="none"><th scope="row"><span class="name">b</span></th>' in page
+
+
+def test_the_verdict_stands_on_top_and_says_when_it_is_of_other_picks(job: Job) -> None:
+    exhibit = Exhibit("Does it help? (20)", "Losses.", verdict="20: gist beats random.")
+    for stale in (False, True):
+        shown = replace(page_of(job, "t"), evaluation=[replace(exhibit, stale=stale)])
+        page = render(overview(job, RunStages.of(job.config)), [shown])
+        first = page[page.index('id="t/picks"') : page.index('id="t/sure"')]
+        assert "20: gist beats random." in first
+        assert "Not measured yet" not in first
+        assert ("Measured for earlier picks of this folder, not for these" in first) == stale
+        assert (f"--config {job.folder.path}/evaluation/config.yaml" in first) == stale
+
+
+def test_what_to_do_about_chance_is_said_in_the_runs_own_numbers(job: Job) -> None:
+    page = page_of(job, "t")
+    assert page.edge is not None
+    assert page.edge.noise is not None
+    assert page.edge.at_twice is not None
+    scores = read_scores(job.folder.path, "gist", "t")
+    rows = page.selection.picks["row"].to_numpy()
+    assert page.edge.num_sure == (scores[rows] > page.edge.cut + page.edge.noise.width).sum()
+    there = np.sort(scores)[-40]
+    aligned = METHODS["gist"].scores(job)["t"]
+    assert page.edge.at_twice == noise_at_cut(aligned, scores, float(there))
+    told = " ".join(wording.how_sure(page))
+    assert f"{page.edge.noise.num_within} examples lie that near to it, against 20 picks" in told
+    commands = [command for _, command in wording.advice(page, "runs/a b")]
+    assert commands == [
+        "gradsift evaluate 'runs/a b' --test t=FILE --method gist --seeds 5",
+        "gradsift select --config 'runs/a b/config.yaml' --output-dir 'runs/a b-more' "
+        "--target t=FILE",
+        "gradsift select --config 'runs/a b/config.yaml' --output-dir 'runs/a b' --budget 40",
+    ]
+    unknown = replace(page, edge=None)
+    assert "is not known here" in wording.how_sure(unknown)[0]
+    assert wording.advice(unknown, "run") == []
 
 
 def test_of_many_picks_a_part_is_shown_and_it_says_so(
@@ -249,135 +315,12 @@ def test_of_many_picks_a_part_is_shown_and_it_says_so(
     )  # fmt: skip
     run(config, tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    assert "picks spread evenly over the ranking" in page
+    assert "the picks spread evenly over the ranking" in page
     assert "How far scores would move with other target examples is not known here" in page
-    assert "5. What the target looks like" not in page
-    tables = json.loads(re.search(r'id="tables">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
-    statuses = Counter(row[0] for row in tables["t"]["rows"])
+    assert "What the target looks like" not in page
+    assert "all from sorting, the pool’s only source." in page
+    assert "repeats were not looked for" in page
+    found = re.search(r'data-name="examples">(.*?)</script>', page, re.S)
+    assert found is not None
+    statuses = Counter(row[0] for row in json.loads(found[1])["t"]["rows"])
     assert statuses == {"picked": 300, "best not picked": 100, "lowest": 50}
-
-
-def test_an_unfinished_run_has_no_report(base: Path, write: Write, tmp_path: Path) -> None:
-    rows = [{"prompt": "What?", "completion": "That."}]
-    config = configure(base, write("p.jsonl", rows), {"t": write("t.jsonl", rows)})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").write_text(config.to_yaml())
-    (tmp_path / "run/.owner").touch()
-    with pytest.raises(RunError, match="has not finished; run `gradsift select` with it again"):
-        gradsift.write_report(tmp_path / "run")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine: the page is not opened (apt install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def page(browser: Any, folder: Path) -> Iterator[Any]:
-    """The report, opened without a network; what goes to the console is collected."""
-    gradsift.write_report(folder)
-    context = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True)
-    page = context.new_page()
-    page.complaints = []
-    page.on("console", lambda message: page.complaints.append(message.text))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("requestfailed", lambda request: page.complaints.append(request.url))
-    page.goto((folder / "report.html").as_uri())
-    page.wait_for_selector("#target-t table.examples tbody tr")
-    page.wait_for_selector("#target-t .figure .main-svg")
-    yield page
-    context.close()
-
-
-@pytest.mark.slow
-def test_in_a_browser_it_opens_draws_and_runs_nothing_foreign(page: Any) -> None:
-    assert page.complaints == []
-    assert page.evaluate("window.hacked") is None
-    for name in "tu":
-        page.click(f"#tab-{name}")
-        figures = page.locator(f"#target-{name} .figure")
-        assert figures.count() == 4
-        for number in range(figures.count()):
-            drawn = figures.nth(number).locator("svg.main-svg").first
-            drawn.wait_for(state="visible")
-            assert drawn.bounding_box()["width"] > 300
-            assert figures.nth(number).locator("g.trace").count() >= 1
-    page.click("#tab-t")
-    page.fill("#target-t input[type=search]", "hacked")
-    rows = page.locator("#target-t table.examples tbody tr")
-    assert HOSTILE in rows.first.inner_text()
-    rows.first.locator("summary").first.click()
-    assert HOSTILE in rows.first.locator("pre").first.inner_text()
-    assert page.locator("#target-t img").count() == 0
-    assert page.evaluate("window.hacked") is None
-    assert page.complaints == []
-
-
-@pytest.mark.slow
-def test_in_a_browser_tabs_switch_and_the_table_filters_and_sorts(page: Any) -> None:
-    assert page.locator("#target-t").is_visible()
-    assert not page.locator("#target-u").is_visible()
-    page.click("#tab-u")
-    assert page.locator("#target-u").is_visible()
-    assert not page.locator("#target-t").is_visible()
-    page.keyboard.press("ArrowLeft")
-    assert page.locator("#target-t").is_visible()
-    table = page.locator("#target-t table.examples")
-
-    def column(number: int) -> list[str]:
-        return table.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
-
-    assert column(2) == [str(number) for number in range(1, 11)]
-    heads = table.locator("thead th")
-
-    def sort(number: int, direction: str) -> None:
-        """Click a head until it says so; the table is drawn a moment after."""
-        for _ in range(3):
-            heads.nth(number).click()
-            page.wait_for_timeout(300)
-            if heads.nth(number).get_attribute("aria-sort") == direction:
-                return
-        raise AssertionError(direction)
-
-    sort(2, "ascending")
-    scores = [float(text) for text in column(3)]
-    assert scores == sorted(scores)
-    sort(1, "descending")
-    assert column(2)[0] == "92"
-    page.select_option("#target-t .filters select[data-column='0']", "picked")
-    assert {*column(1)} == {"picked"}
-    assert "of 20 entries" in page.locator("#target-t .dt-info").inner_text()
-    page.select_option("#target-t .filters select[data-column='0']", "")
-    page.select_option("#target-t .filters select[data-column='4']", SOURCE)
-    assert column(5) == [SOURCE] * 2
-    assert page.complaints == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(
-    browser: Any, folder: Path, scheme: str
-) -> None:
-    context = browser.new_context(viewport={"width": 380, "height": 800}, color_scheme=scheme)
-    page = context.new_page()
-    page.goto((folder / "report.html").as_uri())
-    page.wait_for_selector("#target-t .figure .main-svg")
-    page.wait_for_selector("#target-t table.examples tbody tr")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
-    background, text = page.evaluate(
-        "(({backgroundColor, color}) => [backgroundColor, color])(getComputedStyle(document.body))"
-    )
-    brightness = [sum(map(int, re.findall(r"\d+", value)[:3])) for value in (background, text)]
-    assert (brightness[0] > brightness[1]) == (scheme == "light")
-    filled = page.locator("#target-t .figure text.xtitle").first.evaluate(
-        "(element) => getComputedStyle(element).fill"
-    )
-    assert (sum(map(int, re.findall(r"\d+", filled)[:3])) < 380) == (scheme == "light")
-    context.close()

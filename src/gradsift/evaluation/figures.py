@@ -7,8 +7,9 @@ from typing import Any
 
 from gradsift.evaluation.results import Evaluation, Row, interval, plus_minus
 from gradsift.report.exhibits import Exhibit, plotly_json
+from gradsift.report.figures import MUTED, PICKS, POOL
 
-_HEIGHT = 420
+_HEIGHT = 360
 
 
 def exhibits(found: Evaluation) -> dict[str, list[Exhibit]]:
@@ -31,7 +32,7 @@ def _losses(found: Evaluation, target: str, budget: str) -> Exhibit:
     rows = [row for row in found.rows if (row.target, row.budget) == (target, budget)]
     tasks = sorted({name for row in rows for name in row.tasks})
     heads = ["method", "picks", "trainings", "held-out loss", "accuracy"]
-    heads += ["loss less random's [95 %]", "", *tasks]
+    heads += ["loss less random's [95 %]", "verdict", *tasks]
     table = [heads]
     for row in rows:
         cells = [row.method, f"{row.num_picks:,}", str(row.seeds)]
@@ -44,26 +45,29 @@ def _losses(found: Evaluation, target: str, budget: str) -> Exhibit:
         "nats per token, lower is better; bars are standard deviations over the trainings, the "
         "dotted line is random selection."
     )
-    return Exhibit(f"Does it help? ({budget})", text, _figure(rows), table)
+    in_short = f"At {budget}, {verdict.removeprefix(f'{target}, {budget}: ')}"
+    return Exhibit(f"Does it help? ({budget})", text, _figure(rows), table, in_short)
 
 
 def _figure(rows: Sequence[Row]) -> dict[str, Any]:
     """Points with error bars, a method each, and a line at random selection."""
     from plotly import graph_objects as go
 
+    own = [PICKS if row.method not in ("base", "random", "full") else POOL for row in rows]
     spread = [row.loss_std if row.seeds > 1 else 0.0 for row in rows]
     points = go.Scatter(
         x=[row.method for row in rows],
         y=[row.loss for row in rows],
-        error_y={"type": "data", "array": spread},
+        error_y={"type": "data", "array": spread, "color": MUTED, "thickness": 1.2, "width": 4},
         mode="markers",
-        marker_size=9,
+        marker={"size": 10, "color": own},
     )
     figure = go.Figure(points)
     for row in rows:
         if row.method == "random":
-            figure.add_hline(row.loss, line_dash="dot")
+            figure.add_hline(row.loss, line={"dash": "dot", "width": 1, "color": MUTED})
     figure.update_yaxes(title="held-out loss, nats per token")
+    figure.update_xaxes(title="fine-tuned on the picks of", type="category")
     figure.update_layout(height=_HEIGHT)
     return plotly_json(figure)
 

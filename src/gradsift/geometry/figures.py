@@ -10,7 +10,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from gradsift.report.exhibits import Exhibit, plotly_json
-from gradsift.report.figures import colour, spectrum
+from gradsift.report.figures import MUTED, PICKS, SEQUENTIAL, SIGNED, colour, spectrum
 
 _LAYERS = 40  # bars
 
@@ -44,14 +44,15 @@ def _spectra(places: Mapping[str, Any]) -> Exhibit:
 
 def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
     figure = make_subplots(
-        cols=2, subplot_titles=("eigenvalues", "part of the eigenvector inside the subspace")
+        cols=2, subplot_titles=("eigenvalue, by magnitude", "share inside the subspace")
     )
     for number, (label, place) in enumerate(places.items()):
-        found, bars = place["hessian"], {"marker_color": colour(number), "name": label}
+        found = place["hessian"]
+        bars = {"marker_color": colour(number, len(places)), "name": label}
         x = [*range(1, len(found["eigenvalues"]) + 1)]
         figure.add_bar(x=x, y=found["eigenvalues"], **bars, row=1, col=1)
         figure.add_bar(x=x, y=found["captured"], **bars, showlegend=False, row=1, col=2)
-    figure.update_xaxes(title="eigenvector, by magnitude of its eigenvalue")
+    figure.update_xaxes(title="number of the eigenvector", type="category")
     figure.update_yaxes(range=[0, 1], tickformat=".0%", row=1, col=2)
     figure.update_layout(height=360)
     last = [*places.values()][-1]["hessian"]
@@ -73,7 +74,8 @@ def _angles(places: Mapping[str, Any]) -> Exhibit:
     figure = go.Figure()
     rows = []
     for number, (label, place) in enumerate(places.items()):
-        angles, line = place["hessian"]["angles"], {"line_color": colour(number)}
+        angles = place["hessian"]["angles"]
+        line = {"line_color": colour(number, len(places))}
         ranks = [angle["rank"] for angle in angles]
         for key, kind, dash in (("largest_sine", "largest", "solid"), ("rms_sine", "rms", "dot")):
             y = [angle[key] for angle in angles]
@@ -106,10 +108,13 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
             error_y={
                 "type": "data",
                 "array": [found["standard_error"] for found in layers.values()][:_LAYERS],
+                "color": MUTED,
+                "thickness": 1.2,
             },
+            marker_color=PICKS,
         )
     )
-    figure.update_yaxes(title="share between A and B", tickformat=".0%")
+    figure.update_yaxes(title="share of the layer’s own part", tickformat=".0%")
     figure.update_xaxes(automargin=True, tickfont_size=9)
     figure.update_layout(height=460)
     drawn = f"; the first {_LAYERS} of {len(layers)} are drawn" if len(layers) > _LAYERS else ""
@@ -142,7 +147,8 @@ def _masses(coupling: Mapping[str, Any]) -> Exhibit:
     figure = _heat(
         np.log10(np.maximum(coupling["masses"], 1e-30)).astype(np.float32),
         coupling["blocks"],
-        "Viridis",
+        SEQUENTIAL,
+        "power of ten",
     )
     text = (
         "Squared Frobenius norm of the Hessian between every two LoRA matrices (powers of ten): "
@@ -155,7 +161,7 @@ def _masses(coupling: Mapping[str, Any]) -> Exhibit:
 def _entries(coupling: Mapping[str, Any]) -> Exhibit:
     found = coupling["entries"]
     matrix = np.array(found["matrix"])
-    figure = _heat(matrix, found["labels"], "RdBu")
+    figure = _heat(matrix, found["labels"], SIGNED, "second derivative")
     bound = float(np.quantile(np.abs(matrix), 0.98)) or 1.0
     figure.update_traces(zmin=-bound, zmax=bound)
     text = (
@@ -166,8 +172,11 @@ def _entries(coupling: Mapping[str, Any]) -> Exhibit:
     return Exhibit("Entries of one layer", text, plotly_json(figure))
 
 
-def _heat(matrix: np.ndarray, labels: Sequence[str], colours: str) -> go.Figure:
-    figure = go.Figure(go.Heatmap(z=matrix, x=labels, y=labels, colorscale=colours))
+def _heat(
+    matrix: np.ndarray, labels: Sequence[str], colours: Sequence[tuple[float, str]], unit: str
+) -> go.Figure:
+    bar = {"title": {"text": unit, "side": "right"}, "thickness": 12, "outlinewidth": 0}
+    figure = go.Figure(go.Heatmap(z=matrix, x=labels, y=labels, colorscale=colours, colorbar=bar))
     figure.update_yaxes(autorange="reversed", tickfont_size=8)
     figure.update_xaxes(tickfont_size=8)
     figure.update_layout(height=620)

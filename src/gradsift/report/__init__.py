@@ -6,6 +6,6 @@ May import: `selection` and what is beneath it, but no model, gradient or pool p
 
 PUBLIC = {
     "exhibits": ("Exhibit", "plotly_json", "write_exhibits"),
-    "figures": ("colour", "spectrum"),
+    "figures": ("MUTED", "PICKS", "POOL", "SEQUENTIAL", "SIGNED", "colour", "spectrum"),
     "write": ("build_report", "refresh_report", "write_report"),
 }

@@ -24,12 +24,17 @@ _STALE = "Measured before this folder's picks or adapters were made anew, and no
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A figure (Plotly's JSON) or a table, its heads the first row, and what it says in words."""
+    """A figure (Plotly's JSON) or a table, its heads the first row, and what it says in words.
+
+    `verdict`: a sentence that belongs on top of the page. `stale`: about other picks than now.
+    """
 
     title: str
     text: str
     figure: Mapping[str, Any] | None = None
     table: Sequence[Sequence[str]] = ()
+    verdict: str = ""
+    stale: bool = False
 
 
 def write_exhibits(
@@ -75,7 +80,9 @@ def read_exhibits(folder: Run, part: str, target: str, of: str) -> list[Exhibit]
     if content is None:
         return []
     found = [Exhibit(**exhibit) for exhibit in content["exhibits"]]
-    return found if content["of"] == of else [replace(e, text=_STALE + e.text) for e in found]
+    if content["of"] == of:
+        return found
+    return [replace(exhibit, text=_STALE + exhibit.text, stale=True) for exhibit in found]
 
 
 def plotly_json(figure: Any) -> dict[str, Any]:

@@ -44,10 +44,9 @@ def overview(job: Job, stages: RunStages) -> Overview:
     facts = job.folder.facts(stages)
     targets = []
     for name, target in job.targets.items():
-        picks = read_selection(path, name).picks
+        found = read_selection(path, config.policy.selection_of(name))
         files = ", ".join(config.data.targets[name])
-        tokens = sum(picks["num_tokens"].to_pylist())
-        targets.append((name, files, len(target), len(picks), tokens))
+        targets.append((name, files, len(target), len(found.picks), found.num_tokens))
     return Overview(
         run=str(path),
         method=config.method,
@@ -73,6 +72,7 @@ def overview(job: Job, stages: RunStages) -> Overview:
                 f"{path / layout.CONFIG}",
                 "--output-dir",
                 f"{path}-again",
+                *(["--name", config.policy.name] if config.policy.name else []),
             ]
         ),
         config=config.to_yaml(),

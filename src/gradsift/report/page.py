@@ -1,9 +1,8 @@
-"""The page itself: Jinja's template filled in, Plotly and DataTables beside it in the same file."""
+"""The page itself: Jinja's templates filled in, style, scripts and Plotly in the same file."""
 
 from __future__ import annotations
 
 import json
-from base64 import b64encode
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,78 +11,92 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from gradsift.report import figures
+from gradsift.errors import shorten
+from gradsift.progress import format_seconds
+from gradsift.report import figures, wording
 from gradsift.report.overview import Overview
 from gradsift.report.target_page import TargetPage
 
-_HERE = Path(__file__).parent
+_TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST_NAME = 80  # characters of an id or a source
+_SCRIPTS = ("figures.js", "examples.js", "page.js")
 
 
 def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
     """Return the report as one HTML file that loads nothing from anywhere."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": _format_bytes, "seconds": _format_duration, "json": _embedded}
+    environment.filters |= {
+        "bytes": _format_bytes,
+        "count": "{:,}".format,
+        "json": _embedded,
+        "percent": wording.percent,
+        "seconds": format_seconds,
+        "short": _name,
+        "times": wording.times,
+    }
+    environment.globals["wording"] = wording
     return environment.get_template("page.html").render(
         overview=overview,
         pages=pages,
-        drawn={page.name: _figures(page) for page in pages},
-        tables={page.name: _table(page) for page in pages},
+        drawn={page.key: _figures(page) for page in pages},
+        examples={page.key: _examples(page) for page in pages},
         version=version("gradsift"),
         **_assets(),
     )
 
 
 def _figures(page: TargetPage) -> dict[str, Any]:
-    width = page.noise.width if page.noise else None
     drawn = {
-        "sources": figures.sources(page.sources),
         "lengths": figures.lengths(page.lengths),
-        "scores": figures.scores(page.scores, page.cut, width),
+        "scores": figures.scores(page.scores, page.edge, wording.score_unit(page)),
     }
     if page.spectra:
         drawn["spectrum"] = figures.spectrum(page.spectra)
-    shown = {f"exhibit-{n}": e.figure for n, e in enumerate(page.exhibits) if e.figure}
-    return drawn | shown
+    for part, exhibits in (("evaluation", page.evaluation), ("geometry", page.geometry)):
+        drawn |= {f"{part}-{n}": e.figure for n, e in enumerate(exhibits, 1) if e.figure}
+    return drawn
 
 
-def _table(page: TargetPage) -> dict[str, Any]:
-    """Return the rows for DataTables, the winners' texts apart: many rows have the same."""
+def _examples(page: TargetPage) -> dict[str, Any]:
+    """Return what the list of examples is made of, the winners apart: many cards have the same."""
     rows = [
         [
-            line.status,
-            line.place,
-            round(line.score, 4),
-            None if line.share is None else round(line.share, 4),
-            line.source,
-            line.num_tokens,
-            line.id,
-            line.text,
-            line.best,
+            card.status,
+            card.place,
+            round(card.score, 4),
+            None if card.share is None else round(card.share, 4),
+            _name(card.source),
+            card.num_tokens,
+            _name(card.id),
+            card.turns,
+            None if card.best is None else _name(card.best),
         ]
-        for line in page.lines
+        for card in page.cards
     ]
-    return {"rows": rows, "winners": page.winners}
+    return {"rows": rows, "winners": {_name(id_): turns for id_, turns in page.winners.items()}}
+
+
+def _name(text: str) -> str:
+    return shorten(text, _LONGEST_NAME)
 
 
 def _assets() -> dict[str, Any]:
-    """Return style, our script, and the two libraries as they come in their packages."""
-    from itables.utils import read_package_file
+    """Return the style, our scripts, and Plotly as it comes in its package."""
     from plotly.offline import get_plotlyjs
 
-    plotly, tables = get_plotlyjs(), read_package_file("html", "dt_bundle.js")
+    plotly = get_plotlyjs()
     assert "</script" not in plotly.lower()
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    scripts = [(_TEMPLATES / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     return {
-        "style": Markup(read_package_file("html", "dt_bundle.css") + style),
-        "script": Markup((_HERE / "page.js").read_text(encoding="utf-8")),
+        "style": Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        "script": Markup("\n".join(scripts)),
         "plotly": Markup(plotly),
-        "datatables": b64encode(tables.encode()).decode(),
     }
 
 
@@ -101,15 +114,3 @@ def _format_bytes(number: int) -> str:
             return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
         number /= 1000  # type: ignore[assignment]
     raise AssertionError
-
-
-def _format_duration(seconds: float) -> str:
-    """Return a duration in words.
-
-    >>> _format_duration(3725.0)
-    '1 h 2 min'
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,4 +1,4 @@
-"""What the report says of one target, gathered from a run as plain values."""
+"""What the report says of the picks for one target, gathered from a run as plain values."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int
 
-from gradsift.data.conversations import as_text
-from gradsift.data.encoded import EncodedSet
+from gradsift.config import PolicyConfig
 from gradsift.methods.job import Job
+from gradsift.report.cards import Card, Turns, cards, conversations, winners
 from gradsift.report.exhibits import Exhibit, read_exhibits
 from gradsift.runs import layout
 from gradsift.scores.ranking import Scores
 from gradsift.selection.directions import leading_directions, read_spectra
-from gradsift.selection.picks import Selection, read_selection
+from gradsift.selection.picks import Selection, read_selection, read_selections
 from gradsift.selection.policies import Candidates
-from gradsift.selection.score_table import describe_rows, read_scores
+from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare, source_shares
 from gradsift.selection.stability import (
     Change,
@@ -31,112 +32,127 @@ from gradsift.selection.stability import (
 )
 from gradsift.selection.stages import RunStages
 
-_CHARACTERS, _TEXT = 500, 800  # of each turn shown, and of all turns together
-_PICKS, _BEST_LEFT, _REFUSED, _LOWEST = 300, 100, 50, 50  # rows of the table
-_ROWS_IN_ALL = 2000  # of the tables of all targets
 _BINS = 60
 
 
 @dataclass(frozen=True)
-class Line:
-    """One example in the table of the report; `best` names the target example that won it."""
-
-    status: str
-    place: int
-    score: float
-    share: float | None
-    source: str
-    num_tokens: int
-    id: str
-    text: str
-    best: str | None
-
-
-@dataclass(frozen=True)
 class DirectionExamples:
-    """A leading direction: its share of the variance, and who loads on it most, on both sides."""
+    """A leading direction: its share of the variance, and who loads on it most, on both sides.
+
+    Of each example its loading, its id and its conversation.
+    """
 
     number: int
     variance: float
-    positive: Sequence[tuple[float, str, str]]
-    negative: Sequence[tuple[float, str, str]]
+    positive: Sequence[tuple[float, str, Turns]]
+    negative: Sequence[tuple[float, str, Turns]]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Shares of the rows in each bin, of the pool and of the picks."""
+    """Shares of the rows in each bin, of the pool and of the picks, and the median of each."""
 
     edges: Float[np.ndarray, " edge"]
     pool: Float[np.ndarray, " bin"]
     picks: Float[np.ndarray, " bin"]
+    medians: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """How sure the choice is at the lowest score picked.
+
+    `num_sure`: picks whose score is higher than the cut by more than the noise. `at_twice`: the
+    noise at the cut of twice as many picks, none where the pool does not hold them.
+    """
+
+    cut: float
+    noise: Noise | None
+    num_sure: int
+    at_twice: Noise | None
 
 
 @dataclass(frozen=True)
 class TargetPage:
-    """Everything that is said of one target."""
+    """Everything that is said of the picks for one target; `key` is its place in the address.
 
+    `others`: what the folder keeps beside them under other names.
+    """
+
+    key: str
     name: str
+    method: str
+    num_pool: int
+    num_target: int
+    policy: PolicyConfig
     selection: Selection
+    others: Sequence[Selection]
     sources: Sequence[SourceShare]
     lengths: Histogram
     scores: Histogram
-    cut: float | None
-    noise: Noise | None
+    edge: Edge | None
     changes: Sequence[Change]
     refusals: Mapping[str, int]
-    repeats_looked_for: bool
-    lines: Sequence[Line]
-    winners: Mapping[str, str]
+    cards: Sequence[Card]
+    winners: Mapping[str, Turns]
     spectra: Mapping[str, Any]
     directions: Sequence[DirectionExamples]
-    exhibits: Sequence[Exhibit]
+    evaluation: Sequence[Exhibit]
+    geometry: Sequence[Exhibit]
 
 
 def target_page(
     job: Job, stages: RunStages, name: str, pool: Candidates, aligned: Scores
 ) -> TargetPage:
-    """Return everything that is said of one target."""
-    path, method = job.folder.path, job.config.method
-    selection = read_selection(path, name)
-    rows, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
+    """Return everything that is said of the picks for one target."""
+    path, method, policy = job.folder.path, job.config.method, job.config.policy
+    key = policy.selection_of(name)
+    selection = read_selection(path, key)
+    others = [s for s in read_selections(job.folder) if s.target == name and s.key != key]
+    rows = selection.picks["row"].to_numpy()
     scores, num_tokens = read_scores(path, method, name), pool.num_tokens
     is_gist, finite = method == "gist", np.isfinite(scores)
-    found: list[Change] = []
-    if is_gist:
-        reasons = selection.refused["reason"].to_pylist()
-        repeated = refused[[reason.startswith("repeats") for reason in reasons]]
-        found += changes(job, name, rows, repeated, pool)
-        if can_compare_twice_the_rank(job, name):
-            found.append(compare_with_twice_the_rank(job, name, rows, repeated, pool))
-    policy, noise = job.config.policy, None
-    cut = float(scores[rows].min()) if policy.strategy == "top" and not policy.source_cap else None
-    if cut is not None:
-        noise = noise_at_cut(aligned, scores, cut)
-    bins = np.histogram_bin_edges(scores[finite].astype(np.float64), _BINS)
-    lines = _lines(job, name, selection, scores)
+    plain = policy.strategy == "top" and not policy.source_cap
     edges = np.geomspace(max(1, num_tokens.min()), num_tokens.max() + 1, _BINS // 2)
+    shown = cards(job, name, selection, scores)
+    fingerprint, gradients = stages.selections[name].fingerprint, job.inputs.gradients_key(name)
     return TargetPage(
+        key=key,
         name=name,
+        method=method,
+        num_pool=len(scores),
+        num_target=len(job.targets[name]),
+        policy=policy,
         selection=selection,
-        sources=source_shares(pool.sources, selection.picks["source"]),
+        others=others,
+        sources=_all_sources(pool.sources, selection.picks["source"]),
         lengths=_histogram(num_tokens, rows, edges),
-        scores=_histogram(scores, rows, bins),
-        cut=cut,
-        repeats_looked_for=(policy.duplicates, policy.decontaminate) != ("keep", "none"),
-        noise=noise,
-        changes=found,
+        scores=_histogram(
+            scores, rows, np.histogram_bin_edges(scores[finite].astype(np.float64), _BINS)
+        ),
+        edge=_edge(aligned, scores, rows) if plain else None,
+        changes=_changes(job, name, selection, pool) if is_gist else (),
         refusals=Counter(selection.refused["reason"].to_pylist()),
-        lines=lines,
-        winners=_winners(job, name, {line.best for line in lines if line.best is not None}),
+        cards=shown,
+        winners=winners(job, name, {card.best for card in shown if card.best is not None}),
         spectra=read_spectra(path, name) if is_gist else {},
         directions=_directions(job, name) if is_gist else (),
-        exhibits=[
-            *read_exhibits(
-                job.folder, layout.EVALUATION, name, stages.selections[name].fingerprint
-            ),
-            *read_exhibits(job.folder, layout.GEOMETRY, name, job.inputs.gradients_key(name)),
-        ],
+        evaluation=read_exhibits(job.folder, layout.EVALUATION, name, fingerprint),
+        geometry=read_exhibits(job.folder, layout.GEOMETRY, name, gradients),
     )
+
+
+def _all_sources(
+    pool: pa.Array | pa.ChunkedArray, picks: pa.Array | pa.ChunkedArray
+) -> list[SourceShare]:
+    """Return where picks come from, the largest source first, then the sources without any."""
+    found = source_shares(pool, picks)
+    names = {share.source for share in found}
+    return found + [
+        SourceShare(share.source, 0, 0.0, share.of_pool)
+        for share in source_shares(pool, pool)
+        if share.source not in names
+    ]
 
 
 def _histogram(
@@ -144,66 +160,38 @@ def _histogram(
     rows: Int[np.ndarray, " row"],
     edges: Float[np.ndarray, " edge"],
 ) -> Histogram:
-    shares = []
+    shares, medians = [], []
     for own in (values, values[rows]):
-        counts = np.histogram(own[np.isfinite(own)], edges)[0]
+        finite = own[np.isfinite(own)]
+        counts = np.histogram(finite, edges)[0]
         shares.append(counts / max(1, counts.sum()))
-    return Histogram(np.asarray(edges, np.float64), *shares)
+        medians.append(float(np.median(finite)) if len(finite) else 0.0)
+    return Histogram(np.asarray(edges, np.float64), shares[0], shares[1], (medians[0], medians[1]))
 
 
-def _lines(
-    job: Job, name: str, selection: Selection, scores: Float[np.ndarray, " example"]
-) -> list[Line]:
-    """Return picks, the best that were left, refused ones and the lowest, in that order."""
-    share = min(1.0, _ROWS_IN_ALL / len(job.targets) / (_PICKS + _BEST_LEFT + _REFUSED + _LOWEST))
-    order = np.argsort(-scores, kind="stable")
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(1, len(order) + 1)
-    picked, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
-    left = order[~np.isin(order, np.concatenate([picked, refused]))]
-    reasons = dict(zip(refused.tolist(), selection.refused["reason"].to_pylist(), strict=True))
-    best, lowest = left[: int(_BEST_LEFT * share)], left[int(_BEST_LEFT * share) :]
-    chosen: dict[int, str] = {}
-    for status, rows in (
-        ("picked", _evenly(picked, int(_PICKS * share))),
-        ("best not picked", best),
-        ("", refused[: int(_REFUSED * share)]),
-        ("lowest", lowest[max(0, len(lowest) - int(_LOWEST * share)) :]),
-    ):
-        chosen |= {row: status or f"refused: {reasons[row]}" for row in rows.tolist()}
-    texts = _texts(job, job.pool, [*chosen])
-    facts = describe_rows(job.folder.path, job.config.method, name, [*chosen])
-    return [
-        Line(
-            status=status,
-            place=int(places[row]),
-            score=float(scores[row]),
-            text=text,
-            **fact,
-        )
-        for (row, status), text, fact in zip(chosen.items(), texts, facts, strict=True)
-    ]
+def _edge(
+    aligned: Scores, scores: Float[np.ndarray, " example"], rows: Int[np.ndarray, " row"]
+) -> Edge:
+    """Return how sure the choice is where it ends, and where one of twice as many would."""
+    cut = float(scores[rows].min())
+    noise, at_twice = noise_at_cut(aligned, scores, cut), None
+    if noise and 2 * len(rows) < len(scores):
+        there = np.partition(scores, len(scores) - 2 * len(rows))[len(scores) - 2 * len(rows)]
+        if np.isfinite(there):
+            at_twice = noise_at_cut(aligned, scores, float(there))
+    sure = int((scores[rows] > cut + noise.width).sum()) if noise else 0
+    return Edge(cut, noise, sure, at_twice)
 
 
-def _evenly(rows: Int[np.ndarray, " row"], count: int) -> Int[np.ndarray, " shown"]:
-    """Return `count` of the rows, spread evenly, the first among them."""
-    return rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(count, len(rows))).astype(int))]
-
-
-def _winners(job: Job, name: str, ids: set[str]) -> dict[str, str]:
-    """Return the texts of some target examples by id; of equal ids, the first."""
-    target = job.targets[name]
-    every = target.column("id").to_pylist()
-    rows = [every.index(id_) for id_ in sorted(ids)]
-    return dict(zip((every[row] for row in rows), _texts(job, target, rows), strict=True))
-
-
-def _texts(
-    job: Job, encoded: EncodedSet, rows: Sequence[int] | Int[np.ndarray, " row"]
-) -> list[str]:
-    """Return the conversations of some rows, as long as the page shows them."""
-    found = encoded.conversations(rows, job.config.data.columns)
-    return [as_text(messages, _CHARACTERS)[:_TEXT] for messages in found]
+def _changes(job: Job, name: str, selection: Selection, pool: Candidates) -> list[Change]:
+    """Return what other settings would have picked."""
+    rows, refused = (t["row"].to_numpy() for t in (selection.picks, selection.refused))
+    reasons = selection.refused["reason"].to_pylist()
+    repeated = refused[[reason.startswith("repeats") for reason in reasons]]
+    found = changes(job, name, rows, repeated, pool)
+    if can_compare_twice_the_rank(job, name):
+        found.append(compare_with_twice_the_rank(job, name, rows, repeated, pool))
+    return found
 
 
 def _directions(job: Job, name: str) -> list[DirectionExamples]:
@@ -212,16 +200,16 @@ def _directions(job: Job, name: str) -> list[DirectionExamples]:
         DirectionExamples(
             found.number,
             found.variance,
-            _shown(job, found.loadings, found.positive),
-            _shown(job, found.loadings, found.negative),
+            _loading_most(job, found.loadings, found.positive),
+            _loading_most(job, found.loadings, found.negative),
         )
         for found in leading_directions(job, name)
     ]
 
 
-def _shown(
+def _loading_most(
     job: Job, loadings: Float[np.ndarray, " example"], rows: Int[np.ndarray, " row"]
-) -> list[tuple[float, str, str]]:
-    """Return loading, id and text of some pool examples."""
+) -> list[tuple[float, str, Turns]]:
+    """Return loading, id and conversation of some pool examples."""
     ids = job.pool.take(rows, ["id"])["id"].to_pylist()
-    return [*zip(loadings[rows].tolist(), ids, _texts(job, job.pool, rows), strict=True)]
+    return [*zip(loadings[rows].tolist(), ids, conversations(job, job.pool, rows), strict=True)]

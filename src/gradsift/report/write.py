@@ -1,7 +1,7 @@
 """The page that explains a selection: one HTML file that needs no network.
 
-What was asked and what came out, where the picks come from, how sure the choice is, why each, what
-the target looks like, and what `evaluate` and `geometry` found.
+What was picked, from where and whether it helps, how sure the choice is, why each, what the target
+looks like, what `evaluate` and `geometry` found, and what the run was.
 """
 
 from __future__ import annotations

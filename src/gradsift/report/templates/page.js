@@ -73,27 +73,30 @@ const seen = new IntersectionObserver(
 );
 document.querySelectorAll("section").forEach((section) => seen.observe(section));
 
-const scheme = matchMedia("(prefers-color-scheme: dark)");
-scheme.addEventListener("change", () => drawAll(panelOf(chosen)));
+const root = document.documentElement;
+function redraw() {
+  if (ready && !root.classList.contains("printing")) drawAll(panelOf(chosen));
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 let width = innerWidth;
 addEventListener("resize", () => {
-  if (innerWidth === width || document.documentElement.classList.contains("printing")) return;
+  if (innerWidth === width) return; // a phone hides its bars
   width = innerWidth;
-  requestAnimationFrame(() => drawAll(panelOf(chosen)));
+  requestAnimationFrame(redraw);
 });
 
 // on paper: the chosen target, light, what is folded in it laid open
 let unfolded = [];
 addEventListener("beforeprint", () => {
-  document.documentElement.classList.add("printing");
+  root.classList.add("printing");
   unfolded = [...panelOf(chosen).querySelectorAll("details:not([open])")];
   unfolded.forEach((details) => (details.open = true));
   drawAll(panelOf(chosen), PAPER);
 });
 addEventListener("afterprint", () => {
-  document.documentElement.classList.remove("printing");
+  root.classList.remove("printing");
   unfolded.forEach((details) => (details.open = false));
-  drawAll(panelOf(chosen));
+  redraw();
 });
 
 follow();

@@ -56,7 +56,11 @@ def test_named_picks_stand_beside_others_and_are_listed(
         assert all((folder / name(one.key)).exists() for name in names)
     entries = json.loads((folder / "selected/dataset_info.json").read_text())
     assert [*entries] == ["gradsift_t", "gradsift_t_capped", "gradsift_t_tight"]
-    assert (folder / "report.html").exists()
+    page = (folder / "report.html").read_text()
+    assert "2 more selections of t in this folder" in page
+    assert "<td>4 examples; the top of the ranking;" in page  # the policy of `tight`
+    assert "-again --name capped" in page
+    assert "at most 40% from any one source <code>source_cap=40%</code>" in page
     best = found[0].picks["id"][8].as_py()
     [explained] = gradsift.explain(folder, best)
     assert "tight: not picked: the budget was spent before its turn" in explained.verdict

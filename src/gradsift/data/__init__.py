@@ -6,7 +6,7 @@ May import: `runs`, `executors`.
 """
 
 PUBLIC = {
-    "conversations": ("as_text", "text_of"),
+    "conversations": ("Message", "as_text", "text_of"),
     "duplicates": ("DedupColumns", "DuplicateFinder", "Refusal", "dedup_columns"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),

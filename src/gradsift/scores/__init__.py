@@ -7,6 +7,6 @@ May import: nothing but settings and errors.
 
 PUBLIC = {
     "alignment": ("Alignment",),
-    "ranking": ("Ranking", "Scores"),
+    "ranking": ("Ranking", "Scores", "refuse_turns"),
     "similarity": ("Cosines", "RowStore", "Rows", "Table", "View"),
 }

@@ -10,7 +10,7 @@ from conftest import configure
 from gradsift.pipeline import run
 
 HOSTILE = "<script>hacked=1</script></script><img src=x onerror='hacked=1'>"
-SOURCE = HOSTILE + "<a href='https://outside.example'>here</a>"
+SOURCE = "<a href='https://outside.example'>here</a>" + HOSTILE
 
 Rows = list[dict[str, Any]]
 

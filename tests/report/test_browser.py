@@ -274,6 +274,7 @@ def test_a_figure_has_the_colours_of_the_page(page: Any) -> None:
 
 def test_on_paper_there_is_the_chosen_target_alone(page: Any) -> None:
     page.click("[id='tab/u']")
+    page.wait_for_selector("[id='u'] .figure .main-svg")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print", color_scheme="dark")
     page.set_viewport_size({"width": 690, "height": 900})

@@ -110,5 +110,5 @@ def _cut(turns: Turns) -> Turns:
 
 def _size(text: str) -> int:
     """Return the bytes of a text in the page: three of its characters are written as six."""
-    written = json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    written = json.dumps(text, ensure_ascii=False).encode()
     return len(written) + 5 * sum(map(text.count, "<>&"))

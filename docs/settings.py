@@ -1,6 +1,6 @@
-"""Write `settings.md`, beside this file, from the descriptions in the code: run it after a change.
+"""Write `settings.md`, beside this file, from the descriptions in the code.
 
-    python docs/settings.py
+After a change of a setting: `python docs/settings.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _HEAD = """# Settings
 
 Made from the code by `python docs/settings.py`; `gradsift settings SECTION` prints the same. Flags
 for what everyone uses, `--set SECTION.KEY=VALUE` for the rest, or a YAML file with these sections
-(`--config`); `--set` goes before the flags, and these before the file. Every run keeps its own
+(`--config`); `--set` overrides the flags, and flags override the file. Every run keeps its own
 `config.yaml`: `gradsift select --config runs/gsm8k/config.yaml --output-dir runs/again` repeats it
 (from the same directory, where its paths are relative).
 
 What is in `policy` changes the picks alone, what is in `gist.aggregation` and `gist.norm_power` the
-scores: seconds. `engine`, `model.device` and `less`, `embed` or `random` under another method change
-nothing that was measured. Everything else does, and is refused for a finished folder unless you say
-`--overwrite`.
+scores: seconds. `engine` (but for `window` and `shard_size`), `model.device` and `less`, `embed` or
+`random` under another method change nothing that was measured. Everything else does, and is refused
+for a finished folder unless you say `--overwrite`.
 
 The defaults are the method's own paper's, for a pool of 270,000 and a 7B model. Two need thought
 elsewhere: a small pool gives a [warm-up of few steps](faq.md#my-pool-is-small), and `lora.alpha`

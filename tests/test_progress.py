@@ -56,7 +56,7 @@ def test_batches_show_before_the_shard_is_stored() -> None:
     tracker.count_batch(8, 80)
     tracker.count_batch(8, 80)
     tracker.advance(10)
-    tracker.count_batch(8, 40)  # four of them were done again in smaller batches
+    tracker.count_batch(8, 40)
     tracker.advance(10)
     assert seen == [8, 16, 16, 20, 20]
 
@@ -82,6 +82,18 @@ def test_only_batches_of_the_tracked_work_count(caplog: pytest.LogCaptureFixture
     count_batch(4, 40)
     assert shown == [4, 8]
     assert "pool: 8 examples in" in caplog.text
+
+
+def test_batches_of_an_attempt_that_failed_do_not_count() -> None:
+    with track("pool", 8, tokens=80) as advance:
+        with pytest.raises(RuntimeError), batches_counted():
+            count_batch(4, 40)
+            raise RuntimeError("out of memory")
+        with batches_counted():
+            count_batch(2, 20)
+        tracker = progress._listening[-1]
+        assert (tracker.in_batches, tracker.tokens_seen, tracker.done) == (2, 20, 2)
+        advance(8)
 
 
 def test_the_first_line_comes_after_ten_seconds(

@@ -59,7 +59,7 @@ class ModelConfig(Section):
     device: str = setting("auto", "where the model lies; auto: CUDA where there is one")
     attention: str = setting("auto", "attention kernel; auto: what transformers takes")
     quantization: Literal["none", "4bit", "8bit"] = setting(
-        "none", "of the base model, by bitsandbytes"
+        "none", "how the base model is quantized, by bitsandbytes"
     )
     trust_remote_code: bool = setting(
         False, "run the code that comes with a model, tokenizer or encoder"
@@ -103,12 +103,14 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """The adapter whose gradients are measured."""
 
-    rank: Count = setting(128, "of the adapter whose gradients are measured", "128")
+    rank: Count = setting(128, "rank of the adapter whose gradients are measured", "128")
     alpha: float = setting(
         512, "scale of the adapter, divided by its rank; it stays when you lower the rank", "512",
         gt=0,
     )  # fmt: skip
-    dropout: float = setting(0.1, "in trainings; off while measuring", "0.1", ge=0, lt=1)
+    dropout: float = setting(
+        0.1, "dropout of the adapter in trainings; none while measuring", "0.1", ge=0, lt=1
+    )
     target_modules: Literal["attention", "all-linear"] | LayerNames = setting(
         "attention", "layers with an adapter: attention, all-linear, or names", "attention"
     )
@@ -118,7 +120,7 @@ class WarmupConfig(Section):
     """Short LoRA training on a random part of the pool, before gradients mean anything."""
 
     mode: Literal["train", "none"] = setting(
-        "train", "none: measure at a fresh adapter (--warmup none)", "train"
+        "train", "train an adapter first, or measure at a fresh one (--warmup none)", "train"
     )
     adapter: str | None = setting(None, "an existing PEFT LoRA adapter, measured as it is")
     fraction: Share = setting(0.05, "random part of the pool that is trained on", "0.05")
@@ -127,14 +129,14 @@ class WarmupConfig(Section):
         1, "how many of the last epochs are measured, weighted by learning rate", "1"
     )
     learning_rate: float = setting(
-        2e-5, "of AdamW, at its peak; a small pool has few steps and needs more", "2e-5", gt=0
+        2e-5, "peak of AdamW's rate; a small pool has few steps and needs more", "2e-5", gt=0
     )
     batch_size: Count = setting(128, "examples per optimizer step", "128")
     micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
     warmup_ratio: float = setting(
         0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
     )
-    weight_decay: float = setting(0.0, "of AdamW", ge=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)
     keep_optimizer: bool = setting(False, "store Adam's moments beside the adapter")
     seed: Seed = setting(0, "draws examples, their order, first weights, dropout (--seed)")
 
@@ -167,7 +169,7 @@ class GistConfig(Section):
         "leading", "tail: those that the rank leaves out, instead", "leading"
     )
     aggregation: Literal["max", "task-mean", "mean-cosine"] = setting(
-        "max", "over target examples: the nearest (max), or means within a task", "max"
+        "max", "how target examples count: the nearest (max), or means within a task", "max"
     )
     norm_power: float = setting(
         0.0, "weighs scores by the share of the gradient in the subspace, to this power", "0", ge=0
@@ -193,7 +195,7 @@ class LessConfig(Section):
     dimension: int = setting(
         8192, "numbers kept of each gradient", "8192", ge=64, le=MAX_COUNT, multiple_of=64
     )
-    seed: Seed = setting(0, "of the random projection (--seed)")
+    seed: Seed = setting(0, "draws the random projection (--seed)")
 
 
 class EmbedConfig(Section):
@@ -266,10 +268,10 @@ class EngineConfig(Section):
 
     executor: Literal["local", "ray"] = setting("local", "where work runs (--engine)")
     ray_address: str | None = setting(
-        None, "of a Ray cluster, or 'auto'; none: one is started here"
+        None, "address of a Ray cluster, or 'auto'; none: one is started here"
     )
     workers: Literal["auto"] | Count = setting(
-        "auto", "of the pool pass on Ray: one per GPU, else one per machine"
+        "auto", "workers of the pool pass on Ray; auto: one per GPU, else one per machine"
     )
     train_workers: Count = setting(1, "processes that share each training on Ray")
     batch_tokens: Literal["auto"] | Count = setting(

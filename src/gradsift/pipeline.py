@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from gradsift.config import Config
-from gradsift.data.sets import count_rows, data_sets, encode_sets
+from gradsift.data.sets import check_first_rows, count_rows, data_sets, encode_sets
 from gradsift.errors import ConfigError, DataError, check_installed, translate_os_errors
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
@@ -174,10 +174,11 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
     from gradsift.models.loading import load_encoder
 
     config = stages.inputs.config
-    if folder.find_fault([stages.inputs.pool_stage]):
-        _check_count(config)
     load, columns = partial(load_encoder, config.model, config.data), config.data.columns
     sets = data_sets(config.data)
+    if folder.find_fault([stages.inputs.pool_stage]):
+        check_first_rows(sets, columns)
+        _check_count(config)
     encode_sets(sets, stages.inputs.data_stages, folder, load, columns, strict)
     rejected = b"".join((folder.path / layout.rejected(name)).read_bytes() for name in sets)
     if strict and rejected:  # of a set that was encoded before, without --strict
@@ -236,7 +237,7 @@ def measure(job: Job, stages: RunStages) -> Callable[[], Mapping[str, Scores]]:
 
 def _say_what_is_replaced(folder: Run, stage: Stage) -> None:
     """Say that other picks of the same name are about to go, and how to keep them."""
-    change = folder.change(stage)
+    change = folder.change_of(stage)
     if change and (folder.path / stage.outputs[0]).exists():
         logger.warning(
             "%s is replaced (%s); --name NAME keeps a selection beside it", stage.outputs[0], change

@@ -31,9 +31,8 @@ class Tracker:
     """How much of a whole is done, and how long the rest will take.
 
     Work is counted in units (`advance`: finished for good) or, where the whole is known in tokens,
-    already in batches of units that are not finished. `total` may be unknown. The time left follows
-    from the mean rate since the first news: what comes before, such as loading a model, is left out
-    of account.
+    already in batches of units that are not finished. `total` may be unknown. Rate and time left
+    are those since the first report: what comes before it, such as loading a model, does not count.
     """
 
     label: str
@@ -45,7 +44,7 @@ class Tracker:
     finished: int = 0
     in_batches: int = 0  # of those that are not finished
     tokens_seen: int = 0
-    first: tuple[float, int] | None = None  # when the first news came, and the work done by then
+    first_report: tuple[float, int, int] | None = None  # when, and `done` and `work` by then
 
     def __post_init__(self) -> None:
         self.started = self.clock()
@@ -54,21 +53,21 @@ class Tracker:
         """Count some units as finished."""
         self.finished += amount
         self.in_batches = max(0, self.in_batches - amount)
-        self._news()
+        self._report()
 
     def count_batch(self, units: int, tokens: int) -> None:
         """Count a batch of units that are measured, but not finished."""
         self.in_batches += units
         self.tokens_seen += tokens
-        self._news()
+        self._report()
 
-    def _news(self) -> None:
-        self.first = self.first or (self.clock(), self._work)
+    def _report(self) -> None:
+        self.first_report = self.first_report or (self.clock(), self.done, self._work)
         self.show(self)
 
     @property
     def done(self) -> int:
-        """Units that are finished or measured; a batch that was done again counts once."""
+        """Units that are finished or measured."""
         done = self.finished + self.in_batches
         return done if self.total is None else min(done, self.total)
 
@@ -78,21 +77,25 @@ class Tracker:
         return self.tokens_seen if self.tokens_seen else self.done
 
     @property
+    def _since(self) -> tuple[float, int, int]:
+        """When the rate is reckoned from, with `done` and `work` of then."""
+        if self.first_report is None or self.first_report[2] == self._work:
+            return self.started, 0, 0
+        return self.first_report
+
+    @property
     def rate(self) -> float:
-        """Units per second since the beginning."""
-        return self.done / max(self.clock() - self.started, 1e-9)
+        """Units per second."""
+        since, done, _ = self._since
+        return (self.done - done) / max(self.clock() - since, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
         """How long the rest will take; none before anything is known."""
         whole = self.tokens if self.tokens_seen else self.total
-        if self.first is None or whole is None:
-            return None
-        since, before = self.first
-        if self._work == before:  # the first news alone
-            since, before = self.started, 0
-        rate = (self._work - before) / max(self.clock() - since, 1e-9)
-        return max(whole - self._work, 0) / rate if rate else None
+        since, _, work = self._since
+        rate = (self._work - work) / max(self.clock() - since, 1e-9)
+        return None if whole is None or not rate else max(whole - self._work, 0) / rate
 
 
 @contextmanager
@@ -121,11 +124,20 @@ def track(
 
 @contextmanager
 def batches_counted() -> Iterator[None]:
-    """Count the batches of this block as tracked work; those of what precedes it are not."""
+    """Count the batches of this block as tracked work; those of what precedes it are not.
+
+    If the block does not come to its end, because memory ran out, say, none of them counts.
+    """
     global _counted  # noqa: PLW0603
+    tracker = _listening[-1] if _listening else None
+    before = (tracker.in_batches, tracker.tokens_seen) if tracker else (0, 0)
     _counted = True
     try:
         yield
+    except BaseException:
+        if tracker:
+            tracker.in_batches, tracker.tokens_seen = before
+        raise
     finally:
         _counted = False
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from gradsift.errors import ConfigError, shorten, suggest_share
-from gradsift.wrong_settings import explain
+from gradsift.wrong_settings import describe_errors
 
 
 def _as_texts(value: Any) -> Any:
@@ -91,7 +91,7 @@ class Section(BaseModel):
         try:
             built = cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(explain(error, cls, values))) from None
+            raise ConfigError("\n".join(describe_errors(error, cls, values))) from None
         if "\0" in built.model_dump_json().replace("\\u0000", "\0"):
             raise ConfigError("a setting has a NUL character in it, which no name or path can have")
         return built
@@ -109,7 +109,7 @@ def describe(section: type[Section], prefix: str = "") -> list[Setting]:
         if isinstance(inner, type) and issubclass(inner, Section):
             found += describe(inner, f"{key}.")
             continue
-        default = "" if field.is_required() else _as_yaml(field.default)
+        default = "(required)" if field.is_required() else _as_yaml(field.default)
         assert isinstance(field.json_schema_extra, dict), f"made by `setting`: {key}"
         paper = field.json_schema_extra["paper"]
         found.append(

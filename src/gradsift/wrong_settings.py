@@ -23,7 +23,12 @@ _FLAGS = {
     "data.targets": "--target NAME=FILE",
     "warmup.adapter": "--adapter",
     "warmup.mode": "--warmup",
+    "warmup.seed": "--seed",
+    "less.seed": "--seed",
+    "random.seed": "--seed",
+    "seed": "--seed",
     "policy.budget": "--budget",
+    "policy.name": "--name",
     "engine.executor": "--engine",
     "engine.memory": "--memory",
     "engine.ray_address": "--ray-address",
@@ -66,7 +71,9 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+def describe_errors(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]
+) -> list[str]:
     """Return what is wrong with each setting that a model refuses, one line for each."""
     schema, lines = model.model_json_schema(), dict[str, str]()
     for item in error.errors():

@@ -13,10 +13,16 @@ import pytest
 
 from cli.test_cli import call
 from gradsift.cli import output
-from gradsift.cli.options import resolve_config
+from gradsift.cli.options import (
+    _keys_of_a_run,
+    _keys_of_an_evaluation,
+    _methods,
+    resolve_config,
+)
 from gradsift.cli.settings import all_settings
 from gradsift.config import Config
 from gradsift.geometry.config import GeometryConfig
+from gradsift.methods.registry import METHODS
 
 HOME = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -146,6 +152,25 @@ def test_the_policy_in_force_is_printed_with_what_the_folder_decided(
     assert f"repeated picks are refused (from {config})" not in out  # as it is by default
     found = call_json(monkeypatch, capsys, *again)
     assert found["policy_from_config"] == ["decontaminate", "source_cap", "strategy"]
+
+
+def test_settings_said_with_another_are_marked_with_it(
+    arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    more = ["--set", "policy.duplicates=near", "--set", "policy.similarity=0.5"]
+    assert call(monkeypatch, *arguments, *more) == 0
+    capsys.readouterr()
+    config = tmp_path / "run/config.yaml"
+    again = ["select", "--config", config, "--output-dir", tmp_path / "run"]
+    assert call(monkeypatch, *again, "--set", "policy.duplicates=near") == 0
+    out = "".join(capsys.readouterr().out.split())
+    assert f"(Jaccardsimilarityof0.5ormore)(from{config})" in out
+
+
+def test_the_shell_completes_settings_and_methods() -> None:
+    assert [key for key, _ in _keys_of_a_run("warmup.l")] == ["warmup.learning_rate="]
+    assert [key for key, _ in _keys_of_an_evaluation("fine_tuning.s")] == ["fine_tuning.steps="]
+    assert _methods() == [*METHODS]
 
 
 def test_a_name_is_not_taken_from_a_file(tmp_path: Path) -> None:

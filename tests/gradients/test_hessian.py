@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,15 @@ from torch import Tensor
 
 import tiny_models
 from gradsift.data.encoding import Encoded
-from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
+from gradsift.errors import ConfigError
+from gradsift.gradients.hessian import (
+    Hessian,
+    check_eigenvectors,
+    entries,
+    leading_eigenpairs,
+    measure_coupling,
+    sines,
+)
 from gradsift.gradients.per_example import blocks
 from gradsift.models.lora import lora_pairs
 
@@ -130,3 +140,24 @@ def test_entries_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> 
 def test_sines_of_a_space_with_itself_and_with_its_complement() -> None:
     np.testing.assert_allclose(sines(np.eye(3)), 0, atol=1e-7)
     np.testing.assert_allclose(sines(np.zeros((3, 2))), 1)
+
+
+def test_more_eigenvectors_than_there_can_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_eigenvectors(10, 1000)
+    with pytest.raises(ConfigError, match="asked for 20 eigenvectors of a Hessian over 20 param"):
+        check_eigenvectors(20, 20)
+    for vectors, advice in ((41, None), (30, "ask for at most 14 "), (19, "even one needs more")):
+        free = SimpleNamespace(available=8 * 1000 * vectors)
+        monkeypatch.setattr(
+            "gradsift.gradients.hessian.psutil.virtual_memory", lambda free=free: free
+        )
+        if advice is None:
+            check_eigenvectors(20, 1000)
+            continue
+        with pytest.raises(ConfigError, match=advice):
+            check_eigenvectors(20, 1000)
+    monkeypatch.setattr(
+        "gradsift.gradients.hessian.psutil.virtual_memory",
+        lambda: SimpleNamespace(available=8 * 1000 * 30),
+    )
+    check_eigenvectors(14, 1000)  # what was advised

@@ -243,7 +243,7 @@ def test_the_page_says_first_what_was_picked_and_by_which_rules(folder: Path, jo
     first = page[page.index('id="t/picks"') : page.index('id="t/sure"')]
     for setting in ("budget=20", "strategy=top", "source_cap=none", "duplicates=exact"):
         assert setting in first
-    assert "passed over where a target example has the same text <code>" in first
+    assert "repeats of target examples are refused <code>decontaminate=exact</code>" in first
     assert "Not measured yet" in first
     assert f"gradsift evaluate {folder} --test t=FILE" in first
     order = [page.index(f'id="{place}"') for place in (
@@ -296,7 +296,8 @@ def test_what_to_do_about_chance_is_said_in_the_runs_own_numbers(job: Job) -> No
         "gradsift evaluate 'runs/a b' --test t=FILE --method gist --seeds 5",
         "gradsift select --config 'runs/a b/config.yaml' --output-dir 'runs/a b-more' "
         "--target t=FILE",
-        "gradsift select --config 'runs/a b/config.yaml' --output-dir 'runs/a b' --budget 40",
+        "gradsift select --config 'runs/a b/config.yaml' --output-dir 'runs/a b' --budget 40 "
+        "--name twice",
     ]
     unknown = replace(page, edge=None)
     assert "is not known here" in wording.how_sure(unknown)[0]

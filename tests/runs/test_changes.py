@@ -47,7 +47,7 @@ def change(old: dict[str, Any], new: dict[str, Any]) -> str:
          {"files": {f"{i} {i}": OTHER for i in range(1, 9)}},
          "the content of 1, 2, 3, 4, 5 and 3 more changed"),
         ({"files": {"1 org/name": "org/name"}}, {"files": {"1 org/name": "org/name"}}, ""),
-        ({"model": ONE}, {"model": OTHER}, "the content of the model changed"),
+        ({"model": ONE}, {"model": OTHER}, "the model is another, or its content changed"),
         ({"model": {"identity": ONE, "name": "m"}}, {"model": {"identity": OTHER, "name": "m"}},
          "the content of the model m changed"),
         ({"model": {"identity": ONE, "name": "m"}}, {"model": {"identity": OTHER, "name": "n"}},
@@ -58,7 +58,7 @@ def change(old: dict[str, Any], new: dict[str, Any]) -> str:
          'template was null, is now "t"'),
         ({"template": "t", "template_hash": ONE}, {"template": "tulu"},
          'template was "t", is now "tulu"'),
-        ({"adapter": ONE}, {"adapter": OTHER}, "the content of the adapter changed"),
+        ({"adapter": ONE}, {"adapter": OTHER}, "the adapter is another, or its content changed"),
         ({"adapter": ONE}, {"lora": {"rank": 8}},
          "the adapter is not used any more; lora was not set before"),
         ({"lora": {"rank": 8}}, {"adapter": ONE}, "lora is not set any more; the adapter is new"),
@@ -105,8 +105,12 @@ def edit_row(path: Path) -> None:
         ("pool.jsonl", edit_row, "data/pool: the content of {here}/pool.jsonl changed"),
         ("t.jsonl", edit_row, "data/target.t: the content of {here}/t.jsonl changed"),
         ("template", append, "data/pool: the content of the template {here}/template changed"),
-        ("model/config.json", append, "data/pool: the content of the model changed"),
-        ("adapter/adapter_config.json", append, "warmup: the content of the adapter changed"),
+        ("model/config.json", append, "data/pool: the model is another, or its content changed"),
+        (
+            "adapter/adapter_config.json",
+            append,
+            "warmup: the adapter is another, or its content changed",
+        ),
     ],
 )
 def test_what_was_edited_is_named_and_no_hash_is_shown(

@@ -55,7 +55,7 @@ def test_named_picks_stand_beside_others_and_are_listed(
         names = (layout.picks, layout.messages, layout.reasons, layout.refusals)
         assert all((folder / name(one.key)).exists() for name in names)
     entries = json.loads((folder / "selected/dataset_info.json").read_text())
-    assert [*entries] == ["gradsift_t", "gradsift_t_capped", "gradsift_t_tight"]
+    assert [*entries] == ["gradsift_t", "gradsift_t.capped", "gradsift_t.tight"]
     page = (folder / "report.html").read_text()
     assert "2 more selections of t in this folder" in page
     assert "<td>4 examples; the top of the ranking;" in page  # the policy of `tight`
@@ -88,9 +88,28 @@ def test_damaged_picks_are_named_and_left_out(
     with (folder / "selected/t.tight.messages.jsonl").open("a") as file:
         file.write("{}\n")
     assert [one.key for one in list_selections(folder)] == ["t"]
-    assert f"{folder / 'selected/t.tight.messages.jsonl'} is damaged; `gradsift select`" in (
-        caplog.text
-    )
+    assert f"left out: {folder / 'selected/t.tight.messages.jsonl'} is damaged" in caplog.text
+
+
+def test_picks_that_were_broken_off_are_named_and_left_out(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    run(config, folder)
+
+    def die(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("gradsift.selection.picks._refusals", die)
+        run(with_policy(config, name="tight", budget="4"), folder)
+    assert (folder / "selected/t.tight.parquet").exists()
+    run(with_policy(config, name="wide", budget="12"), folder)
+    assert [one.key for one in list_selections(folder)] == ["t", "t.wide"]
+    assert "left out: selected/t.tight was not finished" in caplog.text
+    run(with_policy(config, name="tight", budget="4"), folder)
+    assert [one.key for one in list_selections(folder)] == ["t", "t.tight", "t.wide"]
 
 
 def test_a_folder_without_picks_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gradsift.cli.demo import demo
 from gradsift.cli.evaluate import evaluate
 from gradsift.cli.explain import explain
 from gradsift.cli.geometry import geometry
-from gradsift.cli.output import wanted, with_output
+from gradsift.cli.output import output_options, with_output
 from gradsift.cli.picks import picks
 from gradsift.cli.plan import plan
 from gradsift.cli.report import report
@@ -28,15 +28,16 @@ class ExitCode(IntEnum):
     USER_ERROR = 2  # what Typer, too, returns for flags that it cannot read
 
 
-app = typer.Typer(
-    help="Pick the few per cent of an instruction-tuning pool that help your task.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 _NEW_RUN = (
     "--model Qwen/Qwen2.5-1.5B --pool 'data/*.jsonl' --target gsm8k=gsm8k_dev.jsonl "
     "--output-dir runs/gsm8k"
+)
+app = typer.Typer(
+    help="Pick the few per cent of an instruction-tuning pool that help your task.",
+    epilog=f"Examples:\n\ngradsift demo\n\ngradsift select {_NEW_RUN}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 _EXAMPLES = {
     select: (
@@ -83,7 +84,7 @@ def main() -> None:
             if runs_command:
                 app()
     except GradsiftError as error:
-        if wanted.verbose:
+        if output_options.verbose:
             import traceback
 
             traceback.print_exc()

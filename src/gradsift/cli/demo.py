@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +20,14 @@ def demo(output_dir: DemoFolder = Path("runs/demo")) -> None:
 
     with log_to(None):
         found = run_demo(output_dir)
-    run = found.run
+    run, config = (shlex.quote(str(p)) for p in (found.run, found.run / layout.CONFIG))
     lines = [
         found.text(),
         "",
         "Where to look next:",
-        f"  {run / layout.REPORT} in a browser: where the picks come from, and why each",
-        f"  gradsift explain {run} {found.first_pick}",
-        f"  gradsift select --config {run / layout.CONFIG} --output-dir {run} --budget 10% "
-        "--name wide",
+        f"  {found.run / layout.REPORT} in a browser: where the picks come from, and why each",
+        f"  gradsift explain {run} {shlex.quote(found.first_pick)}",
+        f"  gradsift select --config {config} --output-dir {run} --budget 10% --name wide",
         f"  gradsift picks {run}",
     ]
     text = "\n".join(lines)

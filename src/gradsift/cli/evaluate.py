@@ -10,9 +10,9 @@ import typer
 from gradsift.cli.options import (
     ConfigFile,
     Engine,
+    EvaluationSettings,
     RayAddress,
     RunFolder,
-    Settings,
     drop_unset,
     engine_settings,
     parse_targets,
@@ -56,7 +56,7 @@ def evaluate(
     engine: Engine = None,
     ray_address: RayAddress = None,
     config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006
+    settings: EvaluationSettings = [],  # noqa: B006
 ) -> None:
     """Find out which method helps: the same fine-tuning on what each picks, against random."""
     from gradsift.sections import merge, parse_assignment, read_yaml

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gradsift.cli.options import RunFolder
-from gradsift.cli.output import show
+from gradsift.cli.output import log_to, show
 
 ExampleId = Annotated[str, typer.Argument(metavar="ID", help="id of a pool example")]
 
@@ -17,6 +17,7 @@ def explain(run: RunFolder, example: ExampleId) -> None:
     from gradsift.errors import visible
     from gradsift.selection.explanation import explain as explain_example
 
-    explanations = explain_example(run, example)
+    with log_to(None):
+        explanations = explain_example(run, example)
     text = visible("\n".join(explanation.text() for explanation in explanations))
     show(explanations, lambda console: console.print(text, markup=False, highlight=False))

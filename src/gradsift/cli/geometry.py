@@ -22,9 +22,12 @@ NumEigenvectors = Annotated[
     int | None, typer.Option(help="leading ones of the Hessian (default: 10)")
 ]
 TargetNames = Annotated[
-    list[str], typer.Option(metavar="NAME", help="of the run's; repeatable (default: all)")
+    list[str],
+    typer.Option(metavar="NAME", help="targets to measure; repeatable (default: all of the run)"),
 ]
-DrawSeed = Annotated[int | None, typer.Option(help="draws examples, probes and Lanczos' vector")]
+DrawSeed = Annotated[
+    int | None, typer.Option(help="seed of the examples, probes and first vector of Lanczos")
+]
 NumProbes = Annotated[int | None, typer.Option(help="random vectors per LoRA matrix (default: 4)")]
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from gradsift.types import MethodName
+
 if TYPE_CHECKING:
     from gradsift.config import Config
+    from gradsift.sections import Section
 
 
 class Executor(StrEnum):
@@ -32,17 +35,27 @@ class Warmup(StrEnum):
 
 
 def _methods() -> list[str]:
-    from gradsift.methods.registry import METHODS
-
-    return [*METHODS]
+    return [*get_args(MethodName)]
 
 
-def _keys_that_begin(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Yield the settings whose keys begin so, each with what it does, for the shell to complete."""
+def _keys_of_a_run(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Yield the settings of a run whose keys begin so, for the shell to complete."""
     from gradsift.config import Config
+
+    yield from _keys_that_begin(incomplete, Config)
+
+
+def _keys_of_an_evaluation(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Yield the settings of an evaluation whose keys begin so, for the shell to complete."""
+    from gradsift.evaluation.config import EvaluationConfig
+
+    yield from _keys_that_begin(incomplete, EvaluationConfig)
+
+
+def _keys_that_begin(incomplete: str, section: type[Section]) -> Iterator[tuple[str, str]]:
     from gradsift.sections import describe
 
-    for found in describe(Config):
+    for found in describe(section):
         if found.key.startswith(incomplete):
             yield f"{found.key}=", found.description
 
@@ -62,13 +75,12 @@ Name = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="how the pool is scored: gist (default), less, cosine, rds, embed, bm25, perplexity, "
-        "length, random",
+        help=f"how the pool is scored: {', '.join(get_args(MethodName))} (default: gist)",
         autocompletion=_methods,
     ),
 ]
 RandomSeed = Annotated[
-    int | None, typer.Option("--seed", help="of all that is drawn: warm-up, less, random")
+    int | None, typer.Option("--seed", help="seed of all that is drawn: warm-up, less, random")
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
@@ -86,13 +98,23 @@ Workers = Annotated[
     int | None, typer.Option(help="of the pool pass on Ray (default: one per GPU or machine)")
 ]
 RunFolder = Annotated[str, typer.Argument(help="the run folder")]
-ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings; flags go before it")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file of settings; flags and --set override it")
+]
 Settings = Annotated[
     list[str],
     typer.Option(
         "--set", metavar="SECTION.KEY=VALUE",
         help="any other setting; `gradsift settings` lists them",
-        autocompletion=_keys_that_begin,
+        autocompletion=_keys_of_a_run,
+    ),
+]  # fmt: skip
+EvaluationSettings = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE",
+        help="any other setting; `gradsift settings evaluate` lists them",
+        autocompletion=_keys_of_an_evaluation,
     ),
 ]  # fmt: skip
 Strict = Annotated[bool, typer.Option(help="stop at the first unusable row")]
@@ -158,7 +180,7 @@ def resolve_config(
 ) -> tuple[Config, set[str]]:
     """Return the whole configuration, and which settings of the policy the file decided.
 
-    `--set` goes before the flags, and these before the file. The name of a selection is never taken
+    `--set` overrides the flags, and these override the file. The name of a selection is never taken
     from a file: what is picked without `--name` is the unnamed one.
 
     Raises:
@@ -173,10 +195,7 @@ def resolve_config(
     if config.policy.name and "name" not in given.get("policy", {}):
         policy = config.policy.model_copy(update={"name": None})
         config = config.model_copy(update={"policy": policy})
-    usual = PolicyConfig()
-    taken_over = {
-        key
-        for key in PolicyConfig.model_fields
-        if key not in given.get("policy", {}) and getattr(config.policy, key) != getattr(usual, key)
-    }
+    usual, own = PolicyConfig(), config.policy
+    of_file = PolicyConfig.model_fields.keys() - given.get("policy", {}).keys()
+    taken_over = {key for key in of_file if getattr(own, key) != getattr(usual, key)}
     return config, taken_over

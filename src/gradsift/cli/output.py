@@ -39,7 +39,7 @@ class Output:
         return logging.DEBUG if self.verbose else logging.WARNING if self.quiet else logging.INFO
 
 
-wanted = Output()
+output_options = Output()
 _OPTIONS = {
     "as_json": ("--json", "print one JSON document, and nothing else there"),
     "quiet": ("--quiet,-q", "say only warnings and errors beside the result"),
@@ -53,7 +53,7 @@ def with_output(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def run(**given: Any) -> None:
         for name in _OPTIONS:
-            setattr(wanted, name, given.pop(name))
+            setattr(output_options, name, given.pop(name))
         verb(**given)
 
     hints = typing.get_type_hints(verb, include_extras=True)
@@ -71,7 +71,7 @@ def with_output(verb: Callable[..., None]) -> Callable[..., None]:
 
 def show(document: Any, print_tables: Callable[[Console], None]) -> None:
     """Print a result: as JSON if that was asked for, else as tables."""
-    if wanted.as_json:
+    if output_options.as_json:
         text = json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
     else:
@@ -117,10 +117,10 @@ def log_to(location: str | None) -> Iterator[None]:
 
     logger = logging.getLogger("gradsift")
     logger.setLevel(logging.DEBUG)
-    progress.set_bars(not wanted.quiet)
+    progress.set_bars(not output_options.quiet)
     console = logging.StreamHandler()
-    console.setLevel(wanted.level)
-    line = "%(asctime)s %(levelname)s %(message)s" if wanted.verbose else "%(message)s"
+    console.setLevel(output_options.level)
+    line = "%(asctime)s %(levelname)s %(message)s" if output_options.verbose else "%(message)s"
     console.setFormatter(progress.VisibleFormatter(line))
     handlers: list[logging.Handler] = [console]
     if location is not None:  # opened with the first line, when the folder is known to be ours
@@ -130,7 +130,7 @@ def log_to(location: str | None) -> Iterator[None]:
         handlers.append(progress.LogFile(folder / layout.LOG, delay=True, encoding="utf-8"))
         line = "%(asctime)s %(levelname)s %(message)s"
         handlers[-1].setFormatter(progress.VisibleFormatter(line))
-        handlers[-1].setLevel(min(wanted.level, logging.INFO))
+        handlers[-1].setLevel(min(output_options.level, logging.INFO))
     for handler in handlers:
         logger.addHandler(handler)
     try:

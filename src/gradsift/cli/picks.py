@@ -53,7 +53,7 @@ def _print_selections(selections: Sequence[Selection], console: Console) -> None
 
     for target, group in groupby(selections, key=lambda selection: selection.target):
         own = [*group]
-        names = [selection.policy.name or "(unnamed)" for selection in own]
+        names = [selection.name for selection in own]
         shared = [f"Jaccard with {name}" for name in names] if len(own) > 1 else []
         table = Table("selection", "method", "policy", "picks", "tokens", *shared, title=target)
         for name, one in zip(names, own, strict=True):

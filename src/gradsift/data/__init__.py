@@ -10,5 +10,5 @@ PUBLIC = {
     "duplicates": ("DedupColumns", "DuplicateFinder", "Refusal", "dedup_columns"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),
-    "sets": ("count_rows", "data_sets", "encode_sets", "encoding_stages", "look_at"),
+    "sets": ("check_first_rows", "count_rows", "data_sets", "encode_sets", "encoding_stages"),
 }

@@ -125,19 +125,16 @@ class EncodedSet:
         self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]
     ) -> list[list[Message]]:
         """Return the conversations of some rows, understood as they were when they came in."""
-        return [to_messages(fields, schema) for fields, schema in self._fields(rows, columns)]
+        return [messages for messages, _ in self.conversations_with_tools(rows, columns)]
 
-    def tools(self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]) -> list[Tools]:
-        """Return the tools that came with some rows."""
-        return [to_tools(fields) for fields, _ in self._fields(rows, columns)]
-
-    def _fields(
+    def conversations_with_tools(
         self, rows: Sequence[int] | np.ndarray, columns: Mapping[str, str]
-    ) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yield some rows under the names of fields, and the schema of each."""
+    ) -> Iterator[tuple[list[Message], Tools]]:
+        """Yield the conversation of some rows and the tools that came with it."""
         table = self.take(rows, ["raw", "schema"])
         for raw, schema in zip(table["raw"].to_pylist(), table["schema"].to_pylist(), strict=True):
-            yield rename(json.loads(raw), columns), schema
+            fields = rename(json.loads(raw), columns)
+            yield to_messages(fields, schema), to_tools(fields)
 
 
 @dataclass(frozen=True)
@@ -234,7 +231,7 @@ def _candidates(
             if schema is None:
                 schema = find_schema(row, columns)
                 lacking = describe_lacking(row, columns)
-                log = logger.warning if "did you mean" in lacking else logger.info
+                log = logger.warning if lacking else logger.info
                 log("%s: %s%s", source.name, schema, lacking and f" ({lacking})")
             fields = rename(row.value, columns)
             try:

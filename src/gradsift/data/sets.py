@@ -54,7 +54,7 @@ def encoding_stages(
     return stages
 
 
-def look_at(sets: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> None:
+def check_first_rows(sets: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> None:
     """Find out from the first rows whether all files of some sets are there and have a schema.
 
     Raises:
@@ -65,7 +65,7 @@ def look_at(sets: Mapping[str, tuple[str, ...]], columns: Mapping[str, str]) -> 
 
 
 def count_rows(specs: tuple[str, ...], at_most: int) -> int | None:
-    """Return how many rows some sources have, counted up to a number; of a Hub data set none."""
+    """Return how many rows some sources have, or `at_most`; None for a Hub data set."""
     sources = resolve(specs)
     if any(source.kind == "hub" for source in sources):
         return None
@@ -90,15 +90,15 @@ def encode_sets(
     Raises:
         DataError: If a set has no usable row, or any unusable one under `strict`.
     """
-    for name, specs in sets.items():
-        if folder.find_fault([stages[name]]):
-            log_contents(specs)
-            check_schemas(resolve(specs), columns)
+    todo = {name: own for name, own in sets.items() if folder.find_fault([stages[name]])}
+    for specs in todo.values():
+        log_contents(specs)
+    check_first_rows(todo, columns)
     encoder = None
     for name in sorted(sets, key=lambda name: name == layout.POOL):
         path = folder.path / stages[name].outputs[0]
-        with folder.stage(stages[name]) as todo:
-            if todo:
+        with folder.stage(stages[name]) as is_to_do:
+            if is_to_do:
                 encoder = encoder or load_encoder()
                 with room_for(path):
                     encode_set(name, resolve(sets[name]), encoder, columns, path.parent, strict)

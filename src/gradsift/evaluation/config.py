@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import field_validator
 
 from gradsift.config import Config, MethodName, with_engine
-from gradsift.data.sets import look_at
+from gradsift.data.sets import check_first_rows
 from gradsift.errors import ConfigError, check_installed, suggest
 from gradsift.methods.registry import METHODS
 from gradsift.runs.opening import read_config
@@ -25,13 +25,13 @@ class FineTuningConfig(Section):
     """The same LoRA fine-tuning for every selection; its adapter is the run's `lora`."""
 
     steps: Count = setting(100, "optimizer steps of every fine-tuning")
-    learning_rate: float = setting(2e-5, "of AdamW, at its peak", "2e-5", gt=0)
+    learning_rate: float = setting(2e-5, "peak of AdamW's rate", "2e-5", gt=0)
     batch_size: Count = setting(128, "examples per optimizer step", "128")
     micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
     warmup_ratio: float = setting(
         0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
     )
-    weight_decay: float = setting(0.0, "of AdamW", ge=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", ge=0)
 
 
 class LdsConfig(Section):
@@ -43,7 +43,7 @@ class LdsConfig(Section):
     subsets: int = setting(
         0, "random subsets to fine-tune on; 0: it is not measured (--lds)", ge=0, le=MAX_COUNT
     )
-    share: float = setting(0.5, "of the sample in each subset", gt=0, lt=1)
+    share: float = setting(0.5, "share of the sample in each subset", gt=0, lt=1)
     sample: int | None = setting(None, "pool examples that subsets are drawn from; none: all", ge=4)
     seed: Seed = setting(0, "draws sample and subsets")
 
@@ -60,22 +60,28 @@ class EvaluationConfig(Section):
 
     tests: dict[str, Sources] = setting(..., "held-out examples by target (--test)", min_length=1)
     methods: tuple[MethodName, ...] = setting(
-        _WITHOUT_EXTRAS, "whose picks are compared (--method); embed needs an extra"
+        _WITHOUT_EXTRAS, "methods whose picks are compared (--method); embed needs an extra"
     )
-    budgets: tuple[str, ...] = setting((), "of the picks (--budget); the run's if none is given")
+    budgets: tuple[str, ...] = setting(
+        (), "budgets of the picks (--budget); the run's if none is given"
+    )
     seeds: int = setting(2, "fine-tunings of each selection (--seeds)", ge=2, le=MAX_COUNT)
     random_seeds: int = setting(3, "random selections, one fine-tuning each", ge=3, le=MAX_COUNT)
-    full: bool = setting(False, "also one pass over the whole pool (--full)")
+    full: bool = setting(False, "train on the whole pool as well (--full)")
     fine_tuning: FineTuningConfig = FineTuningConfig()
     lds: LdsConfig = LdsConfig()
     lm_eval: tuple[str, ...] = setting((), "tasks of lm-evaluation-harness (--lm-eval)")
     lm_eval_include: str | None = setting(None, "a folder of more such tasks")
-    trust_remote_code: bool = setting(False, "run what comes with the tasks of lm_eval_include")
+    trust_remote_code: bool = setting(
+        False, "run the code that comes with the tasks of lm_eval_include"
+    )
 
-    @field_validator("budgets")
+    @field_validator("budgets", mode="before")
     @classmethod
-    def _budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(str(Budget.parse(budget)) for budget in budgets))
+    def _budgets(cls, budgets: Any) -> Any:
+        if not isinstance(budgets, list | tuple):
+            return budgets  # the model says what it expected
+        return tuple(dict.fromkeys(str(Budget.parse(str(budget))) for budget in budgets))
 
     @field_validator("methods", "lm_eval")
     @classmethod
@@ -111,7 +117,7 @@ def check_evaluation(
                 f"held-out examples for {name!r}, which is no target of this run"
                 f"{suggest(name, known)} (its targets: {', '.join(known)})"
             )
-    look_at(settings.tests, config.data.columns)
+    check_first_rows(settings.tests, config.data.columns)
     if settings.lm_eval:
         check_installed("lm_eval", "--lm-eval", "lm-eval")
     for method in settings.methods:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gradsift.evaluation.statistics import correlation, ranks
+from gradsift.selection.picks import jaccard
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,6 @@ class Overlap:
     other_method: str
     jaccard: float
     agreement: float
-
-
-def jaccard(one: Collection[int], other: Collection[int]) -> float:
-    """Return the share of the picks of either that both have.
-
-    >>> jaccard([1, 2, 3], [2, 3, 4])
-    0.5
-    """
-    left, right = set(one), set(other)
-    return len(left & right) / len(left | right)
 
 
 def overlaps(

@@ -91,6 +91,8 @@ def measure_geometry(
                 found[name] = _measure_target(job, name, models, warmup, wanted)
             elif earlier := _measured_before(job, name, [*models], warmup):
                 found[name] = earlier
+            else:
+                logger.info("%s is not measured, or at another adapter: it is left out", name)
         content = json.dumps(found, indent=1).encode()
         write_atomically(job.path(layout.GEOMETRY_NUMBERS), content)
         of = {name: inputs.gradients_key(name) for name in job.targets}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from gradsift.gradients.basis import Basis, fitting_basis
 from gradsift.gradients.batch_size import start_tokens
 from gradsift.gradients.distinct import distinct_examples, merge_rows
 from gradsift.gradients.gram import fitting_gram
-from gradsift.gradients.hessian import Hessian, entries, leading_eigenpairs, measure_coupling, sines
+from gradsift.gradients.hessian import (
+    Hessian,
+    check_eigenvectors,
+    entries,
+    leading_eigenpairs,
+    measure_coupling,
+    sines,
+)
+from gradsift.gradients.per_example import blocks
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
 from gradsift.models.batches import device_of
 from gradsift.progress import track
@@ -43,7 +52,9 @@ def measure_target(
 
     Raises:
         NumericsError: If a gradient is not finite, or none differs from zero.
+        ConfigError: If so many eigenvectors cannot be looked for.
     """
+    check_eigenvectors(settings.eigenvectors, sum(map(prod, blocks(model).values())))
     rank, engine = config.gist.rank, config.engine
     rng = np.random.default_rng(settings.seed)
     count = min(settings.examples, len(target))

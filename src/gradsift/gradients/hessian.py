@@ -34,6 +34,7 @@ from gradsift.models.losses import label_logits
 logger = logging.getLogger(__name__)
 
 _ACCURACY = 0.01  # of eigenvalues, relative
+_FEWEST_VECTORS = 20  # that ARPACK keeps, however few are asked for
 
 
 class Hessian:
@@ -115,25 +116,35 @@ def _twice_differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+def check_eigenvectors(count: int, num_parameters: int) -> None:
+    """Find out whether so many eigenvectors of a Hessian can be looked for here.
+
+    Raises:
+        ConfigError: If there are not so many, or their Lanczos vectors do not fit into memory.
+    """
+    asked = f"asked for {count:,} eigenvectors of a Hessian over {num_parameters:,} parameters"
+    if count >= num_parameters:
+        raise ConfigError(f"{asked}; ask for fewer than it has (--eigenvectors)")
+    vector, free = 8 * num_parameters, psutil.virtual_memory().available  # in float64
+    num_vectors = max(2 * count + 1, _FEWEST_VECTORS)
+    if num_vectors * vector > free:
+        fitting = free // vector
+        advice = f"ask for at most {(fitting - 1) // 2:,} (--eigenvectors)"
+        if fitting < _FEWEST_VECTORS:
+            advice = "even one needs more than there is"
+        raise ConfigError(
+            f"{asked}: the {num_vectors:,} vectors of Lanczos' method take "
+            f"{num_vectors * vector / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free; {advice}"
+        )
+
+
 def leading_eigenpairs(
     hessian: Hessian, count: int, seed: int
 ) -> tuple[Float[np.ndarray, " eigenvalue"], Float[np.ndarray, "eigenvalue parameter"]]:
     """Return the eigenvalues of largest magnitude, the largest first, and their unit vectors.
 
     By implicitly restarted Lanczos (ARPACK), to a relative accuracy of 1 %.
-
-    Raises:
-        ConfigError: If there are not so many, or their Lanczos vectors do not fit into memory.
     """
-    num_vectors = max(2 * count + 1, 20)  # as many as ARPACK keeps, in float64
-    needed, free = 8 * hessian.size * num_vectors, psutil.virtual_memory().available
-    if count >= hessian.size or needed > free:
-        at_most = min(hessian.size - 1, (free // (8 * hessian.size) - 1) // 2)
-        raise ConfigError(
-            f"asked for {count:,} eigenvectors of a Hessian over {hessian.size:,} parameters: "
-            f"their {num_vectors:,} Lanczos vectors take {needed / 2**30:,.1f} GiB, and "
-            f"{free / 2**30:,.1f} are free; ask for at most {max(at_most, 1):,} (--eigenvectors)"
-        )
     num_products = 0
 
     def multiply(vector: np.ndarray) -> np.ndarray:

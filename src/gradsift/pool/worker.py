@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,9 +89,11 @@ class Worker:
                 yield shard, stop == shard.stop, self._pool.examples(np.arange(start, stop))
 
     def _measure_window(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor]:
-        work = partial(self._measure, examples)
-        with batches_counted():
-            found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
+        def work(max_tokens: int) -> Mapping[str, Tensor]:
+            with batches_counted():
+                return self._measure(examples, max_tokens)
+
+        found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
         return found
 
     def _write(self, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:

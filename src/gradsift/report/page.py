@@ -65,6 +65,7 @@ def _figures(page: TargetPage) -> dict[str, Any]:
 
 def _examples(page: TargetPage) -> dict[str, Any]:
     """Return what the list of examples is made of, the winners apart: many cards have the same."""
+    numbers = {id_: number for number, id_ in enumerate(page.winners)}
     rows = [
         [
             card.status,
@@ -75,11 +76,11 @@ def _examples(page: TargetPage) -> dict[str, Any]:
             card.num_tokens,
             _name(card.id),
             card.turns,
-            None if card.best is None else _name(card.best),
+            None if card.best is None else numbers[card.best],
         ]
         for card in page.cards
     ]
-    return {"rows": rows, "winners": {_name(id_): turns for id_, turns in page.winners.items()}}
+    return {"rows": rows, "winners": [(_name(id_), turns) for id_, turns in page.winners.items()]}
 
 
 def _name(text: str) -> str:

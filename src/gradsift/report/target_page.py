@@ -176,9 +176,11 @@ def _edge(
     cut = float(scores[rows].min())
     noise, at_twice = noise_at_cut(aligned, scores, cut), None
     if noise and 2 * len(rows) < len(scores):
-        there = np.partition(scores, len(scores) - 2 * len(rows))[len(scores) - 2 * len(rows)]
-        if np.isfinite(there):
-            at_twice = noise_at_cut(aligned, scores, float(there))
+        cut_at_twice = np.partition(scores, len(scores) - 2 * len(rows))[
+            len(scores) - 2 * len(rows)
+        ]
+        if np.isfinite(cut_at_twice):
+            at_twice = noise_at_cut(aligned, scores, float(cut_at_twice))
     sure = int((scores[rows] > cut + noise.width).sum()) if noise else 0
     return Edge(cut, noise, sure, at_twice)
 

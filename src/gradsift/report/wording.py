@@ -16,6 +16,7 @@ from gradsift.selection.picks import overlap
 from gradsift.selection.policies import describe_policy
 from gradsift.types import Budget
 
+_FEW = 0.1  # of the picks: fewer examples near the edge than these need no advice
 _LONGEST_SOURCE = 60  # characters, in a sentence
 _ABOUT = {
     "budget": "Budget",
@@ -70,7 +71,7 @@ def kept_beside(page: TargetPage) -> list[tuple[str, str, str, int, int, str]]:
     """Return the other selections of the target: name, method, policy, picks, tokens, overlap."""
     return [
         (
-            other.policy.name or "(unnamed)",
+            other.name,
             other.method,
             "; ".join(describe_policy(other.policy).values()),
             len(other.picks),
@@ -110,10 +111,13 @@ def how_sure(page: TargetPage) -> list[str]:
     """Return what the noise of the scores says about the picks, a sentence each."""
     edge, picks = page.edge, len(page.selection.picks)
     if edge is None or edge.noise is None:
+        unknown = "How far scores would move with other target examples is not known here: "
+        if page.policy.strategy != "top" or page.policy.source_cap:
+            return [f"{unknown}the picks are not the plain top of the ranking."]
+        if not page.winners:
+            return [f"{unknown}{page.method} does not compare with target examples."]
         return [
-            "How far scores would move with other target examples is not known here: the method "
-            "does not compare with target examples, there are fewer than four, or the picks are "
-            "not the plain top of the ranking."
+            f"{unknown}{page.num_target} target examples are too few to leave half of them out."
         ]
     noise = edge.noise
     return [
@@ -129,6 +133,8 @@ def advice(page: TargetPage, run: str) -> list[tuple[str, str]]:
     """Return what to do about an uncertain edge: a sentence each, and its command."""
     edge = page.edge
     if edge is None or edge.noise is None:
+        return []
+    if edge.noise.num_within < _FEW * len(page.selection.picks):
         return []
     name, config = page.name, shlex.quote(f"{run}/{layout.CONFIG}")
     again = f"gradsift select --config {config}"
@@ -146,7 +152,8 @@ def advice(page: TargetPage, run: str) -> list[tuple[str, str]]:
             f"{again} --output-dir {shlex.quote(f'{run}-more')} --target {name}=FILE",
         ),
     ]
-    if edge.at_twice:
+    budget = Budget.parse(page.policy.budget)
+    if edge.at_twice and page.selection.shortfall is None and budget.unit != "tok":
         picks = 2 * len(page.selection.picks)
         now, then = edge.noise.num_within * 2 / picks, edge.at_twice.num_within / picks
         effect = "the edge would matter less" if then < now else "the edge would matter no less"
@@ -200,7 +207,7 @@ def _spectrum(found: Mapping[str, Any]) -> str:
     )
 
 
-def three(picked: Sequence[Card]) -> list[tuple[str, Card]]:
+def first_middle_last(picked: Sequence[Card]) -> list[tuple[str, Card]]:
     """Return the first, the middle and the last of the picks that are shown, each with its name."""
     # of fewer than three the later names stay
     named = {len(picked) // 2: "In the middle", len(picked) - 1: "Last pick", 0: "First pick"}

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import platform
+import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class Run:
     def __reduce__(self) -> tuple[Any, ...]:
         given = (self.path, self._remote, self._opened_on, self._relied_on)
         return _at_another_process, given
+
+    @property
+    def location(self) -> str:
+        """The folder as its user named it: a path or a URL."""
+        return self._remote.url if self._remote else str(self.path)
 
     @property
     def intact(self) -> set[Path]:
@@ -91,7 +97,7 @@ class Run:
     def prepare(self, stages: Iterable[Stage], overwrite: bool | None = None) -> None:
         """Compare every stage with what the folder holds, before any work.
 
-        `overwrite`: none for a command that has no such flag.
+        `overwrite`: whether `--overwrite` was given, None for a command that has no such flag.
 
         Raises:
             RunError: If that would cost work, unless `overwrite`: it names the stage, and the
@@ -105,10 +111,10 @@ class Run:
             reason = reason or f"{stage.name}: {change}"
             costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
             if costly and not overwrite:
-                again = f"--config {self.path / layout.CONFIG}"
+                again = f"--config {shlex.quote(str(self.path / layout.CONFIG))}"
                 advice = (
                     f"Bring back what changed, or let `gradsift select {again} --output-dir "
-                    f"{self.path} --overwrite` do it again"
+                    f"{shlex.quote(self.location)} --overwrite` do it again"
                     if overwrite is None
                     else f"To keep its settings but for some, start from its own with {again}; "
                     "else use another --output-dir, or --overwrite to do it again"
@@ -156,7 +162,7 @@ class Run:
         self._relied_on.add(stage.name)
         logger.info("%s: %.1f s", stage.name, seconds)
 
-    def change(self, stage: Stage) -> str:
+    def change_of(self, stage: Stage) -> str:
         """Return how a finished stage of this name differs; nothing if it does not, or is none."""
         manifest = self._manifests.read(stage.name)
         return describe_change(manifest, stage) if manifest and manifest["complete"] else ""
@@ -210,6 +216,18 @@ class Run:
         """Return what is wrong with what was kept under this name, nothing if nothing is."""
         manifest = self._manifests.read(name)
         return self._manifests.damage(manifest) if manifest and manifest["complete"] else ""
+
+    def fault_of(self, name: str, inputs: Mapping[str, Any]) -> str:
+        """Return why what a stage of this name wrote cannot be read; nothing if it can.
+
+        `inputs`: some of those that it must have been made with.
+        """
+        manifest = self._manifests.read(name)
+        if manifest is None or not manifest["complete"]:
+            return f"{name} was not finished"
+        if any(manifest["inputs"].get(key) != value for key, value in inputs.items()):
+            return f"{name} was written by another version"
+        return self._manifests.damage(manifest)
 
     def has_manifest(self, name: str) -> bool:
         """Return whether something was kept under this name, and its manifest can be read."""

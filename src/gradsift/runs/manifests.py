@@ -147,7 +147,12 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         if old is None or new is None:
             yield f"the {path} {'is new' if old is None else 'is not used any more'}"
         else:
-            yield f"the content of the {path} changed"
+            named = " " in path  # beside its hash stands its name, which is the same
+            yield (
+                f"the content of the {path} changed"
+                if named
+                else f"the {path} is another, or its content changed"
+            )
     elif old != new and (isinstance(old, dict) or isinstance(new, dict)):
         yield f"{path} {'was not set before' if old is None else 'is not set any more'}"
     elif old != new:

@@ -11,6 +11,7 @@ PUBLIC = {
     "picks": (
         "Selection",
         "candidates",
+        "jaccard",
         "list_selections",
         "overlap",
         "read_selection",

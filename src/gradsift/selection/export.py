@@ -19,10 +19,10 @@ from gradsift.runs.atomic import write_atomically
 def export_entries(run: Path, keys: Iterable[str]) -> None:
     """Write `dataset_info.json` (LLaMA-Factory) and `axolotl.yaml` for the selections of a run.
 
-    LLaMA-Factory knows them as `gradsift_TARGET` or `gradsift_TARGET_NAME`.
+    LLaMA-Factory knows them as `gradsift_TARGET` or `gradsift_TARGET.NAME`.
     """
     paths = {key: run / layout.messages(key) for key in keys}
-    factory = {f"gradsift_{key.replace('.', '_')}": _factory(path) for key, path in paths.items()}
+    factory = {f"gradsift_{key}": _factory(path) for key, path in paths.items()}
     axolotl = {"datasets": [_axolotl(path) for path in paths.values()]}
     content = json.dumps(factory, indent=2).encode() + b"\n"
     write_atomically(run / layout.LLAMA_FACTORY_ENTRIES, content)

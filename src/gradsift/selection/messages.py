@@ -29,8 +29,8 @@ def write_messages(
     """Write the picks (`row`, `id`, `source`, `score`) as conversations, a line each, in order.
 
     `columns` maps fields to the pool's own columns. `datasets` infers its types from the first
-    10 MB of a file and stops at a key that comes up later: so the first turn has, as nulls, all
-    keys that some turn has.
+    10 MB of a file, and cannot read a turn whose keys come up later, unless turns already differ
+    in their keys there: so the first turn has, as nulls, all keys that some turn has.
     """
     known: set[str] = set()
     for line in _lines(pool, columns, picks):
@@ -53,7 +53,7 @@ def _lines(
     for start in range(0, len(picks), _ROWS_AT_ONCE):
         part = picks.slice(start, _ROWS_AT_ONCE)
         rows, facts = part["row"].to_numpy(), part.select(["id", "source", "score"]).to_pylist()
-        found = zip(pool.conversations(rows, columns), pool.tools(rows, columns), strict=True)
+        found = pool.conversations_with_tools(rows, columns)
         for fact, (messages, tools) in zip(facts, found, strict=True):
             line = fact | {"messages": [_turn(message) for message in messages]}
             yield line | ({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from gradsift.selection.score_table import projected_shares, read_scores
 
 logger = logging.getLogger(__name__)
 
+FILES_VERSION = 2  # of the files of a selection
 _REASONS = layout.reasons("").removeprefix(layout.selection(""))  # how the names of these files end
 
 
@@ -56,6 +57,11 @@ class Selection:
     def key(self) -> str:
         """The name of its files: that of the target and, if it has one, its own."""
         return self.policy.selection_of(self.target)
+
+    @property
+    def name(self) -> str:
+        """Its own name, to be read."""
+        return self.policy.name or "(unnamed)"
 
     @property
     def num_tokens(self) -> int:
@@ -131,22 +137,34 @@ def list_selections(run: str | Path) -> list[Selection]:
 
 def overlap(one: Selection, other: Selection) -> float:
     """Return the Jaccard similarity of two selections: rows in both over rows in either."""
-    rows, others = (set(each.picks["row"].to_pylist()) for each in (one, other))
+    return jaccard(*(each.picks["row"].to_pylist() for each in (one, other)))
+
+
+def jaccard(one: Collection[int], other: Collection[int]) -> float:
+    """Return the share of the rows of either that both have.
+
+    >>> jaccard([1, 2, 3], [2, 3, 4])
+    0.5
+    """
+    rows, others = set(one), set(other)
     return len(rows & others) / len(rows | others)
 
 
 def read_selections(folder: Run) -> list[Selection]:
     """Return all selections of a run folder, by target, the one without a name first.
 
-    One whose files are damaged or gone is left out, and the log says what would make it again.
+    One that was broken off, is damaged, or was written by an earlier version is left out, and the
+    log says so.
     """
     found = []
     for path in sorted((folder.path / layout.SELECTED).glob(f"*{_REASONS}")):
         key = path.name.removesuffix(_REASONS)
         if not folder.has_manifest(layout.selection(key)):  # as `*.refused.parquet` has none
             continue
-        if damage := folder.damage(layout.selection(key)):
-            logger.warning("%s; `gradsift select` with its policy makes it again", damage)
+        if fault := folder.fault_of(layout.selection(key), {"version": FILES_VERSION}):
+            logger.warning(
+                "left out: %s; `gradsift select` with its name and policy makes it again", fault
+            )
             continue
         found.append(read_selection(folder.path, key))
     return sorted(found, key=lambda selection: (selection.target, selection.policy.name or ""))

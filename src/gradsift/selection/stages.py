@@ -15,8 +15,7 @@ from gradsift.methods.registry import METHODS
 from gradsift.models.identity import identity
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
-
-_VERSION = 2  # of the files of a selection
+from gradsift.selection.picks import FILES_VERSION
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class RunStages:
 def _selection(inputs: Inputs, target: str, scores: Stage) -> Stage:
     policy = inputs.config.policy
     key = policy.selection_of(target)
-    settings = {"method": inputs.config.method, "version": _VERSION}
+    settings = {"method": inputs.config.method, "version": FILES_VERSION}
     settings |= policy.model_dump(exclude={"name"})
     names = (layout.picks, layout.messages, layout.reasons, layout.refusals)
     outputs = tuple(name(key) for name in names)

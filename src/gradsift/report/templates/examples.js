@@ -62,7 +62,8 @@ function cardOf(row, winners) {
   pair.appendChild(element("div")).append(element("p", "label", row.id), turnsOf(row.turns));
   if (row.best !== null) {
     const winner = pair.appendChild(element("div", "winner"));
-    winner.append(element("p", "label", `like ${row.best}`), turnsOf(winners[row.best]));
+    const [name, turns] = winners[row.best];
+    winner.append(element("p", "label", `like ${name}`), turnsOf(turns));
     markShared(pair);
   }
   return card;
@@ -95,8 +96,9 @@ function listExamples(section) {
   const more = section.querySelector(".more");
   const all = rows.map((row) => Object.fromEntries(FIELDS.map((name, n) => [name, row[n]])));
   for (const row of all) {
-    const texts = [...row.turns, ...(winners[row.best] ?? [])].map(([, text]) => text);
-    row.text = [row.status, row.source, row.id, row.best ?? "", ...texts].join(" ").toLowerCase();
+    const [name, turns] = winners[row.best] ?? ["", []];
+    const texts = [...row.turns, ...turns].map(([, text]) => text);
+    row.text = [row.status, row.source, row.id, name, ...texts].join(" ").toLowerCase();
   }
   for (const name of ["status", "source"]) {
     const values = [...new Set(all.map((row) => row[name]))];

@@ -236,7 +236,10 @@ class PolicyConfig(Section):
     @classmethod
     def _name_is_a_file_name(cls, name: str | None) -> str | None:
         if name in NAMES_OF_FILES:
-            raise ValueError(f"every selection has a file of the name {name!r}; choose another")
+            raise ValueError(
+                f"expected another name than {name!r}, which is that of a file of every selection, "
+                f"found {name!r}"
+            )
         return None if name is None else check_file_name(name, "selection")
 
     def selection_of(self, target: str) -> str:

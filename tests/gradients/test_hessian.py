@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -121,7 +121,8 @@ def test_a_folder_without_picks_says_so(tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have_is_refused(config: Config, name: str) -> None:
     values = config.model_dump()
     values["policy"]["name"] = name
-    with pytest.raises(ConfigError, match=r"policy\.name: (every selection|a selection's name)"):
+    message = r"policy\.name .--name.: (expected another name|a selection's name)"
+    with pytest.raises(ConfigError, match=message):
         Config.build(values)
 
 

@@ -58,7 +58,7 @@ def test_named_picks_stand_beside_others_and_are_listed(
     assert [*entries] == ["gradsift_t", "gradsift_t.capped", "gradsift_t.tight"]
     page = (folder / "report.html").read_text()
     assert "2 more selections of t in this folder" in page
-    assert "<td>4 examples; the top of the ranking;" in page  # the policy of `tight`
+    assert "<td>4, decontaminate=none</td>" in page  # the policy of `tight`
     assert "-again --name capped" in page
     assert "at most 40% from any one source <code>source_cap=40%</code>" in page
     best = found[0].picks["id"][8].as_py()

@@ -46,20 +46,28 @@ def picks(run: RunFolder) -> None:
 
 def _print_selections(selections: Sequence[Selection], console: Console) -> None:
     """Print a table for each target, a row for each of its selections."""
+    from rich.markup import escape
     from rich.table import Table
 
     from gradsift.selection.picks import overlap
-    from gradsift.selection.policies import describe_policy
+    from gradsift.selection.policies import shorten_policy
 
     for target, group in groupby(selections, key=lambda selection: selection.target):
         own = [*group]
         names = [selection.name for selection in own]
-        shared = [f"Jaccard with {name}" for name in names] if len(own) > 1 else []
+        shared = [f"like {name}" for name in names] if len(own) > 1 else []
         table = Table("selection", "method", "policy", "picks", "tokens", *shared, title=target)
         for name, one in zip(names, own, strict=True):
-            policy = "; ".join(describe_policy(one.policy).values())
-            cells = [name, one.method, policy, f"{len(one.picks):,}", f"{one.num_tokens:,}"]
+            cells = [
+                name,
+                one.method,
+                escape(shorten_policy(one.policy)),
+                f"{len(one.picks):,}",
+                f"{one.num_tokens:,}",
+            ]
             if shared:
                 cells += ["" if other is one else f"{overlap(one, other):.2f}" for other in own]
             table.add_row(*cells)
         console.print(table)
+    if len(selections) > len({one.target for one in selections}):
+        console.print("like: the share of the picks of either that both have (Jaccard similarity)")

@@ -13,7 +13,7 @@ from gradsift.report.cards import Card
 from gradsift.report.target_page import TargetPage
 from gradsift.runs import layout
 from gradsift.selection.picks import overlap
-from gradsift.selection.policies import describe_policy
+from gradsift.selection.policies import describe_policy, shorten_policy
 from gradsift.types import Budget
 
 _FEW = 0.1  # of the picks: fewer examples near the edge than these need no advice
@@ -73,7 +73,7 @@ def kept_beside(page: TargetPage) -> list[tuple[str, str, str, int, int, str]]:
         (
             other.name,
             other.method,
-            "; ".join(describe_policy(other.policy).values()),
+            shorten_policy(other.policy),
             len(other.picks),
             other.num_tokens,
             f"{overlap(page.selection, other):.2f}",

@@ -18,7 +18,7 @@ PUBLIC = {
         "read_selections",
         "write_selection",
     ),
-    "policies": ("Candidates", "check_policy", "describe_policy", "pick"),
+    "policies": ("Candidates", "check_policy", "describe_policy", "pick", "shorten_policy"),
     "score_table": ("describe_rows", "read_scores", "read_table", "scores_of", "write_scores"),
     "source_shares": ("SourceShare", "source_shares"),
     "stability": (

@@ -68,6 +68,19 @@ def describe_policy(policy: PolicyConfig) -> dict[str, str]:
     }
 
 
+def shorten_policy(policy: PolicyConfig) -> str:
+    """Return the budget of a policy and what else is not as by default, as settings.
+
+    >>> shorten_policy(PolicyConfig(budget="2%", source_cap="20%"))
+    '2%, source_cap=20%'
+    """
+    usual, found = PolicyConfig(), [policy.budget]
+    for key, value in policy:
+        if key not in ("name", "budget") and value != getattr(usual, key):
+            found.append(f"{key}={value}")
+    return ", ".join(found)
+
+
 def pick(
     rankings: Float[np.ndarray, "example ranking"],
     pool: Candidates,

@@ -79,6 +79,10 @@ def test_evaluate_says_which_methods_beat_random(
     out = capsys.readouterr().out
     assert "mine, 6: " in out
     assert "report.md" in out
+    assert call(monkeypatch, *again[:-2], "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in found["rows"]][:2] == ["base", "random"]
+    assert found["verdicts"]
     config = tmp_path / "run/evaluation/config.yaml"
     assert call(monkeypatch, "evaluate", tmp_path / "run", "--config", config, "--seeds", "3") == 0
     capsys.readouterr()

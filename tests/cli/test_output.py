@@ -250,6 +250,20 @@ def test_a_wrong_id_or_test_is_told_before_torch_is_loaded(selected: Path) -> No
         assert message in done.stderr
 
 
+def test_report_advises_no_flag_that_it_lacks(
+    selected: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    config = selected / "config.yaml"
+    (tmp_path / "t.jsonl").write_text((tmp_path / "pool.jsonl").read_text().splitlines()[0] + "\n")
+    assert call(monkeypatch, "report", selected) == 2
+    err = capsys.readouterr().err
+    assert "the content of " in err
+    assert f"`gradsift select --config {config} --output-dir {selected} --overwrite`" in err
+    assert err.count("--overwrite") == 1
+    assert call(monkeypatch, "select", "--config", config, "--output-dir", selected) == 2
+    assert "use another --output-dir, or --overwrite to do it again" in capsys.readouterr().err
+
+
 def test_values_become_plain_json() -> None:
     plain = output._plain({1: (float("nan"), Path("a"), GeometryConfig.__name__), "x": None})
     assert plain == {"1": [None, "a", "GeometryConfig"], "x": None}

@@ -52,7 +52,10 @@ def check_installed(package: str, what: str, extra: str) -> None:
     """
     if find_spec(package) is None:
         name = package.replace("_", "-")
-        raise ConfigError(f"{what} needs {name}: pip install 'gradsift[{extra}]'")
+        raise ConfigError(
+            f"{what} needs {name}: pip install 'gradsift[{extra}]' (in a clone: pip install -e "
+            f"'.[{extra}]')"
+        )
 
 
 def visible(text: str) -> str:

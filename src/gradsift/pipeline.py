@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from gradsift.runs.folder import Run
 from gradsift.runs.opening import open_run
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Scores, refuse_turns
-from gradsift.sections import merge
+from gradsift.sections import merge, read_yaml
 from gradsift.selection.export import export_entries
 from gradsift.selection.picks import (
     Selection,
@@ -116,7 +116,7 @@ def configure(
     given = {
         "method": method,
         "model": {"name": str(model)},
-        "data": {"pool": pool, "targets": dict(target)},
+        "data": {"pool": pool, "targets": target},  # what it is not is said with all other settings
         "policy": {"budget": budget},
     }
     return Config.build(merge(given, settings or {}))
@@ -145,8 +145,10 @@ def run(
                 if todo:
                     write_selection(job, name, scores()[name])
         export_entries(folder.path, [selection.key for selection in read_selections(folder)])
-        folder.write_config(config)  # only now is it that of what the folder holds
-        build_report(job, stages)
+        if config.policy.name is None or not (kept := _what_stands(folder)):
+            folder.write_config(config)  # only now is it that of what the folder holds
+            kept = stages
+        build_report(replace(job, inputs=kept.inputs), kept)
         return _result(job, stages)
 
 
@@ -198,7 +200,7 @@ def _check_count(config: Config) -> None:
     if budget.unit == "examples":
         wanted = int(budget.amount)
         found = count_rows(config.data.pool, at_most=wanted)
-        if found is not None and found < wanted:
+        if found and found < wanted:  # of an empty pool more is told when it is encoded
             raise ConfigError(
                 f"a budget of {wanted} examples, but the pool holds {found} rows; ask for less"
             )
@@ -242,6 +244,16 @@ def _say_what_is_replaced(folder: Run, stage: Stage) -> None:
         logger.warning(
             "%s is replaced (%s); --name NAME keeps a selection beside it", stage.outputs[0], change
         )
+
+
+def _what_stands(folder: Run) -> RunStages | None:
+    """Return the stages of the folder's configuration, if all that it describes is still there.
+
+    A named selection beside it then leaves it alone, so that `evaluate` and the next command go on
+    with its policy.
+    """
+    stages = RunStages.of(Config.build(read_yaml(folder.path / layout.CONFIG)))
+    return None if folder.find_fault(stages) else stages
 
 
 def _keep_first_config(folder: Run, config: Config) -> None:

@@ -119,7 +119,7 @@ def track(
                 _listening.remove(tracker)
     seconds = time.monotonic() - tracker.started
     done = tracker.finished
-    logger.info("%s: %d %s in %.1f s, %.3g/s", label, done, unit, seconds, done / seconds)
+    logger.info("%s: %d %s in %.1f s, %s/s", label, done, unit, seconds, _plain(done / seconds))
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _bar(label: str, total: int | None) -> Iterator[Callable[[Tracker], None]]:
 
         def show(tracker: Tracker) -> None:
             left = tracker.seconds_left
-            rate = f"{tracker.rate:.3g} {tracker.unit}/s"
+            rate = f"{_plain(tracker.rate)} {tracker.unit}/s"
             rate += "" if left is None else f", {format_seconds(left)} left"
             progress.update(task, completed=tracker.done, rate=rate)
 
@@ -189,9 +189,18 @@ class _Lines:
         of = "" if tracker.total is None else f" of {tracker.total}"
         ends = "" if left is None else f", {format_seconds(left)} left"
         logger.info(
-            "%s: %d%s %s, %.3g/s%s", tracker.label, tracker.done, of, tracker.unit, tracker.rate,
-            ends,
+            "%s: %d%s %s, %s/s%s", tracker.label, tracker.done, of, tracker.unit,
+            _plain(tracker.rate), ends,
         )  # fmt: skip
+
+
+def _plain(rate: float) -> str:
+    """Return a rate with three digits, and never as a power of ten.
+
+    >>> _plain(2010.4), _plain(0.12345)
+    ('2,010', '0.123')
+    """
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 import gradsift
 from conftest import Write
 from gradsift.cli import main
-from gradsift.errors import DataError, RunError
+from gradsift.errors import ConfigError, DataError, RunError
 from gradsift.selection.explanation import explain
 
 Rows = list[dict[str, Any]]
@@ -50,6 +50,11 @@ def test_select_and_explain(
     last = gradsift.run(gradsift.Config.build(_config(tmp_path)), tmp_path / "run").scores()
     worst = min(zip(last["mine/score"].to_pylist(), last["id"].to_pylist(), strict=True))[1]
     assert "not picked: the budget was spent" in explain(tmp_path / "run", worst)[0].text()
+    table = (tmp_path / "run/scores/gist.parquet").read_bytes()
+    (tmp_path / "run/scores/gist.parquet").write_bytes(table + b"x")
+    with pytest.raises(RunError, match=r"scores/gist\.parquet is damaged; run `gradsift select`"):
+        explain(tmp_path / "run", worst)
+    (tmp_path / "run/scores/gist.parquet").write_bytes(table)
     with pytest.raises(DataError, match=r"the pool of .* has no example 'nobody'"):
         explain(tmp_path / "run", "nobody")
     assert call(monkeypatch, "explain", tmp_path, "x") == 2
@@ -177,6 +182,9 @@ def test_a_target_without_a_name_has_that_of_its_file() -> None:
 
     given = ["a/dev.jsonl", "x=b.jsonl", "x=c.jsonl"]
     assert parse_targets(given) == {"dev": ["a/dev.jsonl"], "x": ["b.jsonl", "c.jsonl"]}
+    for twice in (["a/dev.jsonl", "b/dev.jsonl"], ["dev=a/dev.jsonl", "b/dev.jsonl"]):
+        with pytest.raises(ConfigError, match=r"would be one target 'dev'; give each a name"):
+            parse_targets(twice)
 
 
 def test_plan_takes_the_arguments_of_select(
@@ -219,6 +227,21 @@ def test_help_needs_neither_torch_nor_time() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.6, seconds  # 0.15 s alone; the tests share the machine
+
+
+def test_a_target_without_a_name_in_python_is_told() -> None:
+    code = (  # in a process of its own: here the type would be refused before we can
+        "import gradsift\n"
+        "for target in ('t.jsonl', ['t.jsonl'], 3):\n"
+        "    try: gradsift.select(model='m', pool='p', target=target, output_dir='r')\n"
+        "    except gradsift.GradsiftError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert len(done) == 3
+    for line in done:
+        assert line.startswith("data.targets (--target NAME=FILE): expected a name for each target")
 
 
 def test_python_api(

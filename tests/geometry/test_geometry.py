@@ -59,7 +59,7 @@ def test_what_geometry_leaves(base: Path, files: dict[str, Path], tmp_path: Path
     assert len(coupling["masses"]) == len(coupling["blocks"]) == 16
     matrix = np.array(coupling["entries"]["matrix"])
     np.testing.assert_allclose(matrix, matrix.T)
-    assert "Measured before this folder's" not in (folder / "report.html").read_text("utf-8")
+    assert "Measured for other picks or adapters" not in (folder / "report.html").read_text("utf-8")
     titles = [exhibit.title for exhibit in read_exhibits(Run(folder), "geometry", "t", "")]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(titles) == 6

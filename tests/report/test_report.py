@@ -274,7 +274,7 @@ def test_the_verdict_stands_on_top_and_says_when_it_is_of_other_picks(job: Job) 
         first = page[page.index('id="t/picks"') : page.index('id="t/sure"')]
         assert "20: gist beats random." in first
         assert "Not measured yet" not in first
-        assert ("Measured for earlier picks of this folder, not for these" in first) == stale
+        assert ("Measured for other picks of this folder, not for these" in first) == stale
         assert (f"--config {job.folder.path}/evaluation/config.yaml" in first) == stale
 
 

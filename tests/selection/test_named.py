@@ -57,14 +57,46 @@ def test_named_picks_stand_beside_others_and_are_listed(
     entries = json.loads((folder / "selected/dataset_info.json").read_text())
     assert [*entries] == ["gradsift_t", "gradsift_t.capped", "gradsift_t.tight"]
     page = (folder / "report.html").read_text()
-    assert "2 more selections of t in this folder" in page
+    for key in ("t", "t.capped", "t.tight"):
+        assert f'<a role="tab" id="tab/{key}"' in page
+    assert page.count("2 more selections of t in this folder") == 3
     assert "<td>4, decontaminate=none</td>" in page  # the policy of `tight`
-    assert "-again --name capped" in page
     assert "at most 40% from any one source <code>source_cap=40%</code>" in page
+    # named picks leave the policy of the folder alone
+    assert read_yaml(folder / "config.yaml") == json.loads(config.model_dump_json())
     best = found[0].picks["id"][8].as_py()
     [explained] = gradsift.explain(folder, best)
-    assert "tight: not picked: the budget was spent before its turn" in explained.verdict
-    assert "unnamed: picked as number 9 of 9" in explained.verdict
+    assert explained.verdict.startswith("picked as number 9 of 9, for ")
+    assert "; tight: not picked: the budget was spent before its turn" in explained.verdict
+
+
+def test_named_picks_of_other_scores_take_the_folder_with_them(
+    config: Config, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(config, folder)
+    gist = config.gist.model_copy(update={"norm_power": 1.0})
+    other = with_policy(config, name="power").model_copy(update={"gist": gist})
+    run(other, folder)  # the scores that the unnamed picks were made from are no more
+    assert read_yaml(folder / "config.yaml")["policy"]["name"] == "power"
+    assert [one.key for one in list_selections(folder)] == ["t", "t.power"]
+    page = (folder / "report.html").read_text()
+    assert 'id="tab/t.power"' in page
+    assert 'id="tab/t"' not in page
+    assert "1 more selection of t in this folder" in page
+
+
+def test_a_method_beside_another_leaves_it_the_folder(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(config, folder)
+    length = with_policy(config, name="long").model_copy(update={"method": "length"})
+    assert run(length, folder).selections["t"].method == "length"
+    assert read_yaml(folder / "config.yaml")["method"] == "gist"
+    assert [(one.key, one.method) for one in list_selections(folder)] == [
+        ("t", "gist"), ("t.long", "length"),
+    ]  # fmt: skip
+    assert 'id="tab/t.long"' not in (folder / "report.html").read_text()
+    assert gradsift.explain(folder, "sql-1-0")[0].method == "gist"
 
 
 def test_the_unnamed_picks_are_replaced_and_that_is_said(

@@ -73,7 +73,8 @@ def _print_geometry(targets: Mapping[str, Any], run: str, console: Console) -> N
     for name, target in targets.items():
         captured, share = target["captured"], target["off_diagonal"]
         directions = f"{target['rank']} directions hold"
-        inside = f"{directions} {sum(captured) / len(captured):.1%} of {len(captured)}"
+        share_inside = sum(captured) / len(captured)
+        inside = f"{directions} {share_inside:.1%} of {len(captured)} eigenvectors"
         off_diagonal = f"{share['value']:.1%} ± {share['standard_error']:.1%}"
         table.add_row(name, str(target["num_directions_95"]), inside, off_diagonal)
     console.print(table)

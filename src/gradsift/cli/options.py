@@ -155,13 +155,26 @@ def parse_targets(targets: list[str]) -> dict[str, list[str]]:
 
     >>> parse_targets(["a/dev.jsonl", "x=b.jsonl", "x=c.jsonl"])
     {'dev': ['a/dev.jsonl'], 'x': ['b.jsonl', 'c.jsonl']}
+
+    Raises:
+        ConfigError: If a file without a name of its own would join others: is that meant?
     """
     files: dict[str, list[str]] = {}
+    unnamed: set[str] = set()
     for text in targets:
         name, equals, path = text.partition("=")
         if not equals:
             name, path = Path(text).name.split(".")[0], text
+            unnamed.add(name)
         files.setdefault(name, []).append(path)
+    for name in unnamed:
+        if len(files[name]) > 1:
+            from gradsift.errors import ConfigError
+
+            raise ConfigError(
+                f"{' and '.join(files[name])} would be one target {name!r}; give each a name of "
+                "its own as NAME=FILE, or all of them the same name to join them"
+            )
     return files
 
 

@@ -67,7 +67,7 @@ def evaluate(
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    wanted = EvaluationConfig.build(merge({"tests": dict(tests)}, settings))
+    wanted = EvaluationConfig.build(merge({"tests": tests}, settings))
     return run_evaluation(run, wanted, engine)
 
 

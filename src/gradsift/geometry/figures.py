@@ -73,6 +73,7 @@ def _eigenvalues(places: Mapping[str, Any]) -> Exhibit:
 def _angles(places: Mapping[str, Any]) -> Exhibit:
     figure = go.Figure()
     rows = []
+    ticks = sorted({a["rank"] for place in places.values() for a in place["hessian"]["angles"]})
     for number, (label, place) in enumerate(places.items()):
         angles = place["hessian"]["angles"]
         line = {"line_color": colour(number, len(places))}
@@ -85,7 +86,7 @@ def _angles(places: Mapping[str, Any]) -> Exhibit:
             rows.append(
                 [label, *numbers, f"{angle['largest_sine']:.3f}", f"{angle['rms_sine']:.3f}"]
             )
-    figure.update_xaxes(title="GIST directions", type="log")
+    figure.update_xaxes(title="GIST directions", type="log", tickvals=ticks, ticktext=ticks)
     figure.update_yaxes(title="sine of the angle", range=[0, 1.05])
     figure.update_layout(height=380)
     last = [*places.values()][-1]["hessian"]
@@ -120,10 +121,10 @@ def _coupling(coupling: Mapping[str, Any]) -> Exhibit:
     drawn = f"; the first {_LAYERS} of {len(layers)} are drawn" if len(layers) > _LAYERS else ""
     share = {name: _plus_minus(coupling[name]) for name in ("off_diagonal", "cross")}
     text = (
-        f"No diagonal matrix holds {share['off_diagonal']} of the Hessian's squared Frobenius "
-        "norm: the best diagonal D leaves ‖H − D‖² of that size, so that much of the curvature a "
-        "diagonal preconditioner such as Adam's cannot hold, whatever its entries (in axes turned "
-        "at random nearly any matrix of this size would be as far from a diagonal). "
+        f"{share['off_diagonal']} of the Hessian's squared Frobenius norm lies where no diagonal "
+        "matrix reaches: the best diagonal D leaves ‖H − D‖² of that size, so that much of the "
+        "curvature a diagonal preconditioner such as Adam's cannot hold, whatever its entries (in "
+        "axes turned at random nearly any matrix of this size would be as far from a diagonal). "
         f"{share['cross']} of the norm lies between A and B of the same layer (in the figure: of "
         f"each layer's own part{drawn}), "
         f"{_plus_minus(coupling['between_layers'])} between different layers. Random probes, over "

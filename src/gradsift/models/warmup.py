@@ -24,6 +24,8 @@ from gradsift.runs.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_HARDLY_MOVES = 5e-4  # of a weight; the paper's warm-up could move one by 2e-3
+
 
 def warm_up(
     warmup: WarmupConfig, lora: LoraConfig, models: ModelCache, pool: EncodedSet, directory: Path
@@ -71,6 +73,16 @@ def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: 
 
     steps = steps_per_epoch(count, warmup) * warmup.epochs
     logger.info("warm-up on %d examples, optimizer steps: %d", count, steps)
+    furthest = steps * warmup.learning_rate  # AdamW moves a weight by about the rate at a step
+    if furthest < _HARDLY_MOVES:
+        logger.warning(
+            "in %d steps at %g no weight moves by much more than %.0e: the gradients will be those "
+            "of an untrained adapter; raise warmup.learning_rate or warmup.epochs, or lower "
+            "warmup.batch_size",
+            steps,
+            warmup.learning_rate,
+            furthest,
+        )
     examples = pool.examples(rows)
     log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
     if not is_first():

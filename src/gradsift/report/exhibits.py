@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _VERBS = {layout.EVALUATION: "evaluate", layout.GEOMETRY: "geometry"}
 PARTS = tuple(_VERBS)
 """The parts of a run that may have exhibits for the report."""
-_STALE = "Measured before this folder's picks or adapters were made anew, and not of those now: "
+_STALE = "Measured for other picks or adapters of this folder, and not for these: "
 
 
 @dataclass(frozen=True)

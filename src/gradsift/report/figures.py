@@ -108,7 +108,7 @@ def spectrum(spectra: Mapping[str, Any]) -> dict[str, Any]:
         **place,
     )
     figure.add_vline(last["r95"], line=line | {"dash": "dot"}, **place)
-    figure.update_yaxes(type="log", exponentformat="power", row=1, col=1)
+    figure.update_yaxes(type="log", dtick="D2", tickformat=".0e", row=1, col=1)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=2)
     figure.update_xaxes(title="number of the direction")
     figure.update_layout(height=_HEIGHT, showlegend=len(spectra) > 1)

@@ -7,8 +7,10 @@ looks like, what `evaluate` and `geometry` found, and what the run was.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+from gradsift.config import PolicyConfig
 from gradsift.errors import RunError, translate_os_errors
 from gradsift.methods.job import Job, open_job
 from gradsift.report.exhibits import PARTS, exhibits_fault
@@ -18,7 +20,7 @@ from gradsift.report.target_page import target_page
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
-from gradsift.selection.picks import candidates
+from gradsift.selection.picks import candidates, read_selections
 from gradsift.selection.score_table import read_scores, scores_of
 from gradsift.selection.stability import can_compare_twice_the_rank, measure_sample, sampling_stage
 from gradsift.selection.stages import RunStages
@@ -76,10 +78,32 @@ def build_report(job: Job, stages: RunStages) -> Path:
                 ranked = {name: read_scores(path, "gist", name) for name in job.targets}
                 measure_sample(job, ranked)
     pool, scores = candidates(job.pool, job.config.data.columns), scores_of(job)
-    pages = [target_page(job, stages, name, pool, scores[name]) for name in job.targets]
+    pages = []
+    for name in job.targets:
+        for policy in _policies(job, stages, name):
+            config = job.config.model_copy(update={"policy": policy})
+            own = replace(job, inputs=replace(job.inputs, config=config))
+            pages.append(target_page(own, stages.with_policy(policy), name, pool, scores[name]))
     write_atomically(path / layout.REPORT, render(overview(job, stages), pages).encode())
     logger.info("%s explains it", path / layout.REPORT)
     return path / layout.REPORT
+
+
+def _policies(job: Job, stages: RunStages, target: str) -> list[PolicyConfig]:
+    """Return the policies of a target's selections that are made from the scores of now.
+
+    That of the run's settings comes first.
+    """
+    first = job.config.policy
+    sources = stages.selections[target].sources
+    others = [
+        selection.policy
+        for selection in read_selections(job.folder)
+        if selection.target == target
+        and selection.policy.name != first.name
+        and job.folder.is_made_from(layout.selection(selection.key), sources)
+    ]
+    return [first, *others]
 
 
 def _needs_sample(job: Job) -> bool:

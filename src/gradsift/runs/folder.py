@@ -116,8 +116,9 @@ class Run:
                     f"Bring back what changed, or let `gradsift select {again} --output-dir "
                     f"{shlex.quote(self.location)} --overwrite` do it again"
                     if overwrite is None
-                    else f"To keep its settings but for some, start from its own with {again}; "
-                    "else use another --output-dir, or --overwrite to do it again"
+                    else "To keep it, give the old value again (a setting: --set KEY=OLD); to keep "
+                    f"all settings but some, start from its own with {again}; else use another "
+                    "--output-dir, or --overwrite to do it again"
                 )
                 raise RunError(
                     f"{self.path} holds the stage {stage.name!r} made with other settings "

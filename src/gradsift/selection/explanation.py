@@ -93,6 +93,8 @@ def explain(run: str | Path, example_id: str) -> list[Explanation]:
     keys = map(policy.selection_of, config.data.targets)
     if not all((path / layout.reasons(key)).exists() for key in keys):
         raise RunError(f"{run} has not finished; run `gradsift select` with it again")
+    if damage := folder.damage(layout.scoring(config.method)):
+        raise RunError(f"{damage}; run `gradsift select` with {run} again: it is made anew")
     _find_example(path, config.method, run, example_id)  # before all files are looked at
     stages = RunStages.of(config)
     if fault := folder.find_fault(stages):

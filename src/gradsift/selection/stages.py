@@ -6,9 +6,9 @@ What only shifts the rounding (device, batch size) is no input: a run may go on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gradsift.config import Config
+from gradsift.config import Config, PolicyConfig
 from gradsift.data.sets import data_sets, encoding_stages
 from gradsift.methods.job import Inputs
 from gradsift.methods.registry import METHODS
@@ -50,6 +50,17 @@ class RunStages:
         )
         selections = {name: _selection(inputs, name, scores) for name in config.data.targets}
         return cls(inputs, measured, scores, selections)
+
+    def with_policy(self, policy: PolicyConfig) -> RunStages:
+        """Return the same stages, but for the picks: those of another policy."""
+        config = self.inputs.config.model_copy(update={"policy": policy})
+        inputs = replace(self.inputs, config=config)
+        names = config.data.targets
+        return replace(
+            self,
+            inputs=inputs,
+            selections={name: _selection(inputs, name, self.scores) for name in names},
+        )
 
     def __iter__(self) -> Iterator[Stage]:
         yield from self.inputs.data_stages.values()

@@ -15,9 +15,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from gradsift.config import Config
+from gradsift.config import Config, DataConfig
 from gradsift.data.sets import check_first_rows, count_rows, data_sets, encode_sets
-from gradsift.errors import ConfigError, DataError, check_installed, translate_os_errors
+from gradsift.errors import (
+    ConfigError,
+    DataError,
+    GradsiftError,
+    check_installed,
+    translate_os_errors,
+)
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
 from gradsift.methods.registry import METHODS
@@ -145,7 +151,8 @@ def run(
                 if todo:
                     write_selection(job, name, scores()[name])
         export_entries(folder.path, [selection.key for selection in read_selections(folder)])
-        if config.policy.name is None or not (kept := _what_stands(folder)):
+        kept = None if config.policy.name is None else _what_stands(folder, config.data)
+        if kept is None:
             folder.write_config(config)  # only now is it that of what the folder holds
             kept = stages
         build_report(replace(job, inputs=kept.inputs), kept)
@@ -246,13 +253,19 @@ def _say_what_is_replaced(folder: Run, stage: Stage) -> None:
         )
 
 
-def _what_stands(folder: Run) -> RunStages | None:
+def _what_stands(folder: Run, data: DataConfig) -> RunStages | None:
     """Return the stages of the folder's configuration, if all that it describes is still there.
 
-    A named selection beside it then leaves it alone, so that `evaluate` and the next command go on
-    with its policy.
+    A named selection of the same data then leaves it alone, so that `evaluate` and the next command
+    go on with its policy.
     """
-    stages = RunStages.of(Config.build(read_yaml(folder.path / layout.CONFIG)))
+    config = Config.build(read_yaml(folder.path / layout.CONFIG))
+    if config.data != data:
+        return None
+    try:
+        stages = RunStages.of(config)
+    except GradsiftError:  # an adapter, say, that is no longer where it was
+        return None
     return None if folder.find_fault(stages) else stages
 
 

@@ -99,6 +99,20 @@ def test_a_method_beside_another_leaves_it_the_folder(config: Config, tmp_path: 
     assert gradsift.explain(folder, "sql-1-0")[0].method == "gist"
 
 
+def test_named_picks_of_other_targets_take_the_folder_with_them(
+    config: Config, tmp_path: Path, write: Write, pool_rows: Rows
+) -> None:
+    folder = tmp_path / "run"
+    cheap = config.model_copy(update={"method": "length"})
+    run(cheap, folder)
+    targets = config.data.targets | {"u": (str(write("u.jsonl", pool_rows[:5])),)}
+    data = config.data.model_copy(update={"targets": targets})
+    more = with_policy(cheap, name="more").model_copy(update={"data": data})
+    assert [*run(more, folder).selections] == ["t", "u"]
+    assert [*read_yaml(folder / "config.yaml")["data"]["targets"]] == ["t", "u"]
+    assert [one.key for one in list_selections(folder)] == ["t", "t.more", "u.more"]
+
+
 def test_the_unnamed_picks_are_replaced_and_that_is_said(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

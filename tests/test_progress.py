@@ -109,8 +109,8 @@ def test_the_first_line_comes_after_ten_seconds(
         tracker.count_batch(2, 20)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "pool: 8 of 100 examples, 0.667/s, 2 min left",
-        "pool: 28 of 100 examples, 0.667/s, 2 min left",
+        "pool: 8 of 100 examples, 0.667/s, 2 min 18 s left",
+        "pool: 28 of 100 examples, 0.667/s, 1 min 48 s left",
     ]
 
 

@@ -206,13 +206,15 @@ def _plain(rate: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Return a duration in words.
 
-    >>> format_seconds(3725.0)
-    '1 h 2 min'
+    >>> format_seconds(106.2), format_seconds(3725.0)
+    ('1 min 46 s', '1 h 2 min')
     """
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

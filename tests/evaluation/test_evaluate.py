@@ -102,7 +102,7 @@ def test_what_an_evaluation_leaves(folder: Path, tests: dict[str, str], trained:
     assert [e.title for e in shown] == ["Does it help? (10%)", "Overlap of the methods"]
     assert shown[0].text.startswith(found.verdicts[0])
     [stale, *_] = read_exhibits(Run(folder), "evaluation", "t", "of another selection")
-    assert stale.text.startswith("Measured before this folder's picks")
+    assert stale.text.startswith("Measured for other picks")
     in_short = "At 10%, " + found.verdicts[0].removeprefix("t, 10%: ")
     assert (shown[0].verdict, shown[0].stale) == (in_short, False)
     assert (stale.verdict, stale.stale) == (in_short, True)

@@ -24,11 +24,11 @@ class Row:
 
 
 def check_names(name: str, columns: Sequence[str]) -> None:
-    """Make sure that no two columns of a file have one name.
+    """Make sure that no two columns of a file have one name; spreadsheets leave some without any.
 
     Raises:
         DataError: If two have.
     """
-    twice = sorted({column for column in columns if columns.count(column) > 1})
+    twice = sorted({column for column in columns if column and columns.count(column) > 1})
     if twice:
         raise DataError(f"{name} has the column {twice[0]!r} twice; rename or remove one of them")

@@ -52,7 +52,7 @@ def report(
     stages = RunStages.of(config)
     job = open_job(stages.inputs, Run(folder))
     pool, scores = candidates(job.pool, config.data.columns), METHODS["gist"].scores(job)
-    first, second = (target_page(job, stages, name, pool, scores[name]) for name in "tu")
+    first, second = (target_page(job, stages, name, pool, scores[name], ()) for name in "tu")
     first = replace(
         first, evaluation=_evaluation(stale=False),
         geometry=[Exhibit("Coupling", "A sentence.", _matrix(), [["part", LONG], ["a", "b"]])],

@@ -64,7 +64,7 @@ def pool_of(job: Job) -> Candidates:
 
 def page_of(job: Job, name: str) -> TargetPage:
     scores = METHODS["gist"].scores(job)[name]
-    return target_page(job, RunStages.of(job.config), name, pool_of(job), scores)
+    return target_page(job, RunStages.of(job.config), name, pool_of(job), scores, ())
 
 
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:

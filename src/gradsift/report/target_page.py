@@ -18,7 +18,7 @@ from gradsift.report.exhibits import Exhibit, read_exhibits
 from gradsift.runs import layout
 from gradsift.scores.ranking import Scores
 from gradsift.selection.directions import leading_directions, read_spectra
-from gradsift.selection.picks import Selection, read_selection, read_selections
+from gradsift.selection.picks import Selection, read_selection
 from gradsift.selection.policies import Candidates
 from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare, source_shares
@@ -102,13 +102,21 @@ class TargetPage:
 
 
 def target_page(
-    job: Job, stages: RunStages, name: str, pool: Candidates, aligned: Scores
+    job: Job,
+    stages: RunStages,
+    name: str,
+    pool: Candidates,
+    aligned: Scores,
+    kept: Sequence[Selection],
 ) -> TargetPage:
-    """Return everything that is said of the picks for one target."""
+    """Return everything that is said of the picks for one target.
+
+    `kept`: all selections of the target that the folder has.
+    """
     path, method, policy = job.folder.path, job.config.method, job.config.policy
     key = policy.selection_of(name)
     selection = read_selection(path, key)
-    others = [s for s in read_selections(job.folder) if s.target == name and s.key != key]
+    others = [other for other in kept if other.key != key]
     rows = selection.picks["row"].to_numpy()
     scores, num_tokens = read_scores(path, method, name), pool.num_tokens
     is_gist, finite = method == "gist", np.isfinite(scores)

@@ -162,15 +162,13 @@ def advice(page: TargetPage, run: str) -> list[tuple[str, str]]:
                 f"With twice the budget {effect}: {edge.at_twice.num_within:,} examples near it "
                 f"for {picks:,} picks, {then:.1f} a pick in place of {now:.1f}. Picking anew takes "
                 "seconds.",
-                f"{again} --output-dir {shlex.quote(run)} --budget {_twice(page.policy.budget)} "
-                "--name twice",
+                f"{again} --output-dir {shlex.quote(run)} --budget {_twice(budget)} --name twice",
             )
         )
     return found
 
 
-def _twice(text: str) -> str:
-    budget = Budget.parse(text)
+def _twice(budget: Budget) -> str:
     return str(replace(budget, amount=2 * budget.amount))
 
 

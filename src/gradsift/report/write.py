@@ -7,6 +7,7 @@ looks like, what `evaluate` and `geometry` found, and what the run was.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from gradsift.report.target_page import target_page
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.opening import open_run, read_config
-from gradsift.selection.picks import candidates, read_selections
+from gradsift.runs.stage import Stage
+from gradsift.selection.picks import Selection, candidates, read_selections
 from gradsift.selection.score_table import read_scores, scores_of
 from gradsift.selection.stability import can_compare_twice_the_rank, measure_sample, sampling_stage
 from gradsift.selection.stages import RunStages
@@ -78,30 +80,29 @@ def build_report(job: Job, stages: RunStages) -> Path:
                 ranked = {name: read_scores(path, "gist", name) for name in job.targets}
                 measure_sample(job, ranked)
     pool, scores = candidates(job.pool, job.config.data.columns), scores_of(job)
-    pages = []
+    pages, selections = [], read_selections(job.folder)
     for name in job.targets:
-        for policy in _policies(job, stages, name):
-            config = job.config.model_copy(update={"policy": policy})
-            own = replace(job, inputs=replace(job.inputs, config=config))
-            pages.append(target_page(own, stages.with_policy(policy), name, pool, scores[name]))
+        kept = [selection for selection in selections if selection.target == name]
+        for policy in _policies(job, stages.selections[name], kept):
+            own = stages.with_policy(policy)
+            own_job = replace(job, inputs=own.inputs)
+            pages.append(target_page(own_job, own, name, pool, scores[name], kept))
     write_atomically(path / layout.REPORT, render(overview(job, stages), pages).encode())
     logger.info("%s explains it", path / layout.REPORT)
     return path / layout.REPORT
 
 
-def _policies(job: Job, stages: RunStages, target: str) -> list[PolicyConfig]:
+def _policies(job: Job, stage: Stage, kept: Sequence[Selection]) -> list[PolicyConfig]:
     """Return the policies of a target's selections that are made from the scores of now.
 
-    That of the run's settings comes first.
+    `stage`: that of the run's settings, whose policy comes first. `kept`: all of the target.
     """
     first = job.config.policy
-    sources = stages.selections[target].sources
     others = [
         selection.policy
-        for selection in read_selections(job.folder)
-        if selection.target == target
-        and selection.policy.name != first.name
-        and job.folder.is_made_from(layout.selection(selection.key), sources)
+        for selection in kept
+        if selection.policy.name != first.name
+        and job.folder.is_made_from(layout.selection(selection.key), stage.sources)
     ]
     return [first, *others]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def _explain_all(job: Job, run: str | Path, example_id: str) -> list[Explanation
     method = job.config.method
     rows = _find_example(job.folder.path, method, run, example_id)
     table, scored = read_table(job.folder.path, method), scores_of(job)
-    return [_explain(job, table, int(row), name, scored[name]) for row in rows for name in scored]
+    kept = read_selections(job.folder)
+    return [
+        _explain(job, table, int(row), name, scored[name], kept) for row in rows for name in scored
+    ]
 
 
 def _find_example(path: Path, method: str, run: str | Path, example_id: str) -> np.ndarray:
@@ -134,7 +138,9 @@ def _find_example(path: Path, method: str, run: str | Path, example_id: str) -> 
     return rows
 
 
-def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> Explanation:
+def _explain(
+    job: Job, table: pa.Table, row: int, name: str, scored: Scores, kept: Sequence[Selection]
+) -> Explanation:
     scores = table[f"{name}/score"].to_numpy()
     facts = table.slice(row, 1).to_pylist()[0]
     projected, norm = facts.get(f"{name}/projected_norm"), facts.get("gradient_norm")
@@ -148,7 +154,7 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
         id=facts["id"],
         row=row,
         source=facts["source"],
-        verdict=_verdict(job, name, row),
+        verdict=_verdict(job, name, row, kept),
         score=float(scores[row]),
         position=int(position),
         num_pool=len(scores),
@@ -160,11 +166,14 @@ def _explain(job: Job, table: pa.Table, row: int, name: str, scored: Scores) -> 
     )
 
 
-def _verdict(job: Job, name: str, row: int) -> str:
+def _verdict(job: Job, name: str, row: int, kept: Sequence[Selection]) -> str:
     """Return what became of a row in the selection of the run's settings, and in others."""
-    kept = [s for s in read_selections(job.folder) if s.target == name]
-    own = job.config.policy.name
-    found = {s.policy.name: _verdict_of(s, row) for s in kept if s.method == job.config.method}
+    own, method = job.config.policy.name, job.config.method
+    found = {
+        selection.policy.name: _verdict_of(selection, row)
+        for selection in kept
+        if selection.target == name and selection.method == method
+    }
     others = [f"{other or 'unnamed'}: {found[other]}" for other in found if other != own]
     return "; ".join([found[own], *others])
 

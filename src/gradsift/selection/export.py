@@ -32,12 +32,16 @@ def export_entries(run: Path, keys: Iterable[str]) -> None:
 
 
 def _factory(path: Path) -> dict[str, Any]:
-    """Return the entry for LLaMA-Factory, whose format for tool calls is a format of its own."""
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    """Return the entry for LLaMA-Factory, whose format for tool calls is a format of its own.
+
+    The first line tells it: it has all keys that some line has, as `write_messages` makes it.
+    """
+    with path.open("rb") as file:
+        first = json.loads(file.readline())
     columns = {"messages": "messages"}
-    if "tools" in lines[0]:
+    if "tools" in first:
         columns["tools"] = "tools"
-    calls = any(turn.get("tool_calls") for line in lines for turn in line["messages"])
+    calls = "tool_calls" in first["messages"][0]
     return {
         "file_name": path.name,
         "formatting": "openai" if calls or "tools" in columns else "sharegpt",

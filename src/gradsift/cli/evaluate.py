@@ -73,14 +73,12 @@ def evaluate(
     in_file = read_yaml(config) if config else {}
     assigned = map(parse_assignment, settings)
     with log_to(run):
-        from gradsift.evaluation.config import EvaluationConfig, check_evaluation
-
-        merged = merge(in_file, drop_unset(flags), *assigned, replaced=("tests",))
-        asked, where = EvaluationConfig.build(merged), engine_settings(engine, ray_address)
-        check_evaluation(run, asked, where)  # before torch is loaded
+        from gradsift.evaluation.config import EvaluationConfig
         from gradsift.evaluation.evaluate import run_evaluation
 
-        evaluation = run_evaluation(run, asked, where)
+        merged = merge(in_file, drop_unset(flags), *assigned, replaced=("tests",))
+        where = engine_settings(engine, ray_address)
+        evaluation = run_evaluation(run, EvaluationConfig.build(merged), where)
     show(evaluation, partial(_print_evaluation, evaluation, run))
 
 

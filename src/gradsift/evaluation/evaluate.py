@@ -26,7 +26,6 @@ from gradsift.evaluation.lds import subset_fine_tunings
 from gradsift.evaluation.results import Evaluation
 from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
-from gradsift.models.training import steps_per_epoch
 from gradsift.pipeline import check_budgets, encode, measure
 from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
@@ -167,6 +166,8 @@ def _grid(
             tuning = FineTuning(rows, steps, seed, f"random, {place[1]}, seed {seed}")
             tunings["random"].setdefault(place, []).append(tuning)
     if settings.full:
+        from gradsift.models.training import steps_per_epoch
+
         whole = max(steps, steps_per_epoch(num_pool, settings.fine_tuning))
         rows = tuple(range(num_pool))
         trained = [

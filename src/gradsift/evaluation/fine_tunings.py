@@ -28,7 +28,6 @@ from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
 from gradsift.executors.processes import decided_by_first, is_first
 from gradsift.methods.job import Job
-from gradsift.models.batches import device_of
 from gradsift.progress import track
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -238,7 +237,7 @@ class FineTuner:
 
     def _measure(self, model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
         from gradsift.gradients.batch_size import start_tokens, within_memory
-        from gradsift.models.batches import lengths_of
+        from gradsift.models.batches import device_of, lengths_of
         from gradsift.models.forward import run_forward
 
         test = self._tests[name].examples

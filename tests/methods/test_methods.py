@@ -203,9 +203,11 @@ def test_length_and_random(config: Config, tmp_path: Path) -> None:
 def test_target_examples_cannot_take_turns_where_they_do_not_count(
     config: Config, tmp_path: Path
 ) -> None:
-    policy = config.policy.model_copy(update={"strategy": "round-robin"})
-    with pytest.raises(ConfigError, match=r"perplexity, length and random do not"):
-        run(by("random", config.model_copy(update={"policy": policy})), tmp_path / "run")
+    for strategy in ("round-robin", "balanced"):
+        policy = config.policy.model_copy(update={"strategy": strategy})
+        other = by("random", config.model_copy(update={"policy": policy}))
+        with pytest.raises(ConfigError, match=rf"strategy={strategy} needs .* and this one does not"):
+            run(other, tmp_path / "run")
 
 
 def test_embeddings_need_their_library(

@@ -28,16 +28,19 @@ def pairs(picks: Picks) -> list[tuple[int, int]]:
 @given(
     arrays.arrays(np.float32, st.integers(1, 60), elements=VALUES.map(float)),
     st.integers(1, 20),
-    st.lists(st.integers(0, 70), min_size=1, max_size=8),
+    st.lists(st.integers(1, 9), max_size=8),
 )
 def test_a_column_is_ranked_as_a_full_stable_sort_would(
-    values: np.ndarray, expected: int, places: list[int]
+    values: np.ndarray, expected: int, taken: list[int]
 ) -> None:
     order = [int(row) for row in np.argsort(-values, kind="stable") if np.isfinite(values[row])]
-    ranked = Ranked(values, expected)
-    for place in places:
-        assert ranked.row(place) == (order[place] if place < len(order) else None)
-        assert ranked.rows(place, place + 5).tolist() == order[place : place + 5]
+    ranked, gone = Ranked(values, expected), np.zeros(len(values), dtype=bool)
+    for count in [*taken, 60]:
+        assert ranked.best_left(gone) == (order[0] if order else None)
+        assert ranked.upcoming(count).tolist() == order[:count]
+        gone[order[:count]] = True
+        order = order[count:]
+    assert ranked.best_left(gone) is None
 
 
 def test_no_more_of_a_column_is_sorted_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,13 +51,14 @@ def test_no_more_of_a_column_is_sorted_than_is_asked_for(monkeypatch: pytest.Mon
         return np.argsort(-values, kind="stable")[:count]
 
     monkeypatch.setattr("gradsift.selection.turns._best", best)
-    ranked = Ranked(np.arange(100, dtype=np.float32), 10)
-    assert [ranked.row(place) for place in range(10)] == [*range(99, 89, -1)]
-    assert asked == [10]
-    assert ranked.row(10) == 89
-    assert ranked.row(99) == 0
-    assert ranked.row(100) is None
-    assert asked == [10, 40, 100]
+    ranked, gone = Ranked(np.arange(1000, dtype=np.float32), 100), np.zeros(1000, dtype=bool)
+    assert ranked.best_left(gone) == 999
+    gone[930:] = True
+    assert ranked.best_left(gone) == 929
+    assert asked == [100, 800]
+    gone[1:] = True
+    assert ranked.best_left(gone) == 0
+    assert asked == [100, 800, 1000]
 
 
 @quick

@@ -102,30 +102,28 @@ def pick(
     limits = _Limits.of(policy, pool.sources, pool.num_tokens)
     share = _share_of_each(limits, rankings.shape[1])
     ranked = [Ranked(column, share) for column in rankings.T]
-    places = [0] * len(ranked)
 
     def upcoming() -> list[int]:
         share = _share_of_each(limits, len(ranked))
-        pairs = zip(ranked, places, strict=True)
-        return np.unique(np.concatenate([r.rows(p, p + share) for r, p in pairs])).tolist()
+        return np.unique(np.concatenate([own.upcoming(share) for own in ranked])).tolist()
 
     repeats = DuplicateFinder(pool.texts, target, policy, upcoming)
+    gone = np.zeros(len(rankings), dtype=bool)
     picked: dict[int, int] = {}
     refused: dict[int, Refusal] = {}
 
     def pick_from(ranking: int) -> int | None:
-        while (row := ranked[ranking].row(places[ranking])) is not None:
-            if row not in picked and row not in refused:
-                refusal = limits.refuses(row) or repeats.refuses(row)
-                if refusal is None and not limits.fits(row):
-                    return None
-                if refusal is None:
-                    picked[row] = ranking
-                    limits.spend(row)
-                    repeats.remember(row)
-                    return row
-                refused[row] = refusal
-            places[ranking] += 1
+        while (row := ranked[ranking].best_left(gone)) is not None:
+            refusal = limits.refuses(row) or repeats.refuses(row)
+            if refusal is None and not limits.fits(row):
+                return None
+            gone[row] = True
+            if refusal is None:
+                picked[row] = ranking
+                limits.spend(row)
+                repeats.remember(row)
+                return row
+            refused[row] = refusal
         return None
 
     if policy.strategy == "balanced":

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gradsift.errors import ConfigError
 
-_GROWTH = 4  # how many times further a column is sorted when its sorted rows are used up
+_GROWTH = 8  # how many times further a column is sorted when its sorted rows are used up
+_LOOKED_AT = 64  # rows, in search of one that is not gone
 
 
 class Ranked:
-    """The rows of one column by falling value; ties go to the row that comes first.
+    """One column's rows by falling value, gone through once; ties go to the row that comes first.
 
     Values are finite or −∞; rows of −∞ are left out.
     """
@@ -27,24 +28,28 @@ class Ranked:
         self._values, self._num_expected = values, num_expected
         self._num_ranked = int(np.isfinite(values).sum())
         self._sorted: Int[np.ndarray, " rank"] = np.empty(0, np.int64)
+        self._place = 0
 
-    def row(self, place: int) -> int | None:
-        """Return the row at a place, counted from 0; none behind the last."""
-        if place >= len(self._sorted) and not self._sort_beyond(place):
-            return None
-        return int(self._sorted[place])
+    def best_left(self, gone: Bool[np.ndarray, " row"]) -> int | None:
+        """Return the first row that is not gone; none where all are.
 
-    def rows(self, start: int, stop: int) -> Int[np.ndarray, " rank"]:
-        """Return the rows at some places, as far as there are any."""
-        self._sort_beyond(stop - 1)
-        return self._sorted[start:stop]
+        What is gone once stays gone.
+        """
+        while len(ahead := self.upcoming(_LOOKED_AT)):
+            left = np.flatnonzero(~gone[ahead])
+            if len(left):
+                self._place += int(left[0])
+                return int(ahead[left[0]])
+            self._place += len(ahead)
+        return None
 
-    def _sort_beyond(self, place: int) -> bool:
-        """Sort so far that the row at a place is known; return whether there is one."""
-        if len(self._sorted) <= place and len(self._sorted) < self._num_ranked:
-            further = max(place + 1, _GROWTH * len(self._sorted), self._num_expected)
+    def upcoming(self, count: int) -> Int[np.ndarray, " rank"]:
+        """Return the next rows, gone or not: so many, or as many as there are."""
+        stop = min(self._place + count, self._num_ranked)
+        if len(self._sorted) < stop:
+            further = max(stop, _GROWTH * len(self._sorted), self._num_expected)
             self._sorted = _best(self._values, min(further, self._num_ranked))
-        return place < len(self._sorted)
+        return self._sorted[self._place : stop]
 
 
 def _best(values: Float[np.ndarray, " row"], count: int) -> Int[np.ndarray, " rank"]:

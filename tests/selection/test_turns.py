@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from test_policies import run
 
 import reference
 from gradsift.config import PolicyConfig
 from gradsift.errors import ConfigError
 from gradsift.selection.policies import Picks, describe_policy, shorten_policy
 from gradsift.selection.turns import Ranked
-from test_policies import run
 
 VALUES = st.sampled_from([-np.inf, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0])
 quick = settings(deadline=None, max_examples=40)
@@ -101,8 +101,8 @@ def test_ties_of_balanced_go_to_the_first_column_and_row() -> None:
 def test_the_scale_of_a_column_changes_no_balanced_pick() -> None:
     rankings = np.random.default_rng(0).normal(size=(50, 4))
     scaled = rankings * [1, 1000, 0.01, 3] + [0, 5, -7, 100]
-    given = {"budget": "20", "strategy": "balanced"}
-    assert pairs(run(rankings, **given)) == pairs(run(scaled, **given))
+    picks, of_scaled = (run(r, budget="20", strategy="balanced") for r in (rankings, scaled))
+    assert pairs(picks) == pairs(of_scaled)
 
 
 def test_balanced_serves_all_where_the_top_serves_one() -> None:

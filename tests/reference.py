@@ -80,3 +80,33 @@ def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
     """What LESS takes for a pool example: Adam's next step, without bias correction."""
     moved = 0.9 * mean + 0.1 * gradient
     return moved / torch.sqrt(0.999 * square + 0.001 * gradient**2 + 1e-8)
+
+
+def picks_in_turn(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Rows and their columns: every column sorted whole, each picks its best in turn."""
+    orders = [[int(r) for r in np.argsort(-c, kind="stable") if c[r] > -np.inf] for c in rankings.T]
+    picked: dict[int, int] = {}
+    while len(picked) < count:
+        for column, order in enumerate(orders):
+            left = [row for row in order if row not in picked]
+            if left and len(picked) < count:
+                picked[left[0]] = column
+    return [*picked.items()]
+
+
+def balanced_picks(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Rows and their columns: the best row left of the column whose normalised sum is lowest."""
+    columns = [column.astype(np.float64) for column in rankings.T]
+    normalised = {
+        number: (column - column.mean()) / column.std()
+        for number, column in enumerate(columns)
+        if np.isfinite(column).all() and len(set(column)) > 1
+    }
+    picked: list[tuple[int, int]] = []
+    for _ in range(count):
+        rows = [row for row, _ in picked]
+        served = {number: sum(column[rows]) for number, column in normalised.items()}
+        least = min(served, key=lambda number: served[number])
+        left = [row for row in range(len(rankings)) if row not in rows]
+        picked.append((max(left, key=lambda row: rankings[row, least]), least))
+    return picked

@@ -219,10 +219,14 @@ class PolicyConfig(Section):
         None, "keeps these picks beside others (--name); the next command does not take it over"
     )
     budget: str = setting("5%", "how much is picked: 5%, 2000 (examples) or 3Mtok (tokens)", "5%")
-    strategy: Literal["top", "round-robin"] = setting(
-        "top", "best scores first, or target examples pick in turn", "top"
+    strategy: Literal["top", "round-robin", "balanced"] = setting(
+        "top",
+        "best scores first; target examples pick in turn; or the one served least so far",
+        "top",
     )
-    per: Literal["example", "task"] = setting("example", "whose turn round-robin takes")
+    per: Literal["example", "task"] = setting(
+        "example", "whose turn it is in round-robin and balanced"
+    )
     source_cap: str | dict[str, str] | None = setting(
         None, "largest part of the budget from one source: '20%' or {dolly: 10%}"
     )

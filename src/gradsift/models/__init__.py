@@ -24,6 +24,7 @@ PUBLIC = {
     "loading": ("load_base", "load_encoder", "resolve_device"),
     "lora": ("LoraPair", "attach_lora", "lora_pairs"),
     "losses": ("label_logits", "token_losses"),
+    "parameters": ("adapter_parameters", "multiplied_parameters"),
     "training": ("steps_per_epoch", "train"),
     "warmup": ("warm_up",),
 }

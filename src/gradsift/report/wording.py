@@ -95,7 +95,7 @@ def policy_in_words(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     """
     settings = {key: f"{key}={getattr(policy, key)}" for key in _ABOUT}
     settings["source_cap"] = f"source_cap={_setting(policy.source_cap)}"
-    if policy.strategy == "round-robin":
+    if policy.strategy != "top":
         settings["strategy"] += f" per={policy.per}"
     words = describe_policy(policy)
     return [(about, words[key], settings[key]) for key, about in _ABOUT.items()]

@@ -110,3 +110,27 @@ def balanced_picks(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
         left = [row for row in range(len(rankings)) if row not in rows]
         picked.append((max(left, key=lambda row: rankings[row, least]), least))
     return picked
+
+
+def influence(
+    target: Tensor,
+    pool: Tensor,
+    sample: Tensor,
+    damping: float,
+    tasks: Sequence[str],
+    aggregation: str = "mean-cosine",
+    normalize: bool = True,
+) -> Tensor:
+    """Influence under the empirical Fisher matrix, formed whole (parameter × parameter)."""
+    fisher = sample.T @ sample / len(sample)
+    values = torch.linalg.eigvalsh(fisher)
+    mean = values[values > values.max() * 1e-12].mean()
+    directions = torch.linalg.solve(fisher + damping * mean * torch.eye(len(fisher)), target.T).T
+    by_task = []
+    for task in sorted(set(tasks)):
+        own = directions[[t == task for t in tasks]]
+        if aggregation == "task-mean":
+            own = own.mean(0, keepdim=True)
+        products = (F.normalize(pool) if normalize else pool) @ F.normalize(own).T
+        by_task.append(products.max(1).values if aggregation == "max" else products.mean(1))
+    return torch.stack(by_task).max(0).values

@@ -198,6 +198,22 @@ class LessConfig(Section):
     seed: Seed = setting(0, "draws the random projection (--seed)")
 
 
+class InfluenceConfig(Section):
+    """Influence under the empirical Fisher matrix of pool gradients (after Koh and Liang, 2017)."""
+
+    samples: Count = setting(
+        512, "random pool examples whose gradients make the Fisher matrix; all of a smaller pool"
+    )
+    damping: float = setting(
+        0.1, "added to its diagonal, in mean eigenvalues; much more makes it `cosine`", gt=0
+    )
+    normalize: bool = setting(True, "divide by the length of the pool gradient")
+    aggregation: Literal["max", "task-mean", "mean-cosine"] = setting(
+        "mean-cosine", "how target examples count: the nearest (max), or means within a task"
+    )
+    seed: Seed = setting(0, "draws these examples (--seed)")
+
+
 class EmbedConfig(Section):
     """The sentence encoder of the method `embed`."""
 
@@ -318,6 +334,7 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     gist: GistConfig = GistConfig()
     less: LessConfig = LessConfig()
+    influence: InfluenceConfig = InfluenceConfig()
     embed: EmbedConfig = EmbedConfig()
     random: RandomConfig = RandomConfig()
     policy: PolicyConfig = PolicyConfig()

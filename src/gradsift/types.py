@@ -11,7 +11,7 @@ from typing import Literal
 from gradsift.errors import shorten, suggest_share
 
 MethodName = Literal[
-    "gist", "less", "cosine", "rds", "embed", "bm25", "perplexity", "length", "random"
+    "gist", "less", "cosine", "influence", "rds", "embed", "bm25", "perplexity", "length", "random"
 ]
 """The ways to score a pool; `gradsift/methods/` has a file for each."""
 

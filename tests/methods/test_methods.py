@@ -28,7 +28,7 @@ from gradsift.selection.explanation import explain
 from gradsift.types import MethodName
 
 Rows = list[dict[str, Any]]
-COMPARING = ("gist", "less", "cosine", "rds", "bm25")
+COMPARING = ("gist", "less", "cosine", "influence", "rds", "bm25")
 RANKING = ("perplexity", "length", "random")
 
 

@@ -29,6 +29,7 @@ _SCORES = {
     "gist": "cosine within the target's subspace",
     "less": "cosine of projected gradients",
     "cosine": "cosine of whole gradients",
+    "influence": "cosine with target gradients under the inverse Fisher matrix",
     "rds": "cosine of hidden states",
     "embed": "cosine of sentence embeddings",
     "bm25": "BM25, without a unit",

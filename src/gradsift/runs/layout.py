@@ -26,6 +26,8 @@ GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains no
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
 COORDINATES = "coordinates"
 COSINE_PRODUCTS = "cosine/pool"
+CURVATURE = "influence/curvature"
+INFLUENCE_PRODUCTS = "influence/pool"
 BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
 STABILITY = "stability"
 STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
@@ -85,6 +87,11 @@ def subspace(target: str, checkpoint: str) -> str:
 def spectrum(target: str) -> str:
     """Return the singular values of a target at every checkpoint."""
     return f"{target_folder(target)}/spectrum.json"
+
+
+def curvature(checkpoint: str) -> str:
+    """Return the inner products that make the inverse Fisher matrix at a checkpoint."""
+    return f"{CURVATURE}/{checkpoint}.safetensors"
 
 
 def measured_pool(name: str) -> str:

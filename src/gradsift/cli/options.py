@@ -138,6 +138,7 @@ def settings_of_flags(
         "policy": {"budget": budget},
         "warmup": {"adapter": adapter, "mode": warmup and warmup.value, "seed": seed},
         "less": {"seed": seed},
+        "target_path": {"seed": seed},
         "random": {"seed": seed},
         "engine": {"memory": memory},
     }

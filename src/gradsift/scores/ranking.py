@@ -42,20 +42,20 @@ class Scores(Protocol):
 
 
 def refuse_turns(policy: PolicyConfig) -> None:
-    """Find out whether a method that looks at no target example can serve a policy.
+    """Find out whether a method that compares with no target example can serve a policy.
 
     Raises:
         ConfigError: If the policy picks for target examples in turn.
     """
     if policy.strategy != "top":
         raise ConfigError(
-            "policy.strategy=round-robin needs a method that compares with target examples; "
-            "perplexity, length and random do not: use policy.strategy=top"
+            "policy.strategy=round-robin needs a method that compares with target examples, and "
+            "this one does not: use policy.strategy=top, or another method"
         )
 
 
 class Ranking:
-    """Scores of a method that does not look at the target examples."""
+    """Scores of a method that does not compare with single target examples."""
 
     def __init__(self, values: Float[np.ndarray, " example"]) -> None:
         self._values = values

@@ -33,9 +33,11 @@ _SCORES = {
     "rds": "cosine of hidden states",
     "embed": "cosine of sentence embeddings",
     "bm25": "BM25, without a unit",
+    "target-path": "share of the loss that training on the target takes away",
     "perplexity": "loss of the base model, nats per token",
     "length": "supervised tokens",
     "random": "drawn at random",
+    "fuse": "sum of 1 / (60 + rank) over the fused methods",
 }
 
 

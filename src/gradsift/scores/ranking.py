@@ -42,10 +42,42 @@ class Scores(Protocol):
 
 
 def refuse_turns(policy: PolicyConfig) -> None:
-    """Find out whether a method that compares with no target example can serve a policy.
+    """Find out whether a method that looks at no target example can serve a policy.
 
     Raises:
         ConfigError: If the policy picks for single target examples or tasks.
     """
     if policy.strategy != "top":
         raise ConfigError(
+            f"policy.strategy={policy.strategy} needs a method that compares with target "
+            "examples, and this one does not: use policy.strategy=top or another --method"
+        )
+
+
+class Ranking:
+    """Scores of a method that does not look at the target examples."""
+
+    def __init__(self, values: Float[np.ndarray, " example"]) -> None:
+        self._values = values
+
+    def scores(self) -> tuple[Float[np.ndarray, " example"], None]:
+        """Return the scores; no target example wins any."""
+        return self._values, None
+
+    def rankings(self, policy: PolicyConfig) -> Float[np.ndarray, "example ranking"]:
+        """Return the scores as the only column.
+
+        Raises:
+            ConfigError: If the policy picks for single target examples or tasks.
+        """
+        refuse_turns(policy)
+        return self._values[:, None]
+
+    def winners(self, policy: PolicyConfig, rows: np.ndarray, rankings: np.ndarray) -> None:
+        """Return nothing: no pick was made for a target example."""
+
+    def with_examples(self, rows: Rows) -> None:
+        """Return nothing: target examples do not count."""
+
+    def projected_norms(self, rows: Rows) -> None:
+        """Return nothing: there is no subspace."""

@@ -7,5 +7,5 @@ May import: `pipeline` and what is beneath it, but no pool pass.
 PUBLIC = {
     "config": ("EvaluationConfig",),
     "evaluate": ("evaluate", "run_evaluation"),
-    "results": ("Evaluation", "interval", "plus_minus"),
+    "results": ("Evaluation",),
 }

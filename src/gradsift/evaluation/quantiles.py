@@ -51,7 +51,7 @@ class DoseResponse:
 
 def dose_response(
     name: tuple[str, str],
-    parts: Sequence[Float[np.ndarray, "training example"]],
+    parts: Sequence[Float[np.ndarray, "_ example"]],
     num_tokens: Int[np.ndarray, " example"],
     noise: Variance,
     seed: int = 0,
@@ -74,7 +74,8 @@ def dose_response(
     scale = np.sqrt(noise.value * noise.df / rng.chisquare(noise.df, size=(_DRAWS, 1)))
     errors = rng.normal(size=(_DRAWS, len(parts))) * scale / np.sqrt(counts)
     low, high = np.percentile(_trend(resampled + errors), (2.5, 97.5))
-    trend = Interval(float(_trend(losses[None])[0]), float(low), float(high))
+    value = float(_trend(losses[None])[0])
+    trend = Interval(value, min(float(low), value), max(float(high), value))
     error = float(np.sqrt(noise.value / counts.mean()))
     return DoseResponse(*name, tuple(losses.tolist()), error, trend)
 

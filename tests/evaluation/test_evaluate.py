@@ -219,7 +219,9 @@ def test_the_linear_datamodeling_score_end_to_end(
 ) -> None:
     lds = {"measure": True, "subsets": 32, "sample": 60}
     found = evaluate(folder, {"t": tests["t"]}, lds=lds, fine_tuning=TRAINING | {"steps": 2})
-    assert [(s.target, s.method) for s in found.lds] == [("t", "gist"), ("t", "length")]
+    assert [(s.target, s.method) for s in found.lds] == [
+        ("t", "gist")
+    ]  # length compares with nothing
     assert all(s.correlation.low <= s.correlation.value <= s.correlation.high for s in found.lds)
     assert sum(label.startswith("subset ") for label in trained) == 32
     assert "Linear datamodeling score" in found.markdown()

@@ -125,7 +125,9 @@ def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*map(Text, rows[0]), title=Text(title))
+    table = Table(title=Text(title))
+    for head in rows[0]:
+        table.add_column(Text(head))
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     return table

@@ -8,4 +8,5 @@ PUBLIC = {
     "config": ("EvaluationConfig",),
     "evaluate": ("evaluate", "run_evaluation"),
     "results": ("Evaluation",),
+    "tables": ("cost_table", "datamodeling_table", "dose_table", "method_table"),
 }

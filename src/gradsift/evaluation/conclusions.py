@@ -22,7 +22,6 @@ from gradsift.evaluation.lds import (
 from gradsift.evaluation.overlap import Overlap, overlaps
 from gradsift.evaluation.quantiles import DoseResponse, dose_response
 from gradsift.evaluation.results import Evaluation
-from gradsift.evaluation.rows import REFERENCES, Row, verdicts
 from gradsift.evaluation.statistics import (
     Comparison,
     Losses,
@@ -30,6 +29,7 @@ from gradsift.evaluation.statistics import (
     compare_methods,
     compare_reference,
 )
+from gradsift.evaluation.verdicts import REFERENCES, Row, verdicts
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 

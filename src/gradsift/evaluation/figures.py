@@ -9,7 +9,6 @@ import numpy as np
 
 from gradsift.evaluation.quantiles import DoseResponse
 from gradsift.evaluation.results import UNCORRECTED, Evaluation
-from gradsift.evaluation.rows import Row
 from gradsift.evaluation.statistics import Interval
 from gradsift.evaluation.tables import (
     amount,
@@ -20,6 +19,7 @@ from gradsift.evaluation.tables import (
     gain,
     method_table,
 )
+from gradsift.evaluation.verdicts import Row
 from gradsift.report.exhibits import Exhibit, plotly_json
 from gradsift.report.figures import MUTED, PICKS, POOL
 
@@ -141,14 +141,16 @@ def _doses(found: Evaluation, target: str) -> list[Exhibit]:
     own = [dose for dose in found.doses if dose.target == target]
     if not own:
         return []
-    text = " ".join(
-        [
-            "Fine-tunings on random draws from each part of a method's ranking, the best-scored "
-            "first: where scores mean something from top to bottom, the loss rises from left to "
-            "right. Bars are standard errors from the spread of random selections, the dotted line "
-            "is random selection.",
-            *(dose.sentence[0].upper() + dose.sentence[1:] for dose in own),
-        ]
+    said: dict[str, list[str]] = {}
+    for dose in own:
+        said.setdefault(dose.said, []).append(dose.method)
+    text = (
+        "Fine-tunings on random draws from each part of a method's ranking, the best-scored first: "
+        "where scores mean something from top to bottom, the loss rises from left to right. Bars "
+        "are standard errors from the spread of random selections, the dotted line is random "
+        "selection. "
+        + "; ".join(f"{', '.join(methods)}: {what}" for what, methods in said.items())
+        + "."
     )
     budget = next(budget for name, budget in found.places if name == target)
     figure = _dose_figure(own, found.rows_at(target, budget))
@@ -179,7 +181,7 @@ def _dose_figure(doses: Sequence[DoseResponse], rows: Sequence[Row]) -> dict[str
         title="part of the ranking", tickvals=[*range(1, count + 1)], ticktext=labels
     )
     figure.update_yaxes(title="held-out loss, nats per token")
-    figure.update_layout(height=_HEIGHT, showlegend=True)
+    figure.update_layout(height=_HEIGHT + 80, showlegend=True)
     return plotly_json(figure)
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 from gradsift.evaluation.lds import DatamodelingPair, LinearDatamodelingScore
 from gradsift.evaluation.overlap import Overlap
 from gradsift.evaluation.quantiles import DoseResponse
-from gradsift.evaluation.rows import Row
 from gradsift.evaluation.tables import (
     cost_table,
     datamodeling_sentence,
@@ -21,6 +20,7 @@ from gradsift.evaluation.tables import (
     method_table,
     overlap_table,
 )
+from gradsift.evaluation.verdicts import Row
 
 UNCORRECTED = (
     "Intervals are those of each difference by itself; the verdict counts how many methods were "

@@ -11,8 +11,8 @@ from gradsift.evaluation.costs import Cost
 from gradsift.evaluation.lds import DatamodelingPair, LinearDatamodelingScore
 from gradsift.evaluation.overlap import Overlap
 from gradsift.evaluation.quantiles import DoseResponse
-from gradsift.evaluation.rows import Row
 from gradsift.evaluation.statistics import Interval
+from gradsift.evaluation.verdicts import Row
 
 TextTable = list[list[str]]
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -21,11 +21,12 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 def method_table(rows: Sequence[Row]) -> TextTable:
     """Return how each method did on a target within a budget."""
     tasks = sorted({name for row in rows for name in row.tasks})
-    heads = ["method", "picks", "selections", "trainings", "held-out loss", "accuracy"]
+    heads = ["method", "picks", "selections × trainings", "held-out loss", "accuracy"]
     heads += ["loss less random's [95 %]", "verdict", *tasks]
     table = [heads]
     for row in rows:
-        cells = [row.method, f"{row.num_picks:,}", str(row.selections), str(row.seeds)]
+        trainings = f"{row.selections} × {row.seeds // row.selections}"
+        cells = [row.method, f"{row.num_picks:,}", trainings]
         cells += [plus_minus(row.loss, row.loss_std), f"{row.accuracy:.1%}"]
         cells += ["" if row.difference is None else interval(row.difference), row.verdict]
         table.append([*cells, *(f"{row.tasks[t]:.4f}" if t in row.tasks else "" for t in tasks)])

@@ -116,7 +116,7 @@ INTERNALS = re.compile(
 )
 WORDS = re.compile(
     r"\w[\w.]*( \(--[^)]+\))?: .*(expected .*)?found .*|(missing|unknown) setting '\S+'.*|"
-    r"\w+: .*(not both|found \d+|multiple of \w+ \d+|subsets=5 .*|which needs an .*)"
+    r"\w+: .*(not both|found \d+|multiple of \w+ \d+|which needs an .*)"
 )
 
 

@@ -29,8 +29,9 @@ COMMANDS = {
     ],
     "picks": ["run"],
     "evaluate": [
-        "run", "--test", "--method", "--budget", "--seeds", "--full", "--no-full", "--lds",
-        "--lm-eval", "--engine", "--ray-address", "--config", "--set",
+        "run", "--test", "--method", "--budget", "--seeds", "--warmup-seeds", "--full", "--no-full",
+        "--quantiles", "--lds", "--lm-eval", "--engine", "--ray-address", "--config", "--set",
+        "--clean",
     ],
     "explain": ["run", "example"],
     "report": ["run"],

@@ -27,6 +27,7 @@ from gradsift.runs.folder import Run
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
+FEW: dict[str, Any] = {"seeds": 2, "random_seeds": 3}
 TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
 
 
@@ -70,7 +71,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def evaluate(folder: Path, tests: dict[str, str], **changes: Any) -> gradsift.Evaluation:
-    settings = {"methods": ["gist", "length"], "fine_tuning": TRAINING} | changes
+    usual: dict[str, Any] = {"methods": ["gist", "length"], "fine_tuning": TRAINING}
+    settings = usual | FEW | changes
     return gradsift.evaluate(folder, tests=tests, **settings)
 
 
@@ -217,7 +219,7 @@ def test_held_out_examples_in_the_pool_are_told(
 def test_the_linear_datamodeling_score_end_to_end(
     folder: Path, tests: dict[str, str], trained: list[str]
 ) -> None:
-    lds = {"subsets": 32, "sample": 60}
+    lds = {"measure": True, "subsets": 32, "sample": 60}
     found = evaluate(folder, {"t": tests["t"]}, lds=lds, fine_tuning=TRAINING | {"steps": 2})
     assert [(s.target, s.method) for s in found.lds] == [("t", "gist"), ("t", "length")]
     assert all(s.correlation.low <= s.correlation.value <= s.correlation.high for s in found.lds)
@@ -268,11 +270,14 @@ def test_a_training_that_diverges_is_an_error(folder: Path, tests: dict[str, str
         ),
         (
             {"methods": ["best"]},
-            r"methods \(--method\): expected one of 'gist', 'less', .*, found 'best'",
+            r"methods \(--method\): expected one of gist, less, .*, found 'best'",
         ),
         ({"seeds": 1}, r"seeds \(--seeds\): expected a whole number of at least 2 .* found 1"),
         ({"random_seeds": 2}, r"random_seeds: expected a whole number of at least 3 .* found 2"),
-        ({"lds": {"subsets": 8}}, "fewer than 32 subsets says little"),
+        (
+            {"lds": {"subsets": 8}},
+            r"lds.subsets: expected a whole number of at least 32 .* found 8",
+        ),
         ({"budgets": ["0"]}, "a budget is above 0"),
         ({"fine_tuning": {"step": 3}}, "did you mean 'fine_tuning.steps'"),
         ({"lm_eval": ["a b"]}, "expected the name of a task, found 'a b'"),

@@ -31,13 +31,24 @@ HeldOut = Annotated[
     typer.Option(metavar="NAME=FILE", help="held-out examples of a target; repeatable"),
 ]
 Methods = Annotated[
-    list[str], typer.Option(help="repeatable (default: all but embed); base and random always")
+    list[str],
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,…]",
+        help="repeatable (default: all but embed); base and random always",
+    ),
 ]
 Budgets = Annotated[list[str], typer.Option(help="repeatable (default: that of the run)")]
-NumSeeds = Annotated[int | None, typer.Option(help="trainings per selection (default: 2)")]
+NumSeeds = Annotated[int | None, typer.Option(help="trainings per selection (default: 3)")]
 WholePool = Annotated[bool | None, typer.Option(help="also train on the whole pool")]
-NumSubsets = Annotated[
-    int | None, typer.Option(help="also the linear datamodeling score, on so many subsets")
+WarmupSeeds = Annotated[
+    int | None, typer.Option(help="how often warm-up and picks are repeated (default: 1)")
+]
+Quantiles = Annotated[
+    int | None, typer.Option(help="also train on random draws from so many parts of each ranking")
+]
+Lds = Annotated[bool | None, typer.Option("--lds", help="also the linear datamodeling score")]
+Clean = Annotated[
+    bool, typer.Option("--clean", help="remove what earlier evaluations left and this does not use")
 ]
 HarnessTasks = Annotated[
     str | None, typer.Option(metavar="TASK,…", help="tasks of lm-evaluation-harness")
@@ -50,13 +61,16 @@ def evaluate(
     method: Methods = [],  # noqa: B006
     budget: Budgets = [],  # noqa: B006
     seeds: NumSeeds = None,
+    warmup_seeds: WarmupSeeds = None,
     full: WholePool = None,
-    lds: NumSubsets = None,
+    quantiles: Quantiles = None,
+    lds: Lds = None,
     lm_eval: HarnessTasks = None,
     engine: Engine = None,
     ray_address: RayAddress = None,
     config: ConfigFile = None,
     settings: EvaluationSettings = [],  # noqa: B006
+    clean: Clean = False,
 ) -> None:
     """Find out which method helps: the same fine-tuning on what each picks, against random."""
     from gradsift.sections import merge, parse_assignment, read_yaml
@@ -67,7 +81,9 @@ def evaluate(
         "budgets": budget,
         "seeds": seeds,
         "full": full,
-        "lds": {"subsets": lds},
+        "warmup_seeds": warmup_seeds,
+        "quantiles": quantiles,
+        "lds": {"measure": lds},
         "lm_eval": lm_eval and lm_eval.split(","),
     }
     in_file = read_yaml(config) if config else {}
@@ -78,7 +94,7 @@ def evaluate(
 
         merged = merge(in_file, drop_unset(flags), *assigned, replaced=("tests",))
         where = engine_settings(engine, ray_address)
-        evaluation = run_evaluation(run, EvaluationConfig.build(merged), where)
+        evaluation = run_evaluation(run, EvaluationConfig.build(merged), where, clean)
     show(evaluation, partial(_print_evaluation, evaluation, run))
 
 

@@ -31,20 +31,38 @@ class Entry:
     target: str
     budget: str
     method: str
+    selection: int
     tuning: FineTuning
+
+
+@dataclass(frozen=True)
+class Dose:
+    target: str
+    method: str
+    part: int
+    tuning: FineTuning
+
+
+@dataclass(frozen=True)
+class Datamodeling:
+    subsets: Sequence[FineTuning]
+    predictions: Mapping[tuple[str, str], Float[np.ndarray, "subset example"]]
 
 
 def conclude(
     run: Path,
     tuner: FineTuner,
     grid: Sequence[Entry],
-    subsets: Sequence[FineTuning],
+    datamodeling: Datamodeling | None,
+    doses: Sequence[Dose],
+    costs: Mapping[str, object],
     scores: ScoresOf,
 ) -> Evaluation:
     """Return what the trained fine-tunings say; leave it in the run as Parquet and Markdown."""
     rows = _rows(grid, tuner)
     lds = []
-    if subsets:
+    if datamodeling:
+        subsets = datamodeling.subsets
         targets = dict.fromkeys(entry.target for entry in grid)
         losses = {name: [tuner.outcome(c, name).loss for c in subsets] for name in targets}
         lds = linear_datamodeling_scores(subsets, losses, scores)

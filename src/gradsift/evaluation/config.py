@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import field_validator
 
-from gradsift.config import Config, MethodName, with_engine
+from gradsift.config import Config, with_engine
 from gradsift.data.sets import check_first_rows
-from gradsift.errors import ConfigError, check_installed, suggest
+from gradsift.errors import ConfigError, check_installed, shorten, suggest
+from gradsift.evaluation.variants import configure_variant
 from gradsift.methods.registry import METHODS
 from gradsift.runs.opening import read_config
 from gradsift.sections import MAX_COUNT, Count, Section, Seed, Sources, setting
@@ -40,33 +41,37 @@ class LdsConfig(Section):
     Park et al., 2023, arXiv 2303.14186.
     """
 
+    measure: bool = setting(False, "whether it is measured (--lds)")
     subsets: int = setting(
-        0, "random subsets to fine-tune on; 0: it is not measured (--lds)", ge=0, le=MAX_COUNT
+        64, "random subsets, a fine-tuning each; fewer than 32 say little", ge=32, le=MAX_COUNT
     )
     share: float = setting(0.5, "share of the sample in each subset", gt=0, lt=1)
     sample: int | None = setting(None, "pool examples that subsets are drawn from; none: all", ge=4)
     seed: Seed = setting(0, "draws sample and subsets")
-
-    @field_validator("subsets")
-    @classmethod
-    def _enough(cls, subsets: int) -> int:
-        if 0 < subsets < 32:
-            raise ValueError(f"a correlation over fewer than 32 subsets says little, {subsets=}")
-        return subsets
 
 
 class EvaluationConfig(Section):
     """A whole evaluation, as it stands in `evaluation/config.yaml`."""
 
     tests: dict[str, Sources] = setting(..., "held-out examples by target (--test)", min_length=1)
-    methods: tuple[MethodName, ...] = setting(
-        _WITHOUT_EXTRAS, "methods whose picks are compared (--method); embed needs an extra"
+    methods: tuple[str, ...] = setting(
+        _WITHOUT_EXTRAS,
+        "methods that are compared (--method), or variants (gist:norm_power=1); embed: an extra",
     )
     budgets: tuple[str, ...] = setting(
         (), "budgets of the picks (--budget); the run's if none is given"
     )
-    seeds: int = setting(2, "fine-tunings of each selection (--seeds)", ge=2, le=MAX_COUNT)
-    random_seeds: int = setting(3, "random selections, one fine-tuning each", ge=3, le=MAX_COUNT)
+    seeds: int = setting(3, "fine-tunings of each selection (--seeds)", ge=2, le=MAX_COUNT)
+    random_seeds: int = setting(5, "random selections, one fine-tuning each", ge=3, le=MAX_COUNT)
+    warmup_seeds: Count = setting(
+        1, "how often warm-up and picks are repeated with other seeds (--warmup-seeds)"
+    )
+    quantiles: int = setting(
+        0,
+        "parts of each ranking that are fine-tuned on, 5 say; 0: none (--quantiles)",
+        ge=0,
+        le=100,
+    )
     full: bool = setting(False, "train on the whole pool as well (--full)")
     fine_tuning: FineTuningConfig = FineTuningConfig()
     lds: LdsConfig = LdsConfig()
@@ -82,6 +87,25 @@ class EvaluationConfig(Section):
         if not isinstance(budgets, list | tuple):
             return budgets  # the model says what it expected
         return tuple(dict.fromkeys(str(Budget.parse(str(budget))) for budget in budgets))
+
+    @field_validator("quantiles")
+    @classmethod
+    def _enough_parts(cls, quantiles: int) -> int:
+        if 0 < quantiles < 3:
+            raise ValueError(f"a trend needs at least 3 parts, found {quantiles}")
+        return quantiles
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for text in methods:
+            name = text.partition(":")[0]
+            if name not in METHODS:
+                raise ValueError(
+                    f"expected one of {', '.join(METHODS)}, perhaps with settings "
+                    f"(gist:norm_power=1), found {shorten(repr(text))}{suggest(name, METHODS)}"
+                )
+        return methods
 
     @field_validator("methods", "lm_eval")
     @classmethod
@@ -120,6 +144,12 @@ def check_evaluation(
     check_first_rows(settings.tests, config.data.columns)
     if settings.lm_eval:
         check_installed("lm_eval", "--lm-eval", "lm-eval")
-    for method in settings.methods:
-        METHODS[method].check(config.model_copy(update={"method": method}))
+    for text in settings.methods:
+        variant = configure_variant(config, text)
+        METHODS[variant.method].check(variant)
+    if settings.warmup_seeds > 1 and config.warmup.adapter is not None:
+        raise ConfigError(
+            "--warmup-seeds repeats the warm-up, but this run measures at an adapter of yours "
+            f"({config.warmup.adapter}): leave it out, or let gradsift train the warm-up"
+        )
     return config

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -32,6 +32,8 @@ from gradsift.progress import track
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import hash_tensors
+from gradsift.runs.provenance import package_versions
+from gradsift.runs.stage import Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +56,10 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Test examples of one target; `fingerprint` tells them from others of that name."""
+    """Test examples of one target, and the stage that encodes them."""
 
     examples: EncodedSet
-    fingerprint: str
+    stage: Stage
 
     @cached_property
     def num_tokens(self) -> Int[np.ndarray, " example"]:
@@ -146,11 +148,12 @@ class FineTuner:
                 losses, num_correct = self._measure(model, name)
                 tensors |= {f"{name}/loss": losses, f"{name}/num_correct": num_correct}
             found = self._tasks.run(model, self._job.config.model, tasks)
-        tests = {name: self._tests[name].fingerprint for name in names}
+        tests = {name: self._tests[name].stage.fingerprint for name in names}
         facts: dict[str, Any] = {
             "label": tuning.label,
             "num_rows": len(tuning.rows),
             "inputs": self._inputs(tuning),
+            "versions": package_versions(),
             "tests": stored.get("tests", {}) | tests,
             "lm_eval": stored.get("lm_eval", {}) | found,
             "seconds": round(time.perf_counter() - started, 3),
@@ -171,6 +174,10 @@ class FineTuner:
             )
         return Outcome(losses, num_correct, self._tests[target].num_tokens)
 
+    def paths(self, tunings: Iterable[FineTuning]) -> set[Path]:
+        """Return the files of some fine-tunings."""
+        return {self._path(tuning) for tuning in tunings}
+
     def tasks(self, tuning: FineTuning) -> dict[str, dict[str, float]]:
         """Return the metrics of the lm-evaluation-harness tasks that these settings ask for."""
         known = self._stored(tuning).get("lm_eval", {})
@@ -181,7 +188,7 @@ class FineTuner:
     ) -> tuple[list[str], list[str]]:
         """Return the targets and the lm-evaluation-harness tasks that are still to be measured."""
         tests, known = stored.get("tests", {}), stored.get("lm_eval", {})
-        names = [name for name in targets if tests.get(name) != self._tests[name].fingerprint]
+        names = [name for name in targets if tests.get(name) != self._tests[name].stage.fingerprint]
         tasks = [
             task for task in self._tasks.names if with_tasks and self._tasks.lacks(task, known)
         ]

@@ -47,7 +47,7 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
     warmup = inputs.warmup_stage
     settings = inputs.config.gist.model_dump(include={"rank", "directions"})
-    folders = {name: layout.target_folder(name) for name in inputs.target_names}
+    folders = {name: inputs.at(layout.target_folder(name)) for name in inputs.target_names}
     subspaces = [
         Stage(folder, settings, (folder,), (inputs.target_stage(name), warmup))
         for name, folder in folders.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,12 +36,22 @@ class Inputs:
     """The settings of a run and the stages that methods share; known before any work is done.
 
     `data_stages`: those that encode the pool and every target, by the name of their set, the pool
-    first.
+    first. `places`: where in the folder a stage is kept that differs from the run's own of that
+    name, for what looks at other settings beside the run.
     """
 
     config: Config
     model_identity: str
     data_stages: Mapping[str, Stage]
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def at(self, name: str) -> str:
+        """Return where a stage, or something beneath it, is kept, given its name in `layout`."""
+        for stage, place in self.places.items():
+            rest = name.removeprefix(stage)
+            if rest != name and rest[:1] in ("", "/", "."):
+                return place + rest
+        return name
 
     @property
     def target_names(self) -> Sequence[str]:
@@ -77,6 +87,7 @@ class Inputs:
             ModelError: If the adapter given is not there.
         """
         settings: dict[str, Any] = {"model": self.model_settings}
+        name = self.at(name)
         if warmup.adapter is not None:
             if not Path(warmup.adapter).is_dir():
                 raise ModelError(f"no such adapter folder: {warmup.adapter!r}")
@@ -92,6 +103,7 @@ class Inputs:
     def make_pool_pass_stage(self, name: str, *sources: Stage, **settings: Any) -> Stage:
         """Return the stage of that name that measures the pool, shard by shard."""
         settings |= self.config.engine.model_dump(include={"window", "shard_size"})
+        name = self.at(name)
         return Stage(name, settings, (name,), (self.pool_stage, *sources), keeps_parts=True)
 
 
@@ -113,7 +125,7 @@ class Job:
 
     def path(self, name: str) -> Path:
         """Return where something of the run folder lies, given its name in `layout`."""
-        return self.folder.path / name
+        return self.folder.path / self.inputs.at(name)
 
     def tasks(self, target: str) -> list[str]:
         """Return the task of each example of a target."""
@@ -150,7 +162,9 @@ class Job:
 
     def pool_pass(self, name: str) -> PoolPass:
         """Return the pass over the pool that the stage of this name keeps."""
-        return PoolPass(name, self.pool, self.folder, self.executor, self.config.engine)
+        return PoolPass(
+            self.inputs.at(name), self.pool, self.folder, self.executor, self.config.engine
+        )
 
     def call(self, work: Callable[[], T], *outputs: Path) -> T:
         """Do some work where there is a device for it; `outputs` are the paths that it writes.

@@ -124,8 +124,9 @@ class Measurement:
         sources: tuple[Stage, ...],
         settings: Mapping[str, Any],
     ) -> Stage:
-        name = layout.measured_target(self.name, target)
+        name = inputs.at(layout.measured_target(self.name, target))
         output = name if self.at_checkpoints else layout.target_tensors(self.name, target)
+        output = inputs.at(output)
         return Stage(name, settings, (output,), (inputs.target_stage(target), *sources))
 
 

@@ -39,6 +39,7 @@ EVALUATION_CONFIG = f"{EVALUATION}/config.yaml"
 EVALUATION_REPORT = f"{EVALUATION}/report.md"
 TESTS = f"{EVALUATION}/data"  # held-out examples, encoded
 FINE_TUNINGS = f"{EVALUATION}/cells"
+MEASURED = f"{EVALUATION}/measured"  # with other settings or target examples than the run's
 GEOMETRY = "geometry"
 GEOMETRY_NUMBERS = f"{GEOMETRY}/geometry.json"
 

@@ -35,7 +35,7 @@ def write_scores(job: Job, facts: Mapping[str, np.ndarray], scored: Mapping[str,
             won = pa.DictionaryArray.from_arrays(ids.indices.take(pa.array(best)), ids.dictionary)
             table = table.append_column(f"{name}/best", won)
     path = job.path(layout.scores(job.config.method))
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, partial(pq.write_table, table))
 
 
@@ -55,8 +55,13 @@ def projected_shares(run: Path, method: str, target: str, rows: np.ndarray) -> p
 
 def read_scores(run: Path, method: str, target: str) -> Float[np.ndarray, " example"]:
     """Return a method's stored scores of the whole pool for a target."""
+    return read_scores_in(run / layout.scores(method), target)
+
+
+def read_scores_in(path: Path, target: str) -> Float[np.ndarray, " example"]:
+    """Return the scores of the whole pool for a target that stand in a table of scores."""
     name = f"{target}/score"
-    return read_table(run, method, [name])[name].to_numpy()
+    return pq.read_table(path, columns=[name])[name].to_numpy()
 
 
 def read_table(run: Path, method: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -37,19 +37,40 @@ class RunStages:
         """
         model = identity(config.model.name)
         sets, trusted = data_sets(config.data), config.model.trust_remote_code
-        data = encoding_stages(config.data, model, trusted, sets)
-        inputs = Inputs(config, model, data)
+        return cls.of_inputs(
+            Inputs(config, model, encoding_stages(config.data, model, trusted, sets))
+        )
+
+    @classmethod
+    def of_inputs(cls, inputs: Inputs) -> RunStages:
+        """Return the stages that work with some encoded sets."""
+        config = inputs.config
         method = METHODS[config.method]
         measured = tuple(method.stages(inputs))
         scores = Stage(
-            layout.scoring(config.method),
+            inputs.at(layout.scoring(config.method)),
             {"method": config.method, **method.settings(config)},
-            (layout.scores(config.method),),
-            (*data.values(), *measured),
+            (inputs.at(layout.scores(config.method)),),
+            (*inputs.data_stages.values(), *measured),
             cheap=True,
         )
         selections = {name: _selection(inputs, name, scores) for name in config.data.targets}
         return cls(inputs, measured, scores, selections)
+
+    def beside(self, inputs: Inputs, folder: str) -> RunStages:
+        """Return the stages of other inputs, those that differ from these kept in a folder.
+
+        There each has a folder of its own, named by its fingerprint: what several others have in
+        common is kept once.
+        """
+        here = {stage.name: stage.fingerprint for stage in (*self.measured, self.scores)}
+        plain = RunStages.of_inputs(replace(inputs, places={}))
+        places = {
+            stage.name: f"{folder}/{stage.fingerprint}/{stage.name}"
+            for stage in (*plain.measured, plain.scores)
+            if here.get(stage.name) != stage.fingerprint
+        }
+        return RunStages.of_inputs(replace(inputs, places=places))
 
     def with_policy(self, policy: PolicyConfig) -> RunStages:
         """Return the same stages, but for the picks: those of another policy."""

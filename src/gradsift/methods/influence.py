@@ -45,8 +45,8 @@ def stages(inputs: Inputs) -> tuple[Stage, ...]:
     warmup, config = inputs.warmup_stage, inputs.config.influence
     sources = (inputs.pool_stage, *map(inputs.target_stage, inputs.target_names), warmup)
     drawn = config.model_dump(include={"samples", "seed"})
-    place = inputs.at(layout.CURVATURE)
-    curvature = Stage(place, drawn, (place,), sources)
+    kept = inputs.at(layout.CURVATURE)
+    curvature = Stage(kept, drawn, (kept,), sources)
     name, damping = layout.INFLUENCE_PRODUCTS, config.damping
     return warmup, curvature, inputs.make_pool_pass_stage(name, curvature, damping=damping)
 

@@ -80,3 +80,14 @@ def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
     """What LESS takes for a pool example: Adam's next step, without bias correction."""
     moved = 0.9 * mean + 0.1 * gradient
     return moved / torch.sqrt(0.999 * square + 0.001 * gradient**2 + 1e-8)
+
+
+def reciprocal_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal rank fusion by counting, for each example, those that are better or equal."""
+    total = np.zeros(len(scores[0]))
+    for values in scores:
+        for example, value in enumerate(values):
+            better = sum(other > value for other in values)
+            equal = sum(other == value for other in values)  # itself among them
+            total[example] += 1 / (60 + better + (1 + equal) / 2)
+    return total

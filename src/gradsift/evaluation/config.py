@@ -56,8 +56,7 @@ class EvaluationConfig(Section):
     tests: dict[str, Sources] = setting(..., "held-out examples by target (--test)", min_length=1)
     methods: tuple[str, ...] = setting(
         _WITHOUT_EXTRAS,
-        "methods whose picks are compared (--method), perhaps with settings of their own: "
-        "gist:norm_power=1; embed needs an extra",
+        "methods that are compared (--method), or variants (gist:norm_power=1); embed: an extra",
     )
     budgets: tuple[str, ...] = setting(
         (), "budgets of the picks (--budget); the run's if none is given"

@@ -11,7 +11,7 @@ PUBLIC = {
     "hashing": ("HASH_THREADS", "hash_tensors"),
     "layout": ("*",),
     "opening": ("local_folder", "open_run", "read_config"),
-    "provenance": ("peak_memory",),
+    "provenance": ("package_versions", "peak_memory"),
     "remote": ("cache_folder",),
     "stage": ("Stage",),
 }

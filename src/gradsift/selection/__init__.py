@@ -19,7 +19,14 @@ PUBLIC = {
         "write_selection",
     ),
     "policies": ("Candidates", "check_policy", "describe_policy", "pick", "shorten_policy"),
-    "score_table": ("describe_rows", "read_scores", "read_table", "scores_of", "write_scores"),
+    "score_table": (
+        "describe_rows",
+        "read_scores",
+        "read_scores_in",
+        "read_table",
+        "scores_of",
+        "write_scores",
+    ),
     "source_shares": ("SourceShare", "source_shares"),
     "stability": (
         "Change",

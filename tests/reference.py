@@ -152,3 +152,14 @@ def jackknife_error(losses: np.ndarray, foretold: np.ndarray) -> float:
     without = [datamodeling(np.delete(losses, n, 0), np.delete(foretold, n, 0))
                for n in range(count)]  # fmt: skip
     return float(np.sqrt((count - 1) * np.var(without)))
+
+
+def reciprocal_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal rank fusion by counting, for each example, those that are better or equal."""
+    total = np.zeros(len(scores[0]))
+    for values in scores:
+        for example, value in enumerate(values):
+            better = sum(other > value for other in values)
+            equal = sum(other == value for other in values)  # itself among them
+            total[example] += 1 / (60 + better + (1 + equal) / 2)
+    return total

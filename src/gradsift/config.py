@@ -241,12 +241,14 @@ class FuseConfig(Section):
     """Reciprocal rank fusion (Cormack, Clarke, Büttcher, 2009)."""
 
     methods: tuple[FusedMethodName, ...] = setting(
-        ("gist", "rds", "bm25"), "methods whose rankings are fused", min_length=2
+        ("gist", "rds", "bm25"), "methods whose rankings are fused"
     )
 
     @field_validator("methods")
     @classmethod
-    def _each_once(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+    def _several_once_each(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if len(methods) < 2:
+            raise ValueError(f"expected two methods or more, found {len(methods)}")
         for name in methods:
             if methods.count(name) > 1:
                 raise ValueError(f"expected each method once, found {name!r} more than once")

@@ -26,6 +26,7 @@ from gradsift.executors.processes import is_first
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.pool.examples import MeasureFactory, measure_examples
 from gradsift.pool.hidden_states import make_forward_measure, make_loss_measure
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_HARDLY_FALLS = 0.02  # of a loss: with less, what a pool example's loses is mostly noise
 _SMALLEST_LOSS = 1e-3  # nats: what is known by heart already has no share to lose, only rounding
 
 
@@ -112,11 +114,6 @@ def train_on_target(
             return
         save_adapter(model, directory)
     write_atomically(directory / layout.TRAINING_LOG, json.dumps(log, indent=1).encode())
-    losses, few = [entry["loss"] for entry in log], max(1, own.steps // 10)
-    logger.info(
-        "trained on %d target examples: loss %.3f in the first %d of %d steps, %.3f in the last",
-        len(examples), np.mean(losses[:few]), few, own.steps, np.mean(losses[-few:]),
-    )  # fmt: skip
 
 
 def _measure_path(job: Job, target: str) -> None:
@@ -127,8 +124,29 @@ def _measure_path(job: Job, target: str) -> None:
         if todo:
             examples = job.targets[target]
             job.train(partial(train_on_target, job.config, job.models, examples, adapter), adapter)
+            _say_how_far(job, target, adapter)
     after = partial(make_loss_measure, job.models, adapter)
     job.pool_pass(losses.name).run(losses, {"": lambda: after})
+
+
+def _say_how_far(job: Job, target: str, adapter: Path) -> None:
+    """Say how far the target's own loss fell, and how to make more of it where it hardly did."""
+    examples, engine = job.targets[target], job.config.engine
+
+    def mean_loss(factory: MeasureFactory) -> float:
+        work = partial(measure_examples, examples, np.arange(len(examples)), factory, engine)
+        return float(job.call(work)["loss"].mean())
+
+    before = mean_loss(partial(make_forward_measure, job.models))
+    after = mean_loss(partial(make_loss_measure, job.models, adapter))
+    logger.info("%s: the loss of its own examples went from %.3f to %.3f", target, before, after)
+    if before - after < _HARDLY_FALLS * before:
+        logger.warning(
+            "%s: training on it changed the loss of its own examples by %.1f %% only, and scores "
+            "say little; raise target_path.learning_rate or target_path.steps",
+            target,
+            100 * (after - before) / before,
+        )
 
 
 def _path(inputs: Inputs, target: str) -> tuple[Stage, Stage]:

@@ -5,7 +5,7 @@ May import: `data` and what is beneath it.
 """
 
 PUBLIC = {
-    "adapters": ("load_adapter", "save_adapter"),
+    "adapters": ("save_adapter",),
     "batches": (
         "Batch",
         "MAX_EXAMPLES",

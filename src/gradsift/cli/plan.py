@@ -77,7 +77,9 @@ def _print_forecast(forecast: Forecast, console: Console) -> None:
         f"host memory: {forecast.host_memory / gib:.2f} GiB",
         f"device memory: {forecast.device_memory / gib:.2f} GiB" if forecast.device_memory else "",
         f"disk: {forecast.disk / gib:.3f} GiB",
-        "encoding is done and kept; the other stages were tried on a sample",
+        "encoding is done and kept; the other stages were tried on a sample"
+        if forecast.batch_tokens
+        else "encoding is done and kept",
     ):
         if line:
             console.print(line, markup=False, highlight=False)

@@ -9,7 +9,6 @@ from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
 from gradsift.methods.work import Sizes
 from gradsift.models.checkpoints import read_checkpoints
-from gradsift.models.parameters import adapter_parameters, multiplied_parameters
 from gradsift.runs import layout
 from gradsift.selection.stages import RunStages
 
@@ -38,6 +37,8 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
     Raises:
         ModelError: If the base model's configuration is not there any more.
     """
+    from gradsift.models.parameters import multiplied_parameters
+
     config, method = job.config, METHODS[job.config.method]
     manifests = job.folder.facts([*stages.measured, stages.scores]).values()
     works = method.work(config, Sizes.of(job, _ranks(job)))
@@ -61,6 +62,8 @@ def _ranks(job: Job) -> dict[str, int]:
 
 def _adapter_size(job: Job, stages: RunStages) -> int:
     """Return the parameters of the adapter that a method measured at, 0 without one."""
+    from gradsift.models.parameters import adapter_parameters
+
     for stage in stages.measured:
         folder = job.folder.path / stage.name
         if (folder / layout.CHECKPOINTS).exists():

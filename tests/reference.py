@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
@@ -80,3 +81,20 @@ def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
     """What LESS takes for a pool example: Adam's next step, without bias correction."""
     moved = 0.9 * mean + 0.1 * gradient
     return moved / torch.sqrt(0.999 * square + 0.001 * gradient**2 + 1e-8)
+
+
+def datamodeling(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """Spearman's correlation of what is foretold with how low the loss is, mean over examples."""
+    found = [
+        0.0 if np.ptp(foretold[:, e]) == 0 else spearmanr(foretold[:, e], -losses[:, e]).statistic
+        for e in range(losses.shape[1])
+    ]
+    return float(np.mean(found))
+
+
+def jackknife_error(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """The standard error of that from leaving out one subset after the other."""
+    count = len(losses)
+    without = [datamodeling(np.delete(losses, n, 0), np.delete(foretold, n, 0))
+               for n in range(count)]  # fmt: skip
+    return float(np.sqrt((count - 1) * np.var(without)))

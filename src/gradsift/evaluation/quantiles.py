@@ -33,25 +33,28 @@ class DoseResponse:
     trend: Interval
 
     @property
+    def said(self) -> str:
+        """What the trend says of the scores."""
+        if self.trend.low > 0:
+            return "the higher scored, the lower the loss"
+        if self.trend.high < 0:
+            return "the higher scored, the higher the loss"
+        return "no trend beyond the noise"
+
+    @property
     def sentence(self) -> str:
-        """What the trend says.
+        """The same with the method and the numbers.
 
         >>> DoseResponse("t", "gist", (1.0, 1.1, 1.2), 0.02, Interval(1.0, 0.5, 1.0)).sentence
         'gist: the higher scored, the lower the loss (trend +1.00 [+0.50, +1.00]).'
         """
-        trend = self.trend
-        said = "its scores show no trend beyond the noise"
-        if trend.low > 0:
-            said = "the higher scored, the lower the loss"
-        elif trend.high < 0:
-            said = "the higher scored, the higher the loss"
-        numbers = f"{trend.value:+.2f} [{trend.low:+.2f}, {trend.high:+.2f}]"
-        return f"{self.method}: {said} (trend {numbers})."
+        value, low, high = self.trend.value, self.trend.low, self.trend.high
+        return f"{self.method}: {self.said} (trend {value:+.2f} [{low:+.2f}, {high:+.2f}])."
 
 
 def dose_response(
     name: tuple[str, str],
-    parts: Sequence[Float[np.ndarray, "training example"]],
+    parts: Sequence[Float[np.ndarray, "_ example"]],
     num_tokens: Int[np.ndarray, " example"],
     noise: Variance,
     seed: int = 0,
@@ -74,7 +77,8 @@ def dose_response(
     scale = np.sqrt(noise.value * noise.df / rng.chisquare(noise.df, size=(_DRAWS, 1)))
     errors = rng.normal(size=(_DRAWS, len(parts))) * scale / np.sqrt(counts)
     low, high = np.percentile(_trend(resampled + errors), (2.5, 97.5))
-    trend = Interval(float(_trend(losses[None])[0]), float(low), float(high))
+    value = float(_trend(losses[None])[0])
+    trend = Interval(value, min(float(low), value), max(float(high), value))
     error = float(np.sqrt(noise.value / counts.mean()))
     return DoseResponse(*name, tuple(losses.tolist()), error, trend)
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 _LEVEL = 0.05
-Losses = Float[np.ndarray, "selection training example"]
-"""Losses on held-out examples: of every training on every selection of a method."""
+Losses = Float[np.ndarray, "_ _ example"]
+"""Losses on held-out examples: by selection of a method and training on it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def examples_beyond_units(
     mean: Float[np.ndarray, " example"],
-    sides: Sequence[Float[np.ndarray, "unit example"]],
+    sides: Sequence[Float[np.ndarray, "_ example"]],
     weights: Float[np.ndarray, " example"],
 ) -> Variance:
     """Return what the draw of examples adds to the variance of a weighted mean over them.

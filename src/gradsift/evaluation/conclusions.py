@@ -33,9 +33,6 @@ from gradsift.evaluation.verdicts import REFERENCES, Row, verdicts
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 
-ScoresOf = Mapping[tuple[str, str], Float[np.ndarray, " example"]]
-"""Scores of the whole pool, by target and method."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -63,6 +60,19 @@ class Dose:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """All that is trained, and what was found on the way.
+
+    `scores` of the whole pool by target and method; `costs` by method.
+    """
+
+    entries: Sequence[Entry]
+    doses: Sequence[Dose]
+    scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]]
+    costs: Mapping[str, Cost]
+
+
+@dataclass(frozen=True)
 class Datamodeling:
     """What the linear datamodeling score is computed from.
 
@@ -73,28 +83,22 @@ class Datamodeling:
     predictions: Mapping[tuple[str, str], Float[np.ndarray, "subset example"]]
 
 
-def conclude(  # noqa: PLR0913, PLR0917
-    run: Path,
-    tuner: FineTuner,
-    grid: Sequence[Entry],
-    datamodeling: Datamodeling | None,
-    doses: Sequence[Dose],
-    costs: Mapping[str, Cost],
-    scores: ScoresOf,
+def conclude(
+    run: Path, tuner: FineTuner, grid: Grid, datamodeling: Datamodeling | None
 ) -> Evaluation:
     """Return what the trained fine-tunings say; leave it in the run as Parquet and Markdown."""
-    rows = _rows(grid, tuner, costs)
+    rows = _rows(grid, tuner)
     lds, pairs = _datamodeling(tuner, datamodeling) if datamodeling else ([], [])
     found = Evaluation(
         run / layout.EVALUATION,
         rows,
-        _overlaps(grid, scores),
+        _overlaps(grid),
         lds,
         pairs,
-        _dose_responses(doses, grid, tuner),
+        _dose_responses(grid, tuner),
         verdicts(rows),
     )
-    tables = {"trainings": [_training(entry, tuner) for entry in grid]} | _tables(found)
+    tables = {"trainings": [_training(entry, tuner) for entry in grid.entries]} | _tables(found)
     for name, table in tables.items():
         content = partial(pq.write_table, pa.Table.from_pylist(table))
         write_atomically(run / layout.evaluation_table(name), content)
@@ -104,17 +108,17 @@ def conclude(  # noqa: PLR0913, PLR0917
     return found
 
 
-def _rows(grid: Sequence[Entry], tuner: FineTuner, costs: Mapping[str, Cost]) -> list[Row]:
+def _rows(grid: Grid, tuner: FineTuner) -> list[Row]:
     """Return what the trainings of each target, budget and method come to."""
     groups: dict[tuple[str, str], dict[str, list[Entry]]] = {}
-    for entry in grid:
+    for entry in grid.entries:
         place = groups.setdefault((entry.target, entry.budget), {})
         place.setdefault(entry.method, []).append(entry)
     rows = []
     for entries in groups.values():
         compared = _compare(entries, tuner)
         rows += [
-            _row(own, tuner, compared.get(method), costs.get(method))
+            _row(own, tuner, compared.get(method), grid.costs.get(method))
             for method, own in entries.items()
         ]
     return rows
@@ -191,20 +195,19 @@ def _datamodeling(
     return linear_datamodeling_scores(losses, given.predictions)
 
 
-def _dose_responses(
-    doses: Sequence[Dose], grid: Sequence[Entry], tuner: FineTuner
-) -> list[DoseResponse]:
+def _dose_responses(grid: Grid, tuner: FineTuner) -> list[DoseResponse]:
     """Return what each method's parts say; they are as large as the picks at the first budget."""
     groups: dict[tuple[str, str], dict[int, list[FineTuning]]] = {}
-    for dose in doses:
+    for dose in grid.doses:
         parts = groups.setdefault((dose.target, dose.method), {})
         parts.setdefault(dose.part, []).append(dose.tuning)
     found = []
     for (target, method), parts in groups.items():
         at_random = [
             tuner.outcome(entry.tuning, target).loss
-            for entry in grid
-            if (entry.target, entry.budget, entry.method) == (target, grid[0].budget, "random")
+            for entry in grid.entries
+            if (entry.target, entry.budget, entry.method)
+            == (target, grid.entries[0].budget, "random")
         ]
         noise = Variance(float(np.var(at_random, ddof=1)), len(at_random) - 1)
         outcomes = [[tuner.outcome(t, target) for t in parts[number]] for number in sorted(parts)]
@@ -252,11 +255,11 @@ def _tables(found: Evaluation) -> dict[str, list[dict[str, object]]]:
     }  # fmt: skip
 
 
-def _overlaps(grid: Sequence[Entry], scores: ScoresOf) -> list[Overlap]:
+def _overlaps(grid: Grid) -> list[Overlap]:
     """Return how much any two methods' selections at the first budget share."""
     picks = {
         (entry.target, entry.method): entry.tuning.rows
-        for entry in reversed(grid)  # the first seed stays
-        if entry.budget == grid[0].budget and (entry.target, entry.method) in scores
+        for entry in reversed(grid.entries)  # the first seed stays
+        if entry.budget == grid.entries[0].budget and (entry.target, entry.method) in grid.scores
     }
-    return list(overlaps({key: picks[key] for key in scores if key in picks}, scores))
+    return list(overlaps({key: picks[key] for key in grid.scores if key in picks}, grid.scores))

@@ -21,7 +21,7 @@ from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig, check
 from gradsift.evaluation.figures import exhibits
 from gradsift.evaluation.fine_tunings import FineTuner, FineTuning, HeldOut
 from gradsift.evaluation.grid import Contender, Grid, find_contenders, plan_grid
-from gradsift.evaluation.lds import subset_fine_tunings
+from gradsift.evaluation.lds import describe_precision, subset_fine_tunings
 from gradsift.evaluation.predictions import predict, stages_for_held_out
 from gradsift.evaluation.results import Evaluation
 from gradsift.evaluation.unused import remove_unused
@@ -102,7 +102,7 @@ def run_evaluation(
         _warn_of_unseen_examples(settings.fine_tuning, grid, subsets)
         _train_missing(job, tuner, grid, subsets, list(tests))
         lds = Datamodeling(subsets, predict(job, asked, tests, subsets)) if subsets else None
-        found = conclude(folder.path, tuner, grid.entries, lds, grid.doses, grid.costs, grid.scores)
+        found = conclude(folder.path, tuner, grid, lds)
         if clean:
             stages = [stages for own in contenders for stages in own.stages]
             tunings = [entry.tuning for entry in (*grid.entries, *grid.doses)]
@@ -155,6 +155,8 @@ def _plan_lds(
     asked = {name: stages for name, stages in found.items() if stages is not None}
     for stages in asked.values():
         job.folder.prepare(stages.measured)
+    fewest = min(len(test.examples) for test in tests.values())
+    logger.info("%s", describe_precision(len(subsets), fewest))
     return subsets, asked
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from gradsift.config import Config
 from gradsift.data.duplicates import dedup_columns
 from gradsift.errors import ConfigError
-from gradsift.evaluation.conclusions import Dose, Entry
+from gradsift.evaluation.conclusions import Dose, Entry, Grid
 from gradsift.evaluation.config import EvaluationConfig
-from gradsift.evaluation.costs import Cost, cost_of
+from gradsift.evaluation.costs import cost_of
 from gradsift.evaluation.fine_tunings import FineTuning
 from gradsift.evaluation.variants import configure_variant, with_other_seeds
 from gradsift.methods.job import Job
@@ -47,16 +47,6 @@ class Contender:
     def method(self) -> str:
         """The name of the method."""
         return self.stages[0].inputs.config.method
-
-
-@dataclass(frozen=True)
-class Grid:
-    """All that is to be trained, and what was found on the way: scores and costs by method."""
-
-    entries: Sequence[Entry]
-    doses: Sequence[Dose]
-    scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]]
-    costs: Mapping[str, Cost]
 
 
 def find_contenders(run: RunStages, settings: EvaluationConfig) -> list[Contender]:

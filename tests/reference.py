@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
@@ -110,3 +111,55 @@ def balanced_picks(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
         left = [row for row in range(len(rankings)) if row not in rows]
         picked.append((max(left, key=lambda row: rankings[row, least]), least))
     return picked
+
+
+def influence(
+    target: Tensor,
+    pool: Tensor,
+    sample: Tensor,
+    damping: float,
+    tasks: Sequence[str],
+    aggregation: str = "mean-cosine",
+    normalize: bool = True,
+) -> Tensor:
+    """Influence under the empirical Fisher matrix, formed whole (parameter × parameter)."""
+    fisher = sample.T @ sample / len(sample)
+    values = torch.linalg.eigvalsh(fisher)
+    mean = values[values > values.max() * 1e-12].mean()
+    directions = torch.linalg.solve(fisher + damping * mean * torch.eye(len(fisher)), target.T).T
+    by_task = []
+    for task in sorted(set(tasks)):
+        own = directions[[t == task for t in tasks]]
+        if aggregation == "task-mean":
+            own = own.mean(0, keepdim=True)
+        products = (F.normalize(pool) if normalize else pool) @ F.normalize(own).T
+        by_task.append(products.max(1).values if aggregation == "max" else products.mean(1))
+    return torch.stack(by_task).max(0).values
+
+
+def datamodeling(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """Spearman's correlation of what is foretold with how low the loss is, mean over examples."""
+    found = [
+        0.0 if np.ptp(foretold[:, e]) == 0 else spearmanr(foretold[:, e], -losses[:, e]).statistic
+        for e in range(losses.shape[1])
+    ]
+    return float(np.mean(found))
+
+
+def jackknife_error(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """The standard error of that from leaving out one subset after the other."""
+    count = len(losses)
+    without = [datamodeling(np.delete(losses, n, 0), np.delete(foretold, n, 0))
+               for n in range(count)]  # fmt: skip
+    return float(np.sqrt((count - 1) * np.var(without)))
+
+
+def reciprocal_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal rank fusion by counting, for each example, those that are better or equal."""
+    total = np.zeros(len(scores[0]))
+    for values in scores:
+        for example, value in enumerate(values):
+            better = sum(other > value for other in values)
+            equal = sum(other == value for other in values)  # itself among them
+            total[example] += 1 / (60 + better + (1 + equal) / 2)
+    return total

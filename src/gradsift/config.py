@@ -14,6 +14,15 @@ from pydantic import (
 )
 
 from gradsift.errors import shorten, suggest
+from gradsift.method_config import (
+    EmbedConfig,
+    FuseConfig,
+    GistConfig,
+    InfluenceConfig,
+    LessConfig,
+    RandomConfig,
+    TargetPathConfig,
+)
 from gradsift.sections import (
     MAX_COUNT,
     Count,
@@ -156,62 +165,6 @@ class WarmupConfig(Section):
         return self
 
 
-class GistConfig(Section):
-    """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
-
-    rank: int | str = setting(
-        "auto",
-        "directions kept: auto (95% of the variance; all for up to 16 examples), full, a share, "
-        "a count",
-        "auto",
-    )
-    directions: Literal["leading", "tail"] = setting(
-        "leading", "tail: those that the rank leaves out, instead", "leading"
-    )
-    aggregation: Literal["max", "task-mean", "mean-cosine"] = setting(
-        "max", "how target examples count: the nearest (max), or means within a task", "max"
-    )
-    norm_power: float = setting(
-        0.0, "weighs scores by the share of the gradient in the subspace, to this power", "0", ge=0
-    )
-
-    @field_validator("rank")
-    @classmethod
-    def _known_rank(cls, rank: int | str) -> int | str:
-        if isinstance(rank, str) and rank.isdecimal():
-            rank = int(rank)
-        if isinstance(rank, int):
-            if rank < 1:
-                raise ValueError(f"expected at least 1, found {rank}")
-        elif rank not in ("auto", "full"):
-            parse_share(rank)
-        return rank
-
-
-class LessConfig(Section):
-    """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
-
-    checkpoints: Count = setting(4, "epochs of its warm-up, a checkpoint after each", "4")
-    dimension: int = setting(
-        8192, "numbers kept of each gradient", "8192", ge=64, le=MAX_COUNT, multiple_of=64
-    )
-    seed: Seed = setting(0, "draws the random projection (--seed)")
-
-
-class EmbedConfig(Section):
-    """The sentence encoder of the method `embed`."""
-
-    model: str = setting(
-        "sentence-transformers/gtr-t5-base", "a sentence-transformers folder or Hub id"
-    )
-
-
-class RandomConfig(Section):
-    """The order of the method `random`."""
-
-    seed: Seed = setting(0, "draws the order (--seed)")
-
-
 class PolicyConfig(Section):
     """From scores to picks."""
 
@@ -318,8 +271,11 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     gist: GistConfig = GistConfig()
     less: LessConfig = LessConfig()
+    influence: InfluenceConfig = InfluenceConfig()
     embed: EmbedConfig = EmbedConfig()
+    target_path: TargetPathConfig = TargetPathConfig()
     random: RandomConfig = RandomConfig()
+    fuse: FuseConfig = FuseConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
 

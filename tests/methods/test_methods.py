@@ -28,8 +28,8 @@ from gradsift.selection.explanation import explain
 from gradsift.types import MethodName
 
 Rows = list[dict[str, Any]]
-COMPARING = ("gist", "less", "cosine", "rds", "bm25")
-RANKING = ("perplexity", "length", "random")
+COMPARING = ("gist", "less", "cosine", "influence", "rds", "bm25")
+RANKING = ("target-path", "perplexity", "length", "random", "fuse")
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def files(write: Write, pool_rows: Rows, target_rows: Rows) -> dict[str, Path]:
 
 @pytest.fixture
 def config(base: Path, files: dict[str, Path]) -> Config:
-    less = {"checkpoints": 1, "dimension": 64}
-    return configure(base, files["pool"], {"t": files["t"]}, less=less)
+    less, path = {"checkpoints": 1, "dimension": 64}, {"steps": 4}
+    return configure(base, files["pool"], {"t": files["t"]}, less=less, target_path=path)
 
 
 def by(method: str, config: Config) -> Config:

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from gradsift.config import GistConfig, PolicyConfig
+from gradsift.config import PolicyConfig
 from gradsift.errors import ConfigError
+from gradsift.method_config import GistConfig
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.ranking import Ranking
 from gradsift.scores.similarity import Cosines, Table, View

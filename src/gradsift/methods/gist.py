@@ -29,6 +29,7 @@ from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
 from gradsift.pool.coordinates import (
+    by_target,
     coordinates_key,
     losses_and_norms,
     make_projection_measure,
@@ -135,7 +136,8 @@ def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
     combinations = {
         name: stored_subspace(job, name, checkpoint).combination for name in job.targets
     }
-    args = (job.models, checkpoint.path, job.targets, combinations, job.config.engine)
+    parts, widths = by_target(job.targets, combinations)
+    args = (job.models, checkpoint.path, parts, widths, job.config.engine)
     return partial(make_projection_measure, *args)
 
 

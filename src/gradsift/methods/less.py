@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradsift.config import Config, EngineConfig, LessConfig, WarmupConfig
+from gradsift.config import Config, EngineConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
+from gradsift.method_config import LessConfig
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import Measurement

@@ -29,12 +29,15 @@ _SCORES = {
     "gist": "cosine within the target's subspace",
     "less": "cosine of projected gradients",
     "cosine": "cosine of whole gradients",
+    "influence": "cosine with target gradients under the inverse Fisher matrix",
     "rds": "cosine of hidden states",
     "embed": "cosine of sentence embeddings",
     "bm25": "BM25, without a unit",
+    "target-path": "share of the loss that training on the target takes away",
     "perplexity": "loss of the base model, nats per token",
     "length": "supervised tokens",
     "random": "drawn at random",
+    "fuse": "sum of 1 / (60 + rank) over the fused methods",
 }
 
 

@@ -26,7 +26,10 @@ GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains no
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
 COORDINATES = "coordinates"
 COSINE_PRODUCTS = "cosine/pool"
+CURVATURE = "influence/curvature"
+INFLUENCE_PRODUCTS = "influence/pool"
 BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
+TARGET_PATH = "target-path"
 STABILITY = "stability"
 STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
 SELECTED = "selected"
@@ -87,6 +90,11 @@ def spectrum(target: str) -> str:
     return f"{target_folder(target)}/spectrum.json"
 
 
+def curvature(checkpoint: str) -> str:
+    """Return the inner products that make the inverse Fisher matrix at a checkpoint."""
+    return f"{CURVATURE}/{checkpoint}.safetensors"
+
+
 def measured_pool(name: str) -> str:
     """Return what a measurement found of the pool."""
     return f"{name}/pool"
@@ -101,6 +109,16 @@ def target_tensors(name: str, target: str, checkpoint: str = "") -> str:
     """Return the file of what a measurement found of a target, at a checkpoint if it has any."""
     inner = f"/{checkpoint}" if checkpoint else ""
     return f"{measured_target(name, target)}{inner}.safetensors"
+
+
+def target_warmup(target: str) -> str:
+    """Return the adapter that was trained on a target's own examples."""
+    return f"{TARGET_PATH}/{target}/warmup"
+
+
+def losses_after(target: str) -> str:
+    """Return the losses of the pool with that adapter."""
+    return f"{TARGET_PATH}/{target}/pool"
 
 
 def scoring(method: str) -> str:

@@ -91,13 +91,17 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         job = encode(stages, folder, strict)
         facts = folder.facts(stages.inputs.data_stages.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
-        return _try_method(job, Trials(job, Path(scratch)), seconds)
+        measured = {stage.name for stage in stages.measured}
+        with_subspaces = not measured.isdisjoint(map(layout.target_folder, job.targets))
+        return _try_method(job, Trials(job, Path(scratch)), seconds, with_subspaces)
 
 
-def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast:
+def _try_method(
+    job: Job, trials: Trials, seconds: dict[str, float], with_subspaces: bool
+) -> Forecast:
     """Return the forecast of what follows the encoding, which took these seconds."""
     config, unloaded = job.config, psutil.Process().memory_info().rss
-    ranks = trials.ranks() if config.method == "gist" else {}
+    ranks = trials.ranks() if with_subspaces else {}
     sizes = Sizes.of(job, ranks)
     works = METHODS[config.method].work(config, sizes)
     for work in works:
@@ -124,7 +128,8 @@ def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast
 
 def _kept(work: Work, trials: Trials) -> int:
     """Return the bytes that are stored of each example of a piece of work, over all passes."""
-    return work.passes * (trials.bytes_of_hidden if work.kind == "forward" else work.kept)
+    keeps_hidden = work.kind == "forward" and not work.kept
+    return work.passes * (trials.bytes_of_hidden if keeps_hidden else work.kept)
 
 
 def _held_rows(works: Sequence[Work], trials: Trials) -> int:

@@ -145,7 +145,10 @@ def _columns_bytes(config: Config, sizes: Sizes) -> int:
 
 
 def _disk(job: Job, works: Sequence[Work], kept: Mapping[Work, int], trials: Trials) -> int:
-    """Return the bytes of the run folder: data, adapters, what is stored of examples, scores."""
+    """Return the bytes of the run folder: data, what is stored of examples, scores, adapters.
+
+    Of adapters those at which gradients are measured.
+    """
     disk = _size(job.path(layout.ENCODED)) + _SCORE_BYTES * len(job.pool) * len(job.targets)
     for work in works:
         disk += work.amount.num_examples * kept[work]

@@ -91,13 +91,17 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         job = encode(stages, folder, strict)
         facts = folder.facts(stages.inputs.data_stages.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
-        return _try_method(job, Trials(job, Path(scratch)), seconds)
+        measured = {stage.name for stage in stages.measured}
+        with_subspaces = not measured.isdisjoint(map(layout.target_folder, job.targets))
+        return _try_method(job, Trials(job, Path(scratch)), seconds, with_subspaces)
 
 
-def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast:
+def _try_method(
+    job: Job, trials: Trials, seconds: dict[str, float], with_subspaces: bool
+) -> Forecast:
     """Return the forecast of what follows the encoding, which took these seconds."""
     config, unloaded = job.config, psutil.Process().memory_info().rss
-    ranks = trials.ranks() if config.method == "gist" else {}
+    ranks = trials.ranks() if with_subspaces else {}
     sizes = Sizes.of(job, ranks)
     works = METHODS[config.method].work(config, sizes)
     for work in works:
@@ -124,7 +128,8 @@ def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast
 
 def _kept(work: Work, trials: Trials) -> int:
     """Return the bytes that are stored of each example of a piece of work, over all passes."""
-    return work.passes * (trials.bytes_of_hidden if work.kind == "forward" else work.kept)
+    keeps_hidden = work.kind == "forward" and not work.kept
+    return work.passes * (trials.bytes_of_hidden if keeps_hidden else work.kept)
 
 
 def _held_rows(works: Sequence[Work], trials: Trials) -> int:
@@ -140,7 +145,10 @@ def _columns_bytes(config: Config, sizes: Sizes) -> int:
 
 
 def _disk(job: Job, works: Sequence[Work], kept: Mapping[Work, int], trials: Trials) -> int:
-    """Return the bytes of the run folder: data, adapters, what is stored of examples, scores."""
+    """Return the bytes of the run folder: data, what is stored of examples, scores, adapters.
+
+    Of adapters those at which gradients are measured.
+    """
     disk = _size(job.path(layout.ENCODED)) + _SCORE_BYTES * len(job.pool) * len(job.targets)
     for work in works:
         disk += work.amount.num_examples * kept[work]

@@ -66,6 +66,33 @@ def test_forward_passes_and_nothing() -> None:
     assert [works(method) for method in ("bm25", "length", "random", "embed")] == [[]] * 4
 
 
+def test_influence_gathers_a_sample_of_the_pool_beside_the_targets() -> None:
+    found = works("influence", influence={"samples": 100}, warmup={"mode": "none"})
+    assert found == [
+        ("curvature", "gram", 12_500, 115),
+        ("pool pass", "basis", 12_500, 15),
+        ("pool pass", "projection", 100_000, 15),
+    ]
+    all_of_it = works("influence", influence={"samples": 5000}, warmup={"mode": "none"})
+    assert all_of_it[0] == ("curvature", "gram", 102_500, 1015)
+
+
+def test_target_path_trains_on_each_target_and_passes_over_the_pool_again() -> None:
+    assert works("target-path", target_path={"steps": 4, "batch_size": 8}) == [
+        ("pool pass", "forward", 100_000, 0),
+        ("training on t", "training", 6400, 0),
+        ("pool pass for t", "forward", 100_000, 0),
+        ("training on u", "training", 2000, 0),
+        ("pool pass for u", "forward", 100_000, 0),
+    ]
+
+
+def test_fuse_counts_what_its_methods_share_once() -> None:
+    fused = works("fuse", fuse={"methods": ["gist", "rds", "target-path", "bm25"]})
+    assert fused.count(("pool pass", "forward", 100_000, 0)) == 1
+    assert set(fused) == {*works("gist"), *works("rds"), *works("target-path")}
+
+
 def test_operations() -> None:
     amount = Amount(num_examples=3, num_tokens=50)
     assert Work("", "forward", amount).flops(1000, 20) == 2 * 1000 * 50

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
 from gradsift.methods.work import Sizes
-from gradsift.models.checkpoints import read_checkpoints
 from gradsift.runs import layout
 from gradsift.selection.stages import RunStages
 
@@ -41,7 +40,7 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
 
     config, method = job.config, METHODS[job.config.method]
     manifests = job.folder.facts([*stages.measured, stages.scores]).values()
-    works = method.work(config, Sizes.of(job, _ranks(job)))
+    works = method.work(config, Sizes.of(job, _ranks(job, stages)))
     multiplied = multiplied_parameters(config.model) if works else 0
     adapter = _adapter_size(job, stages)
     return Cost(
@@ -51,21 +50,20 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
     )
 
 
-def _ranks(job: Job) -> dict[str, int]:
-    """Return the rank of each target's stored subspace, nothing for methods that have none."""
-    if job.config.method != "gist":
-        return {}
-    files = {name: job.path(layout.spectrum(name)) for name in job.targets}
-    spectra = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
-    return {name: max(f["rank"] for f in found.values()) for name, found in spectra.items()}
+def _ranks(job: Job, stages: RunStages) -> dict[str, int]:
+    """Return the rank of each target's subspace, nothing for methods that have none."""
+    measured = {stage.name for stage in stages.measured}
+    found = {}
+    for name in job.targets:
+        if job.inputs.at(layout.target_folder(name)) in measured:
+            spectra = json.loads(job.path(layout.spectrum(name)).read_text(encoding="utf-8"))
+            found[name] = max(spectrum["rank"] for spectrum in spectra.values())
+    return found
 
 
 def _adapter_size(job: Job, stages: RunStages) -> int:
     """Return the parameters of the adapter that a method measured at, 0 without one."""
     from gradsift.models.parameters import adapter_parameters
 
-    for stage in stages.measured:
-        folder = job.folder.path / stage.name
-        if (folder / layout.CHECKPOINTS).exists():
-            return adapter_parameters(read_checkpoints(folder)[0].path)
-    return 0
+    kept_whole = [stage.name for stage in stages.measured if not stage.keeps_parts]
+    return max((adapter_parameters(job.folder.path / name) for name in kept_whole), default=0)

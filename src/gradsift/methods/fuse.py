@@ -21,6 +21,7 @@ from jaxtyping import Float
 from gradsift.config import Config
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
 
@@ -39,6 +40,7 @@ def make_method(methods: Methods) -> Method:
         facts=partial(facts, methods),
         check=partial(check, methods),
         compares=False,
+        work=partial(work, methods),
     )
 
 
@@ -68,6 +70,16 @@ def scores(methods: Methods, job: Job) -> dict[str, Ranking]:
         for target, found in method.scores(_job_by(name, job)).items():
             values[target].append(found.scores()[0])
     return {target: Ranking(fuse_ranks(found)) for target, found in values.items()}
+
+
+def work(methods: Methods, config: Config, sizes: Sizes) -> list[Work]:
+    """Return the work of all methods, what they share once."""
+    found = [
+        piece
+        for name, method in _fused(methods, config)
+        for piece in method.work(_by(name, config), sizes)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def settings(methods: Methods, config: Config) -> Mapping[str, Any]:

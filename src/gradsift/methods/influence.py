@@ -22,6 +22,7 @@ from gradsift.gradients.curvature import load_curvature, measure_curvature, save
 from gradsift.gradients.distinct import merge_equal, merge_rows
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work, num_checkpoints, projected, warm_up
 from gradsift.pool.coordinates import (
     coordinates_key,
     losses_and_norms,
@@ -96,7 +97,20 @@ def settings(config: Config) -> Mapping[str, Any]:
     return config.influence.model_dump(include={"aggregation", "normalize"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the warm-up, the Gram matrix of targets and sample, and the pass over the pool."""
+    num_targets = sizes.all_targets.num_examples
+    sample = sizes.pool.of_part(min(config.influence.samples, sizes.pool.num_examples))
+    gathered, passes = sizes.all_targets + sample, num_checkpoints(config.warmup)
+    rows = gathered.num_examples
+    return [
+        *warm_up(config.warmup, sizes),
+        Work("curvature", "gram", gathered, passes, directions=rows, kept=8 * rows),
+        *projected(gathered, sizes.pool, num_targets, config.warmup),
+    ]
+
+
+METHOD = Method(scores, stages, measure, settings, facts, work=work)
 
 
 def _sample(job: Job) -> np.ndarray:

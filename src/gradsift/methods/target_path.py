@@ -26,6 +26,7 @@ from gradsift.executors.processes import is_first
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.methods.work import Sizes, Work
 from gradsift.pool.examples import MeasureFactory, measure_examples
 from gradsift.pool.hidden_states import make_forward_measure, make_loss_measure
 from gradsift.runs import layout
@@ -78,7 +79,17 @@ def facts(job: Job) -> dict[str, np.ndarray]:
     return {"loss": BASE_FORWARD.read_pool(job, "loss")[:]}
 
 
-METHOD = Method(scores, stages, measure, facts=facts, compares=False)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the base model's pass over the pool; for each target its training and another pass."""
+    own, found = config.target_path, [Work("pool pass", "forward", sizes.pool)]
+    for name, amount in sizes.targets.items():
+        steps = own.steps * min(own.batch_size, amount.num_examples)
+        found.append(Work(f"training on {name}", "training", amount.of_part(steps)))
+        found.append(Work(f"pool pass for {name}", "forward", sizes.pool, kept=4))
+    return found
+
+
+METHOD = Method(scores, stages, measure, facts=facts, compares=False, work=work)
 
 
 def normalised_drop(

@@ -73,7 +73,7 @@ class Work:
 
     `amount` goes through the model `passes` times: once per epoch or checkpoint. `directions`: with
     how many vectors of its length each gradient is multiplied. `kept`: bytes that are stored of an
-    example and pass.
+    example and pass; a forward pass without any keeps losses and hidden states.
     """
 
     label: str

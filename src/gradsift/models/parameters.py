@@ -35,6 +35,8 @@ def multiplied_parameters(config: ModelConfig) -> int:
 
 
 def adapter_parameters(folder: Path) -> int:
-    """Return how many parameters a stored adapter has."""
-    with safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    """Return how many parameters the first adapter in a folder, or beneath it, has; 0 without."""
+    for path in sorted(folder.rglob(_ADAPTER_WEIGHTS))[:1]:
+        with safe_open(path, "pt") as file:
+            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return 0

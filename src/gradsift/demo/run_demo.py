@@ -1,8 +1,8 @@
-"""Show on made-up skills that GIST picks the right examples and that they help.
+"""Show on made-up skills that the right examples are picked and that they help.
 
 Nothing is downloaded: a small Llama is trained on all skills until it half knows them, then the
-real pipeline picks for one of them, and equal fine-tunings on its picks, on random picks and on
-nothing are compared by the loss on held-out examples of that skill.
+real pipeline picks for one of them, by GIST and by two rivals, and equal fine-tunings on their
+picks, on random picks and on nothing are compared by the loss on held-out examples of that skill.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from gradsift.config import Config
 from gradsift.demo.base_model import cached_base
@@ -28,15 +29,15 @@ _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}
 _SEEDS = 3
 _FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
 _FINE_TUNING_EPOCHS = 8
-_RANDOM = "random picks"
+_METHODS = ("gist", "influence", "bm25")
 
 
 @dataclass(frozen=True)
 class Found:
     """What the demonstration found: shares of the target's skill, and held-out losses.
 
-    `fine_tunings`: by what was fine-tuned on, share of the skill (none if nothing), mean loss and
-    its standard deviation over the seeds.
+    `fine_tunings`: by what was fine-tuned on (`random`: random picks, `base`: nothing), share of
+    the skill (none if nothing), mean loss and its standard deviation over the seeds.
     """
 
     run: Path
@@ -48,17 +49,19 @@ class Found:
 
     def text(self) -> str:
         """Return the closing table."""
-        head = f"{'fine-tuned on':<16}{f'share of {TARGET!r}':>16}{'held-out loss':>18}"
+        head = f"{'fine-tuned on':<18}{f'share of {TARGET!r}':>16}{'held-out loss':>18}"
         lines = []
-        for label, (share, loss, deviation) in self.fine_tunings.items():
+        for name, (share, loss, deviation) in self.fine_tunings.items():
+            label = {"random": "random picks", "base": "nothing"}.get(name, f"picks of {name}")
             of_skill = "" if share is None else f"{share:.1%}"
-            in_pool = " (pool)" if label == _RANDOM else ""
+            in_pool = " (pool)" if name == "random" else ""
             noise = f" ± {deviation:.3f}" if deviation else ""
-            lines.append(f"{label:<16}{of_skill + in_pool:>16}{f'{loss:.3f}{noise}':>18}")
+            lines.append(f"{label:<18}{of_skill + in_pool:>16}{f'{loss:.3f}{noise}':>18}")
         return "\n".join(
             [
                 f"{self.num_picks} picks for {TARGET!r} out of {self.num_pool} examples of "
-                f"{len(SKILLS)} skills, and the same fine-tuning on each choice ({_SEEDS} seeds)",
+                f"{len(SKILLS)} skills, and the same fine-tuning on each choice, "
+                f"{_SEEDS} times or more",
                 "",
                 head,
                 *lines,
@@ -105,30 +108,37 @@ def run_demo(directory: Path, scale: float = 1.0) -> Found:
         len(files["target"]), TARGET, len(pool),
     )  # fmt: skip
     result = run(config, directory / "run", overwrite=True)
-    picks = len(result.selections[TARGET].picks)
+    chosen, everything = result.selections[TARGET].picks, result.scores(["source"])
+    shares = {"gist": _share(chosen)}
+    for method in _METHODS[1:]:
+        logger.info("the same by %s, kept beside it", method)
+        policy = config.policy.model_copy(update={"name": method})
+        rival = config.model_copy(update={"method": method, "policy": policy})
+        shares[method] = _share(run(rival, result.path).selections[TARGET].picks)
     batch_size = _FINE_TUNING["batch_size"]
     logger.info("last: does it help? %d fine-tunings on each choice, and none", _SEEDS)
     found = evaluate(
         result.path,
         tests={TARGET: str(data / "held-out.jsonl")},
-        methods=["gist"],
+        methods=_METHODS,
         seeds=_SEEDS,
-        fine_tuning={**_FINE_TUNING, "steps": -(-picks // batch_size) * _FINE_TUNING_EPOCHS},
+        fine_tuning={**_FINE_TUNING, "steps": -(-len(chosen) // batch_size) * _FINE_TUNING_EPOCHS},
     )
-    everything = result.scores(["source"])["source"].to_pylist()
-    chosen = result.selections[TARGET].picks
-    picked, rows = chosen["source"].to_pylist(), {row.method: row for row in found.rows}
-    shares = [sources.count(TARGET) / len(sources) for sources in (picked, everything)]
-    labels = {"gist": ("GIST's picks", shares[0]), "random": (_RANDOM, shares[1])}
-    labels["base"] = ("nothing", None)
+    rows = {row.method: row for row in found.rows}
     return Found(
         run=result.path,
         first_pick=chosen["id"][0].as_py(),
-        num_picks=len(picked),
+        num_picks=len(chosen),
         num_pool=len(everything),
         fine_tunings={
-            label: (share, rows[name].loss, rows[name].loss_std if rows[name].seeds > 1 else 0.0)
-            for name, (label, share) in labels.items()
+            name: (share, rows[name].loss, rows[name].loss_std)
+            for name, share in (shares | {"random": _share(everything), "base": None}).items()
         },
         verdicts=found.verdicts,
     )
+
+
+def _share(table: pa.Table) -> float:
+    """Return how many of some examples are of the target's skill."""
+    sources = table["source"].to_pylist()
+    return sources.count(TARGET) / len(sources)

@@ -72,13 +72,13 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
         ("gist.rank=0.95", "a share such as 95%, or a count of at least 1, found 0.95; did you "
          "mean 95%?"),
         ("policy.strategy=rond-robin", "policy.strategy: expected one of 'top', 'round-robin', "
-         "found 'rond-robin'; did you mean 'round-robin'?"),
+         "'balanced', found 'rond-robin'; did you mean 'round-robin'?"),
         ("lora.target_modules=atention", "found 'atention'; did you mean 'attention'?"),
         ("engine.workers=Auto", "'auto' or a whole number of at least 1 and at most 2,147,483,647, "
          "found 'Auto'; did you mean 'auto'?"),
         ("engine.memory=much", "engine.memory (--memory): expected 'auto' or a size such as 8GiB, "
          "found 'much'"),
-        ("method=gits", "'random', found 'gits'; did you mean 'gist'?"),
+        ("method=gits", "'fuse', found 'gits'; did you mean 'gist'?"),
         ("lora=8", "lora: expected its settings by their names (rank, alpha, dropout, …), found 8"),
         ("data.columns={prmpt: q}", "'prmpt' is no field; expected one of messages, prompt, "
          "completion, system, tools, id, source, task; did you mean 'prompt'?"),

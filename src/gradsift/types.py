@@ -10,10 +10,22 @@ from typing import Literal
 
 from gradsift.errors import shorten, suggest_share
 
-MethodName = Literal[
-    "gist", "less", "cosine", "influence", "rds", "embed", "bm25", "perplexity", "length", "random"
+FusedMethodName = Literal[
+    "gist",
+    "less",
+    "cosine",
+    "influence",
+    "rds",
+    "embed",
+    "bm25",
+    "target-path",
+    "perplexity",
+    "length",
+    "random",
 ]
-"""The ways to score a pool; `gradsift/methods/` has a file for each."""
+"""The ways to score a pool by themselves; `gradsift/methods/` has a file for each."""
+MethodName = Literal[FusedMethodName, "fuse"]
+"""All ways to score a pool: those, and their fusion."""
 
 
 _BUDGET = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(%|[kKMG]?tok)?")

@@ -140,6 +140,7 @@ def settings_of_flags(
         "warmup": {"adapter": adapter, "mode": warmup and warmup.value, "seed": seed},
         "less": {"seed": seed},
         "influence": {"seed": seed},
+        "target_path": {"seed": seed},
         "random": {"seed": seed},
         "engine": {"memory": memory},
     }

@@ -16,6 +16,7 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
 from gradsift.pool.coordinates import (
     by_target,
     coordinates_key,
@@ -86,7 +87,17 @@ def settings(config: Config) -> dict[str, object]:
     return config.gist.model_dump(include={"aggregation"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts, check)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the warm-up, the lengths of target gradients, and the pass over the pool."""
+    targets = sizes.all_targets
+    return [
+        *warm_up(config.warmup, sizes),
+        *gram_of_targets(config, sizes, "gradients of"),
+        *projected(targets, sizes.pool, targets.num_examples, config.warmup),
+    ]
+
+
+METHOD = Method(scores, stages, measure, settings, facts, check, work=work)
 
 
 def _factory(job: Job, adapter: Path) -> MeasureFactory:

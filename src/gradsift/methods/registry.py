@@ -4,6 +4,7 @@ from gradsift.methods import (
     bm25,
     cosine,
     embed,
+    fuse,
     gist,
     influence,
     length,
@@ -11,10 +12,11 @@ from gradsift.methods import (
     perplexity,
     random,
     rds,
+    target_path,
 )
 from gradsift.methods.base import Method
 
-METHODS: dict[str, Method] = {
+_FUSED: dict[str, Method] = {
     "gist": gist.METHOD,
     "less": less.METHOD,
     "cosine": cosine.METHOD,
@@ -22,7 +24,9 @@ METHODS: dict[str, Method] = {
     "rds": rds.METHOD,
     "embed": embed.METHOD,
     "bm25": bm25.METHOD,
+    "target-path": target_path.METHOD,
     "perplexity": perplexity.METHOD,
     "length": length.METHOD,
     "random": random.METHOD,
 }
+METHODS: dict[str, Method] = {**_FUSED, "fuse": fuse.make_method(_FUSED)}

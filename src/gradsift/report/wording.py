@@ -33,9 +33,11 @@ _SCORES = {
     "rds": "cosine of hidden states",
     "embed": "cosine of sentence embeddings",
     "bm25": "BM25, without a unit",
+    "target-path": "share of the loss that training on the target takes away",
     "perplexity": "loss of the base model, nats per token",
     "length": "supervised tokens",
     "random": "drawn at random",
+    "fuse": "sum of 1 / (60 + rank) over the fused methods",
 }
 
 
@@ -96,7 +98,7 @@ def policy_in_words(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     """
     settings = {key: f"{key}={getattr(policy, key)}" for key in _ABOUT}
     settings["source_cap"] = f"source_cap={_setting(policy.source_cap)}"
-    if policy.strategy == "round-robin":
+    if policy.strategy != "top":
         settings["strategy"] += f" per={policy.per}"
     words = describe_policy(policy)
     return [(about, words[key], settings[key]) for key, about in _ABOUT.items()]

@@ -29,6 +29,7 @@ COSINE_PRODUCTS = "cosine/pool"
 CURVATURE = "influence/curvature"
 INFLUENCE_PRODUCTS = "influence/pool"
 BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
+TARGET_PATH = "target-path"
 STABILITY = "stability"
 STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
 SELECTED = "selected"
@@ -108,6 +109,16 @@ def target_tensors(name: str, target: str, checkpoint: str = "") -> str:
     """Return the file of what a measurement found of a target, at a checkpoint if it has any."""
     inner = f"/{checkpoint}" if checkpoint else ""
     return f"{measured_target(name, target)}{inner}.safetensors"
+
+
+def target_warmup(target: str) -> str:
+    """Return the adapter that was trained on a target's own examples."""
+    return f"{TARGET_PATH}/{target}/warmup"
+
+
+def losses_after(target: str) -> str:
+    """Return the losses of the pool with that adapter."""
+    return f"{TARGET_PATH}/{target}/pool"
 
 
 def scoring(method: str) -> str:

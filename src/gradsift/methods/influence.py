@@ -28,6 +28,7 @@ from gradsift.gradients.curvature import (
 from gradsift.gradients.distinct import merge_equal, merge_rows
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work, num_checkpoints, projected, warm_up
 from gradsift.pool.coordinates import (
     coordinates_key,
     losses_and_norms,
@@ -97,7 +98,19 @@ def settings(config: Config) -> Mapping[str, Any]:
     return config.influence.model_dump(include={"aggregation", "normalize"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the warm-up, the Gram matrix of targets and sample, and the pass over the pool."""
+    samples = min(config.influence.samples, sizes.pool.num_examples)
+    rows, count = sizes.all_targets + sizes.pool.of_part(samples), sizes.all_targets.num_examples
+    passes, size = num_checkpoints(config.warmup), rows.num_examples
+    return [
+        *warm_up(config.warmup, sizes),
+        Work("curvature", "gram", rows, passes, directions=size, kept=8 * size),
+        *projected(rows, sizes.pool, count, config.warmup),
+    ]
+
+
+METHOD = Method(scores, stages, measure, settings, facts, work=work)
 
 
 def _sample(job: Job) -> np.ndarray:

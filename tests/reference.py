@@ -114,27 +114,22 @@ def balanced_picks(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
 
 
 def influence(
-    target: Tensor,
-    pool: Tensor,
-    sample: Tensor,
-    damping: float,
-    tasks: Sequence[str],
-    aggregation: str = "mean-cosine",
-    normalize: bool = True,
-) -> Tensor:
-    """Influence under the empirical Fisher matrix, formed whole (parameter × parameter)."""
-    fisher = sample.T @ sample / len(sample)
+    target: Tensor, pool: Tensor, sample: np.ndarray, damping: float
+) -> tuple[Tensor, Tensor]:
+    """F⁻¹q (query × parameter) and ⟨g, F⁻¹q⟩ (pool × query), F being formed whole.
+
+    `sample`: the rows of the pool that make F; for one of them F is formed again without it.
+    """
+    rows = pool[sample]
+    fisher = rows.T @ rows / len(rows)
     values = torch.linalg.eigvalsh(fisher)
-    mean = values[values > values.max() * 1e-12].mean()
-    directions = torch.linalg.solve(fisher + damping * mean * torch.eye(len(fisher)), target.T).T
-    by_task = []
-    for task in sorted(set(tasks)):
-        own = directions[[t == task for t in tasks]]
-        if aggregation == "task-mean":
-            own = own.mean(0, keepdim=True)
-        products = (F.normalize(pool) if normalize else pool) @ F.normalize(own).T
-        by_task.append(products.max(1).values if aggregation == "max" else products.mean(1))
-    return torch.stack(by_task).max(0).values
+    fisher += damping * values[values > values.max() * 1e-12].mean() * torch.eye(len(fisher))
+    directions = torch.linalg.solve(fisher, target.T).T
+    products = pool @ directions.T
+    for i in sample:
+        without = fisher - torch.outer(pool[i], pool[i]) / len(rows)
+        products[i] = torch.linalg.solve(without, target.T).T @ pool[i]
+    return directions, products
 
 
 def datamodeling(losses: np.ndarray, foretold: np.ndarray) -> float:

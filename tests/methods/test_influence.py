@@ -25,6 +25,8 @@ from gradsift.sections import merge
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
+Part = tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of a checkpoint: weight, norms of the pool gradients, F⁻¹q, and their products."""
 AGGREGATIONS = ("mean-cosine", "max", "task-mean")
 
 
@@ -83,53 +85,47 @@ def test_scores_are_those_of_the_whole_matrix(
         name: EncodedSet(folder / f"data/{name}.parquet")
         for name in ("pool", "target.t", "target.u")
     }
-    rows: list[tuple[float, dict[str, torch.Tensor]]] = []
+    parts: list[Part] = []
     for checkpoint in read_checkpoints(folder / "warmup"):
         model = load_adapter(base, checkpoint.path).double()
-        found = {
-            name: reference.gradient_rows(model, encoded.examples(range(len(encoded))))
-            for name, encoded in sets.items()
-        }
-        rows.append((checkpoint.weight, found))
+        pool, *targets = (
+            reference.gradient_rows(model, encoded.examples(range(len(encoded))))
+            for encoded in sets.values()
+        )
+        found = reference.influence(torch.cat(targets), pool, sample, damping)
+        parts.append((checkpoint.weight, pool.norm(dim=1, keepdim=True), *found))
         base = model.unload().float()
-    assert len(rows) == 2
+    assert len(parts) == 2
+    counts = [len(sets[f"target.{name}"]) for name in ("t", "u")]
     for aggregation, normalize in product(AGGREGATIONS, (True, False)):
         changes = {"aggregation": aggregation, "normalize": normalize}
         result = run(change(config, influence=changes), folder)
-        for name in ("t", "u"):
-            tasks = sets[f"target.{name}"].column("task").to_pylist()
-            expected = _expected(rows, f"target.{name}", sample, damping, tasks, changes)
+        for name, own in (("t", slice(counts[0])), ("u", slice(counts[0], sum(counts)))):
+            tasks = np.array(sets[f"target.{name}"].column("task").to_pylist(), dtype=str)
+            expected = _aggregate(parts, own, tasks, aggregation, normalize)
             error = np.abs(scores(result, name) - expected).max()
             assert error <= 1e-4 * np.abs(expected).max(), (changes, name, error)
     assert stamps(folder) == kept  # nothing was measured again
 
 
-def _expected(
-    rows: list[tuple[float, dict[str, torch.Tensor]]],
-    target: str,
-    sample: np.ndarray,
-    damping: float,
-    tasks: list[str],
-    changes: dict[str, Any],
+def _aggregate(
+    parts: list[Part], own: slice, tasks: np.ndarray, aggregation: str, normalize: bool
 ) -> np.ndarray:
-    """Return the reference; checkpoints are summed before the best example or task is taken."""
-    if changes["aggregation"] == "max":  # of each example, over the checkpoints
-        names = [str(number) for number in range(len(tasks))]
-    else:
-        names = tasks
+    """Return the scores of a target from the reference's directions and products."""
+    if aggregation == "max":  # of each example, summed over the checkpoints first
+        tasks = np.arange(len(tasks)).astype(str)
     columns = []
-    for task in sorted(set(names)):
-        own = torch.tensor([name == task for name in names])
-        columns.append(
-            sum(
-                weight
-                * reference.influence(
-                    found[target][own], found["pool"], found["pool"][sample], damping,
-                    [task] * int(own.sum()), **changes,
-                )
-                for weight, found in rows
-            )
-        )  # fmt: skip
+    for task in np.unique(tasks):
+        column = torch.zeros(45)
+        for weight, norms, directions, products in parts:
+            some = torch.from_numpy(tasks == task)
+            q, p = directions[own][some], products[:, own][:, some]
+            if aggregation == "task-mean":
+                cosines = p.mean(1) / q.mean(0).norm()
+            else:
+                cosines = (p / q.norm(dim=1)).mean(1)
+            column = column + weight * (cosines / norms[:, 0] if normalize else cosines)
+        columns.append(column)
     return torch.stack(columns).max(0).values.numpy()
 
 
@@ -239,7 +235,8 @@ def test_directions_follow_from_the_gram_matrix() -> None:
     sample = rows[3:]
     values = np.linalg.eigvalsh(sample @ sample.T)[1:]  # three directions
     assert curvature.mean_square == pytest.approx(values.mean())
-    combination, products = curvature.solve(0.5)
+    found = curvature.invert(0.5)
+    combination, products = found.combination, found.products
     scale = 0.5 * values.mean() / 4
     fisher = sample.T @ sample / 4 + scale * np.eye(20)
     inverse = np.linalg.solve(fisher, rows[:3].T) * scale
@@ -248,6 +245,9 @@ def test_directions_follow_from_the_gram_matrix() -> None:
     expected = inverse / np.where(lengths > 0, lengths, 1)
     np.testing.assert_allclose(rows.T @ combination, expected, atol=1e-12)
     assert not combination[:, 1].any()
+    for row, share in zip(sample, found.left_out, strict=True):
+        without = np.linalg.solve(fisher - np.outer(row, row) / 4, rows[0])
+        assert row @ np.linalg.solve(fisher, rows[0]) == pytest.approx(share * (row @ without))
 
 
 def test_of_bfloat16_gradients_less_is_above_rounding() -> None:

@@ -57,6 +57,14 @@ def test_less_trains_and_measures_at_each_of_its_own_checkpoints() -> None:
 
 
 def test_forward_passes_and_nothing() -> None:
+    found = works("influence", influence={"samples": 100}, warmup={"fraction": 0.05})
+    assert found[1:] == [
+        ("curvature", "gram", 12_500, 115),
+        ("pool pass", "basis", 12_500, 15),
+        ("pool pass", "projection", 100_000, 15),
+    ]
+    everything = works("influence", influence={"samples": 5000})[1]
+    assert everything == ("curvature", "gram", 102_500, 1015)
     assert works("rds") == [
         ("forward pass over t", "forward", 2000, 0),
         ("forward pass over u", "forward", 500, 0),

@@ -23,6 +23,20 @@ from gradsift.runs.atomic import write_atomically
 
 
 @dataclass(frozen=True)
+class InverseFisher:
+    """F⁻¹ on all target gradients, as combinations of the rows of a `Curvature`.
+
+    `combination` makes each F⁻¹q at length 1; `products` are inner products of the λF⁻¹q at their
+    own lengths. `left_out`, by sample row s: ⟨s, F⁻¹q⟩ over the same under the F that lacks s
+    (N and λ as they are), which is 1 − sᵀF⁻¹s/N for every q (Sherman and Morrison).
+    """
+
+    combination: Float[np.ndarray, "row query"]
+    products: Float[np.ndarray, "query query"]
+    left_out: Float[np.ndarray, " sample"]
+
+
+@dataclass(frozen=True)
 class Curvature:
     """Inner products of target gradients, the first rows, and of the N of the sample after them.
 
@@ -33,23 +47,21 @@ class Curvature:
     num_samples: int
     mean_square: float
 
-    def solve(
-        self, damping: float
-    ) -> tuple[Float[np.ndarray, "row query"], Float[np.ndarray, "query query"]]:
-        """Return combinations of the rows that make F⁻¹q of every target gradient at length 1.
+    def invert(self, damping: float) -> InverseFisher:
+        """Return F⁻¹, λ being `damping` times the mean eigenvalue of SᵀS/N on its span.
 
-        And the inner products of λF⁻¹q, at their own lengths. λ is `damping` times the mean
-        eigenvalue of SᵀS/N on its span. A target gradient of zero stays zero.
+        A target gradient of zero stays zero.
         """
-        count = len(self.gram) - self.num_samples
-        across, within = self.gram[count:, :count], self.gram[count:, count:].copy()
-        within[np.diag_indices_from(within)] += damping * self.mean_square
+        count, shift = len(self.gram) - self.num_samples, damping * self.mean_square
+        within = self.gram[count:, count:] + shift * np.eye(self.num_samples)
         with one_thread():
-            combination = np.concatenate([np.eye(count), -np.linalg.solve(within, across)])
+            inverse = np.linalg.inv(within)
+            combination = np.concatenate([np.eye(count), -inverse @ self.gram[count:, :count]])
             products = combination.T @ self.gram @ combination
         lengths = np.sqrt(np.clip(np.diag(products), 0, None))
         combination[:, lengths == 0] = 0
-        return combination / np.where(lengths > 0, lengths, 1), (products + products.T) / 2
+        combination /= np.where(lengths > 0, lengths, 1)
+        return InverseFisher(combination, (products + products.T) / 2, shift * np.diag(inverse))
 
 
 def measure_curvature(

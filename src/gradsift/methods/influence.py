@@ -4,7 +4,8 @@ After Koh and Liang, 2017, arXiv 1703.04730: what a step on a pool example g doe
 target example q is ⟨g, F⁻¹q⟩, F being the curvature. Here F = SᵀS/N + λI, with S the gradients of
 N random pool examples, inverted exactly on their span (`gradients/curvature.py`); Grosse et al.,
 2023, arXiv 2308.03296, take a Kronecker-factored F per layer instead. Every F⁻¹q is brought to
-length 1, so that target examples compare, and the product is divided by ‖g‖.
+length 1, so that target examples compare, and the product is divided by ‖g‖. For g in the sample F
+is taken without g: its own row would hide what no other row has in common with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import numpy as np
 
 from gradsift.config import Config
 from gradsift.errors import NumericsError
-from gradsift.gradients.curvature import load_curvature, measure_curvature, save_curvature
+from gradsift.gradients.curvature import (
+    InverseFisher,
+    load_curvature,
+    measure_curvature,
+    save_curvature,
+)
 from gradsift.gradients.distinct import merge_equal, merge_rows
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
@@ -32,7 +38,7 @@ from gradsift.pool.examples import MeasureFactory, not_finite
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
-from gradsift.scores.similarity import Directions, PerNorm, RowStore
+from gradsift.scores.similarity import Directions, PerNorm
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -69,21 +75,16 @@ def measure(job: Job) -> None:
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return ⟨g, F⁻¹q⟩ over both lengths, aggregated as `influence.aggregation` says."""
-    checkpoints, config = job.checkpoints(), job.config.influence
-    pool = job.pool_pass(layout.INFLUENCE_PRODUCTS)
-    grams = {c.label: _solve(job, c)[1] for c in checkpoints}
-
-    def rows(name: str, label: str) -> RowStore:
-        products = pool.read(coordinates_key(name), label)
-        return (
-            PerNorm(products, pool.read("gradient_norm", label)) if config.normalize else products
-        )
-
+    checkpoints, pool = job.checkpoints(), job.pool_pass(layout.INFLUENCE_PRODUCTS)
+    inverses = [_invert(job, checkpoint) for checkpoint in checkpoints]
+    norms = [_norms(job, *pair) for pair in zip(checkpoints, inverses, strict=True)]
+    weights = [checkpoint.weight for checkpoint in checkpoints]
     found = {}
     for name, own in _places(job).items():
-        parts = [(rows(name, c.label), c.weight) for c in checkpoints]
-        directions = Directions(parts, [grams[c.label][own, own] for c in checkpoints])
-        found[name] = Alignment(directions, job.tasks(name), config.aggregation)
+        stored = [pool.read(coordinates_key(name), c.label) for c in checkpoints]
+        parts = [*zip(map(PerNorm, stored, norms), weights, strict=True)]
+        directions = Directions(parts, [inverse.products[own, own] for inverse in inverses])
+        found[name] = Alignment(directions, job.tasks(name), job.config.influence.aggregation)
     return found
 
 
@@ -171,16 +172,29 @@ def _check(job: Job, squares: np.ndarray) -> None:
         raise not_finite("gradient of the pool", job.pool, sample[broken])
 
 
-def _solve(job: Job, checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
-    """Return the combinations that make all F⁻¹q at length 1, and their products; see `solve`."""
+def _invert(job: Job, checkpoint: Checkpoint) -> InverseFisher:
+    """Return F⁻¹ on the target gradients at a checkpoint."""
     curvature = load_curvature(job.path(layout.curvature(checkpoint.label)))
-    return curvature.solve(job.config.influence.damping)
+    return curvature.invert(job.config.influence.damping)
+
+
+def _norms(job: Job, checkpoint: Checkpoint, inverse: InverseFisher) -> np.ndarray:
+    """Return what the products of each pool example are divided by: ‖g‖, or 1.
+
+    For one of the sample, times what makes its product that under the F that lacks it.
+    """
+    pool = job.pool_pass(layout.INFLUENCE_PRODUCTS)
+    normalize = job.config.influence.normalize
+    norms = pool.read("gradient_norm", checkpoint.label)[:] if normalize else np.ones(len(job.pool))
+    norms = np.array(norms, np.float32)
+    norms[_sample(job)] *= inverse.left_out
+    return norms
 
 
 def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
     """Return what multiplies with the F⁻¹q of all targets at a checkpoint."""
     examples, inverse = _examples(job)
-    combination, _ = _solve(job, checkpoint)
+    combination = _invert(job, checkpoint).combination
     parts = [(examples, merge_rows(combination, inverse, len(examples)))]
     widths = {name: len(target) for name, target in job.targets.items()}
     args = (job.models, checkpoint.path, parts, widths, job.config.engine)

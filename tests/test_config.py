@@ -78,7 +78,7 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
          "found 'Auto'; did you mean 'auto'?"),
         ("engine.memory=much", "engine.memory (--memory): expected 'auto' or a size such as 8GiB, "
          "found 'much'"),
-        ("method=gits", "'random', found 'gits'; did you mean 'gist'?"),
+        ("method=gits", "'fuse', found 'gits'; did you mean 'gist'?"),
         ("lora=8", "lora: expected its settings by their names (rank, alpha, dropout, …), found 8"),
         ("data.columns={prmpt: q}", "'prmpt' is no field; expected one of messages, prompt, "
          "completion, system, tools, id, source, task; did you mean 'prompt'?"),

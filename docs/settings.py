@@ -18,10 +18,11 @@ for what everyone uses, `--set SECTION.KEY=VALUE` for the rest, or a YAML file w
 `config.yaml`: `gradsift select --config runs/gsm8k/config.yaml --output-dir runs/again` repeats it
 (from the same directory, where its paths are relative).
 
-What is in `policy` changes the picks alone, what is in `gist.aggregation` and `gist.norm_power` the
-scores: seconds. `engine` (but for `window` and `shard_size`), `model.device` and `less`, `embed`,
-`target_path`, `random` or `fuse` under another method change nothing that was measured. Everything
-else does, and is refused for a finished folder unless you say `--overwrite`.
+What is in `policy` changes the picks alone, what is in `gist.aggregation` and `gist.norm_power`,
+`influence.aggregation` and `influence.normalize` the scores: seconds. `engine` (but for `window`
+and `shard_size`), `model.device` and `less`, `influence`, `target_path`, `embed`, `random` or
+`fuse` under another method change nothing that was measured. Everything else does, and is refused
+for a finished folder unless you say `--overwrite`.
 
 The defaults are the method's own paper's, for a pool of 270,000 and a 7B model. Two need thought
 elsewhere: a small pool gives a [warm-up of few steps](faq.md#my-pool-is-small), and `lora.alpha`

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
@@ -80,6 +81,77 @@ def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
     """What LESS takes for a pool example: Adam's next step, without bias correction."""
     moved = 0.9 * mean + 0.1 * gradient
     return moved / torch.sqrt(0.999 * square + 0.001 * gradient**2 + 1e-8)
+
+
+def picks_in_turn(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Rows and their columns: every column sorted whole, each picks its best in turn."""
+    orders = [[int(r) for r in np.argsort(-c, kind="stable") if c[r] > -np.inf] for c in rankings.T]
+    picked: dict[int, int] = {}
+    while len(picked) < count:
+        for column, order in enumerate(orders):
+            left = [row for row in order if row not in picked]
+            if left and len(picked) < count:
+                picked[left[0]] = column
+    return [*picked.items()]
+
+
+def balanced_picks(rankings: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Rows and their columns: the best row left of the column whose normalised sum is lowest."""
+    columns = [column.astype(np.float64) for column in rankings.T]
+    normalised = {
+        number: (column - column.mean()) / column.std()
+        for number, column in enumerate(columns)
+        if np.isfinite(column).all() and len(set(column)) > 1
+    }
+    picked: list[tuple[int, int]] = []
+    for _ in range(count):
+        rows = [row for row, _ in picked]
+        served = {number: sum(column[rows]) for number, column in normalised.items()}
+        least = min(served, key=lambda number: served[number])
+        left = [row for row in range(len(rankings)) if row not in rows]
+        picked.append((max(left, key=lambda row: rankings[row, least]), least))
+    return picked
+
+
+def influence(
+    target: Tensor,
+    pool: Tensor,
+    sample: Tensor,
+    damping: float,
+    tasks: Sequence[str],
+    aggregation: str = "mean-cosine",
+    normalize: bool = True,
+) -> Tensor:
+    """Influence under the empirical Fisher matrix, formed whole (parameter × parameter)."""
+    fisher = sample.T @ sample / len(sample)
+    values = torch.linalg.eigvalsh(fisher)
+    mean = values[values > values.max() * 1e-12].mean()
+    directions = torch.linalg.solve(fisher + damping * mean * torch.eye(len(fisher)), target.T).T
+    by_task = []
+    for task in sorted(set(tasks)):
+        own = directions[[t == task for t in tasks]]
+        if aggregation == "task-mean":
+            own = own.mean(0, keepdim=True)
+        products = (F.normalize(pool) if normalize else pool) @ F.normalize(own).T
+        by_task.append(products.max(1).values if aggregation == "max" else products.mean(1))
+    return torch.stack(by_task).max(0).values
+
+
+def datamodeling(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """Spearman's correlation of what is foretold with how low the loss is, mean over examples."""
+    found = [
+        0.0 if np.ptp(foretold[:, e]) == 0 else spearmanr(foretold[:, e], -losses[:, e]).statistic
+        for e in range(losses.shape[1])
+    ]
+    return float(np.mean(found))
+
+
+def jackknife_error(losses: np.ndarray, foretold: np.ndarray) -> float:
+    """The standard error of that from leaving out one subset after the other."""
+    count = len(losses)
+    without = [datamodeling(np.delete(losses, n, 0), np.delete(foretold, n, 0))
+               for n in range(count)]  # fmt: skip
+    return float(np.sqrt((count - 1) * np.var(without)))
 
 
 def reciprocal_ranks(scores: Sequence[np.ndarray]) -> np.ndarray:

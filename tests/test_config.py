@@ -72,7 +72,7 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
         ("gist.rank=0.95", "a share such as 95%, or a count of at least 1, found 0.95; did you "
          "mean 95%?"),
         ("policy.strategy=rond-robin", "policy.strategy: expected one of 'top', 'round-robin', "
-         "found 'rond-robin'; did you mean 'round-robin'?"),
+         "'balanced', found 'rond-robin'; did you mean 'round-robin'?"),
         ("lora.target_modules=atention", "found 'atention'; did you mean 'attention'?"),
         ("engine.workers=Auto", "'auto' or a whole number of at least 1 and at most 2,147,483,647, "
          "found 'Auto'; did you mean 'auto'?"),

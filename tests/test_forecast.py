@@ -10,42 +10,96 @@ import pytest
 
 import gradsift
 from conftest import Write
+from gradsift.pipeline import RunResult
 
 Rows = list[dict[str, Any]]
+Arguments = dict[str, Any]
+PASSES = {
+    "gist": ["warm-up", "subspace of mine", "pool pass", "scores"],
+    "cosine": ["warm-up", "gradients of mine", "pool pass", "scores"],
+    "less": ["warm-up", "gradients of mine", "pool pass", "scores"],
+    "rds": ["forward pass over mine", "pool pass", "scores"],
+    "perplexity": ["pool pass", "scores"],
+}
+
+
+@pytest.fixture
+def given(
+    base: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path
+) -> Arguments:
+    pool, target = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
+    return {
+        "model": str(base), "pool": str(pool), "target": {"mine": str(target)},
+        "output_dir": tmp_path / "run", "budget": "6",
+        "settings": {
+            "model": {"device": "cpu"}, "lora": {"rank": 2},
+            "less": {"checkpoints": 2, "dimension": 128},
+            "warmup": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 0.01},
+        },
+    }  # fmt: skip
+
+
+def disk_of(result: RunResult) -> int:
+    parts = ("data", "coordinates", "warmup", "targets", "scores", "cosine", "less", "base")
+    files = [file for part in parts for file in (result.path / part).rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @pytest.mark.parametrize("rank", ["full", 3])
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_plan_says_what_the_run_then_takes(
-    base: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path, rank: int | str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    pool, target = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
-    arguments: dict[str, Any] = {
-        "model": str(base), "pool": str(pool), "target": {"mine": str(target)},
-        "output_dir": tmp_path / "run", "budget": "6",
-        "settings": {
-            "model": {"device": "cpu"}, "lora": {"rank": 2}, "gist": {"rank": rank},
-            "warmup": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 0.01},
-        },
-    }  # fmt: skip
-    found = gradsift.plan(**arguments)
+    given: Arguments, tmp_path: Path, rank: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    given["settings"]["gist"] = {"rank": rank}
+    found = gradsift.plan(**given)
     assert (found.num_pool, found.batch_tokens, found.device_memory) == (90, 2048, 0)
-    assert [*found.seconds] == ["encoding", "warm-up", "subspace of mine", "pool pass", "scores"]
+    assert [*found.seconds] == ["encoding", *PASSES["gist"]]
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert found.host_memory > 2**20
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "data", "manifests", "rejected.jsonl", ".lock", ".owner",
     }  # fmt: skip
     caplog.set_level("INFO")
-    result = gradsift.select(**arguments)
+    result = gradsift.select(**given)
     assert "data/pool: already done" in caplog.text
     spectrum = json.loads((result.path / "targets" / "mine" / "spectrum.json").read_text())
     assert spectrum["epoch-1"]["rank"] == found.ranks["mine"]
-    parts = ("data", "coordinates", "warmup", "scores")
-    files = [f for part in parts for f in [result.path / part, *(result.path / part).rglob("*")]]
-    disk = sum(file.stat().st_size for file in files if file.is_file())
-    assert 0.7 * disk < found.disk < 1.3 * disk
+    assert 0.7 * disk_of(result) < found.disk < 1.3 * disk_of(result)
+
+
+@pytest.mark.parametrize("method", ["cosine", "less", "rds", "perplexity"])
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_plan_knows_the_stages_and_files_of_every_method_with_a_model(
+    given: Arguments, method: str
+) -> None:
+    found = gradsift.plan(**given, method=method)
+    assert found.method == method
+    assert [*found.seconds] == ["encoding", *PASSES[method]]
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert (found.ranks, found.batch_tokens) == ({}, 2048)
+    result = gradsift.select(**given, method=method)
+    assert 0.7 * disk_of(result) < found.disk < 1.3 * disk_of(result)
+
+
+@pytest.mark.parametrize(("window", "held"), [(1024, 90), (8, 8)])
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_whole_gradients_that_wait_for_their_projection_count_as_memory(
+    given: Arguments, window: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = 10**12  # bytes, above all that is really taken
+    monkeypatch.setattr("gradsift.forecast.peak_memory", lambda: beside)
+    given["settings"]["engine"] = {"window": window, "shard_size": window}
+    parameters = 2 * 2 * (64 + 48 + 48 + 64)  # of 2 layers at rank 2: q, k, v and o
+    assert gradsift.plan(**given, method="less").host_memory - beside == held * 4 * parameters
+
+
+@pytest.mark.parametrize("method", ["bm25", "length", "random"])
+def test_a_method_without_a_model_has_no_forecast_but_the_encoding(
+    given: Arguments, method: str
+) -> None:
+    found = gradsift.plan(**given, method=method)
+    assert [*found.seconds] == ["encoding"]
+    assert found.batch_tokens == 0
 
 
 def test_bad_data_stops_a_plan_as_it_stops_a_run(

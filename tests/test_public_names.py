@@ -24,8 +24,8 @@ COMMANDS = {
         "--config", "--set", "--strict", "--no-strict", "--overwrite", "--no-overwrite",
     ],
     "plan": [
-        "--output-dir", "--model", "--pool", "--target", "--budget", "--adapter", "--warmup",
-        "--memory", "--seed", "--config", "--set", "--strict", "--no-strict",
+        "--output-dir", "--model", "--pool", "--target", "--budget", "--method", "--adapter",
+        "--warmup", "--memory", "--seed", "--config", "--set", "--strict", "--no-strict",
     ],
     "picks": ["run"],
     "evaluate": [

@@ -14,7 +14,15 @@ from pydantic import (
 )
 
 from gradsift.errors import shorten, suggest
-from gradsift.method_config import FuseConfig, RandomConfig, TargetPathConfig
+from gradsift.method_config import (
+    EmbedConfig,
+    FuseConfig,
+    GistConfig,
+    InfluenceConfig,
+    LessConfig,
+    RandomConfig,
+    TargetPathConfig,
+)
 from gradsift.sections import (
     MAX_COUNT,
     Count,
@@ -157,56 +165,6 @@ class WarmupConfig(Section):
         return self
 
 
-class GistConfig(Section):
-    """The subspace and the score (Min et al., 2026, arXiv 2602.18584)."""
-
-    rank: int | str = setting(
-        "auto",
-        "directions kept: auto (95% of the variance; all for up to 16 examples), full, a share, "
-        "a count",
-        "auto",
-    )
-    directions: Literal["leading", "tail"] = setting(
-        "leading", "tail: those that the rank leaves out, instead", "leading"
-    )
-    aggregation: Literal["max", "task-mean", "mean-cosine"] = setting(
-        "max", "how target examples count: the nearest (max), or means within a task", "max"
-    )
-    norm_power: float = setting(
-        0.0, "weighs scores by the share of the gradient in the subspace, to this power", "0", ge=0
-    )
-
-    @field_validator("rank")
-    @classmethod
-    def _known_rank(cls, rank: int | str) -> int | str:
-        if isinstance(rank, str) and rank.isdecimal():
-            rank = int(rank)
-        if isinstance(rank, int):
-            if rank < 1:
-                raise ValueError(f"expected at least 1, found {rank}")
-        elif rank not in ("auto", "full"):
-            parse_share(rank)
-        return rank
-
-
-class LessConfig(Section):
-    """LESS (Xia et al., 2024, arXiv 2402.04333): one checkpoint per epoch of a longer warm-up."""
-
-    checkpoints: Count = setting(4, "epochs of its warm-up, a checkpoint after each", "4")
-    dimension: int = setting(
-        8192, "numbers kept of each gradient", "8192", ge=64, le=MAX_COUNT, multiple_of=64
-    )
-    seed: Seed = setting(0, "draws the random projection (--seed)")
-
-
-class EmbedConfig(Section):
-    """The sentence encoder of the method `embed`."""
-
-    model: str = setting(
-        "sentence-transformers/gtr-t5-base", "a sentence-transformers folder or Hub id"
-    )
-
-
 class PolicyConfig(Section):
     """From scores to picks."""
 
@@ -214,10 +172,14 @@ class PolicyConfig(Section):
         None, "keeps these picks beside others (--name); the next command does not take it over"
     )
     budget: str = setting("5%", "how much is picked: 5%, 2000 (examples) or 3Mtok (tokens)", "5%")
-    strategy: Literal["top", "round-robin"] = setting(
-        "top", "best scores first, or target examples pick in turn", "top"
+    strategy: Literal["top", "round-robin", "balanced"] = setting(
+        "top",
+        "best scores first; target examples pick in turn; or the one served least so far",
+        "top",
     )
-    per: Literal["example", "task"] = setting("example", "whose turn round-robin takes")
+    per: Literal["example", "task"] = setting(
+        "example", "whose turn it is in round-robin and balanced"
+    )
     source_cap: str | dict[str, str] | None = setting(
         None, "largest part of the budget from one source: '20%' or {dolly: 10%}"
     )
@@ -309,6 +271,7 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     gist: GistConfig = GistConfig()
     less: LessConfig = LessConfig()
+    influence: InfluenceConfig = InfluenceConfig()
     embed: EmbedConfig = EmbedConfig()
     target_path: TargetPathConfig = TargetPathConfig()
     random: RandomConfig = RandomConfig()

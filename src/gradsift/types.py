@@ -14,6 +14,7 @@ FusedMethodName = Literal[
     "gist",
     "less",
     "cosine",
+    "influence",
     "rds",
     "embed",
     "bm25",

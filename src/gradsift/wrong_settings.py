@@ -25,6 +25,7 @@ _FLAGS = {
     "warmup.mode": "--warmup",
     "warmup.seed": "--seed",
     "less.seed": "--seed",
+    "influence.seed": "--seed",
     "random.seed": "--seed",
     "seed": "--seed",
     "policy.budget": "--budget",

@@ -195,6 +195,10 @@ def test_plan_takes_the_arguments_of_select(
     for text in ("90 examples", "pool pass", "ranks about: mine 7", "host memory: ", "disk: "):
         assert text in out
     assert "device memory" not in out
+    assert call(monkeypatch, "plan", *arguments[1:], "--method", "length") == 0
+    out = capsys.readouterr().out
+    assert "length gives the base model nothing to do: the encoding is forecast" in out
+    assert "ranks" not in out
     assert call(monkeypatch, "plan", *arguments[1:], "--memory", "1KiB") == 2
     assert "more than the 9.54e-07 GiB of engine.memory (--memory)" in capsys.readouterr().err
     assert call(monkeypatch, "plan", *arguments[1:], "--memory", "much") == 2

@@ -72,10 +72,8 @@ def test_a_variant_is_the_run_with_that_setting(
                        (methods[2], {"rank": 2})):  # fmt: skip
         alone = gradsift.Config.build(config.model_dump() | {"gist": gist})
         picks = run(alone, tmp_path / name.replace(":", "-")).selections["t"].picks
-        [variant] = [
-            c for c in find_contenders(RunStages.of(config),
-                                       EvaluationConfig.build({"tests": tests, "methods": [name]}))
-        ]  # fmt: skip
+        asked = EvaluationConfig.build({"tests": tests, "methods": [name]})
+        [variant] = find_contenders(RunStages.of(config), asked)
         table = folder / variant.stages[0].scores.outputs[0]
         own = tmp_path / name.replace(":", "-") / "scores/gist.parquet"
         assert table.read_bytes() == own.read_bytes()
@@ -124,7 +122,7 @@ def test_parts_of_the_ranking_from_top_to_bottom(
     assert [len(part) for part in parts] == [9, 9, 9]
     one, two, three = (lengths[list(part)] for part in parts)
     assert one.min() >= two.max() >= two.min() >= three.max()
-    with pytest.raises(ConfigError, match="18 picks at a budget of 20%, but a 6th .* has 15"):
+    with pytest.raises(ConfigError, match=r"18 picks at a budget of 20%, but a 6th .* has 15"):
         evaluate(folder, tests, methods=["length"], quantiles=6, budgets=["20%"])
 
 
@@ -213,6 +211,15 @@ def test_settings_of_a_variant(folder: Path) -> None:
     )
     raised = with_other_seeds(found, 2)
     assert (raised.warmup.seed, raised.less.seed, raised.random.seed) == (2, 5, 2)
+
+
+def test_what_a_variant_fuses_is_measured_once(folder: Path, tests: dict[str, str]) -> None:
+    settings = {"tests": tests, "methods": ["fuse:methods=[cosine, gist]", "fuse"]}
+    asked = EvaluationConfig.build(settings)
+    one, other = find_contenders(RunStages.of(read_config(folder)), asked)
+    [place] = one.stages[0].inputs.places.values()  # of its scores alone
+    assert place.endswith("/scores/fuse")
+    assert other.stages[0].inputs.places == {}
 
 
 def test_where_a_stage_is_kept(folder: Path) -> None:

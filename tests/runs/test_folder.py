@@ -108,6 +108,31 @@ def test_a_cheap_stage_that_changed_is_done_again(tmp_path: Path) -> None:
         assert do(run, changed)
 
 
+def test_a_stage_that_goes_on_adds_up_the_seconds_of_its_parts(tmp_path: Path) -> None:
+    """Whoever is killed writes nothing: the times of its files tell how long it had worked."""
+    stage = Stage("pool", {}, ("pool",), keeps_parts=True)
+    whole = Stage("adapter", {}, ("adapter",))
+    with open_run(tmp_path) as run:
+        for part, seconds in (("a.safetensors", 100), ("b.safetensors", 20)):
+            for each in (stage, whole):
+                with pytest.raises(KeyboardInterrupt), run.stage(each):
+                    (tmp_path / each.name).mkdir(exist_ok=True)
+                    (tmp_path / each.name / part).touch()
+                    manifest = tmp_path / "manifests" / f"{each.name}.json"
+                    began = (tmp_path / each.name / part).stat().st_mtime - seconds
+                    os.utime(manifest, (began, began))  # as if it had worked for so long
+                    raise KeyboardInterrupt
+        do(run, stage)
+        do(run, whole)
+        facts = run.facts([stage, whole])
+        assert 120 <= facts["pool"]["seconds"] < 130
+        assert facts["pool"]["resumed"]
+        assert facts["adapter"]["seconds"] < 10, "it was done again from its beginning"
+        with run.stage(stage, whole=False):  # a part was found damaged
+            pass
+        assert 120 <= run.facts([stage])["pool"]["seconds"] < 140
+
+
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from gradsift.runs.opening import open_run\n"

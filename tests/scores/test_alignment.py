@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from gradsift.config import GistConfig, PolicyConfig
+from gradsift.config import PolicyConfig
 from gradsift.errors import ConfigError
+from gradsift.method_config import GistConfig
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.ranking import Ranking
 from gradsift.scores.similarity import Cosines, Table, View
@@ -105,7 +106,13 @@ def test_turns_and_winners() -> None:
     assert alignment.rankings(top).shape == (30, 1)
     assert alignment.rankings(example).shape == (30, 7)
     assert alignment.rankings(task).shape == (30, 3)
+    for column in range(7):  # as a policy goes through them
+        assert alignment.rankings(example)[:, column].flags.contiguous
+    np.testing.assert_allclose(alignment.rankings(example), COSINES, rtol=1e-5)
+    balanced = PolicyConfig(strategy="balanced")
+    np.testing.assert_array_equal(alignment.rankings(balanced), alignment.rankings(example))
     turns = np.array([2, 1])
+    np.testing.assert_array_equal(alignment.winners(balanced, rows, turns), turns)
     np.testing.assert_array_equal(alignment.winners(top, rows, turns * 0), COSINES[rows].argmax(1))
     np.testing.assert_array_equal(alignment.winners(example, rows, turns), turns)
     winners = alignment.winners(task, rows, turns)
@@ -127,8 +134,8 @@ def test_a_ranking_knows_no_target_examples() -> None:
     assert ranking.scores()[1] is None
     assert ranking.rankings(PolicyConfig())[:, 0].tolist() == NORMS.tolist()
     assert ranking.winners(PolicyConfig(), np.array([1]), np.array([0])) is None
-    with pytest.raises(ConfigError, match=r"round-robin needs a method that compares .*=top"):
-        ranking.rankings(PolicyConfig(strategy="round-robin"))
+    with pytest.raises(ConfigError, match=r"balanced needs a method that compares .*=top"):
+        ranking.rankings(PolicyConfig(strategy="balanced"))
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,42 +100,34 @@ def evaluate(
 
 
 def _print_evaluation(evaluation: Evaluation, run: str, console: Console) -> None:
-    """Print a table per target and budget, the linear datamodeling scores, and the verdicts."""
-    for target, budget in dict.fromkeys((row.target, row.budget) for row in evaluation.rows):
-        console.print(_method_table(evaluation, target, budget))
+    """Print how the methods did at each target and budget, what else was asked, the verdicts."""
+    from gradsift.evaluation import tables
+
+    for place in evaluation.places:
+        rows = evaluation.rows_at(*place)
+        console.print(_table(tables.method_table(rows), ", ".join(place)))
+        if len(costs := tables.cost_table(rows)) > 1:
+            console.print(_table(costs, "what measuring took"))
+    for target in dict.fromkeys(dose.target for dose in evaluation.doses):
+        own = [dose for dose in evaluation.doses if dose.target == target]
+        console.print(_table(tables.dose_table(own), f"{target}: loss by part of the ranking"))
     if evaluation.lds:
-        console.print(_datamodeling_table(evaluation))
+        title = "linear datamodeling score [95 %]"
+        console.print(_table(tables.datamodeling_table(evaluation.lds), title))
     for line in evaluation.verdicts:
         console.print(line, markup=False)
     for name in (layout.EVALUATION_REPORT, layout.evaluation_table("table"), layout.REPORT):
         print_path(console, run, name)
 
 
-def _method_table(evaluation: Evaluation, target: str, budget: str) -> Table:
-    """Return how each method did on one target within one budget, a row each."""
+def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Return a table of texts for the terminal, its heads the first row."""
     from rich.table import Table
+    from rich.text import Text
 
-    from gradsift.evaluation.results import interval, plus_minus
-
-    titles = ["method", "picks", "held-out loss", "accuracy", "loss less random's [95 %]", ""]
-    tasks = sorted({name for row in evaluation.rows for name in row.tasks})
-    table = Table(*titles, *tasks, title=f"{target}, {budget}")
-    for row in evaluation.rows:
-        if (row.target, row.budget) == (target, budget):
-            gap = "" if row.difference is None else interval(row.difference, 3)
-            loss, accuracy = plus_minus(row.loss, row.loss_std), f"{row.accuracy:.1%}"
-            cells = [row.method, f"{row.num_picks:,}", loss, accuracy, gap, row.verdict]
-            table.add_row(*cells, *(f"{row.tasks[task]:.4f}" for task in tasks))
-    return table
-
-
-def _datamodeling_table(evaluation: Evaluation) -> Table:
-    """Return the linear datamodeling score of each target and method, a row each."""
-    from rich.table import Table
-
-    from gradsift.evaluation.results import interval
-
-    table = Table("target", "method", "[95 %]", title="linear datamodeling score")
-    for score in evaluation.lds:
-        table.add_row(score.target, score.method, interval(score.correlation, 2))
+    table = Table(title=Text(title))
+    for head in rows[0]:
+        table.add_column(Text(head))
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     return table

@@ -80,7 +80,8 @@ Method = Annotated[
     ),
 ]
 RandomSeed = Annotated[
-    int | None, typer.Option("--seed", help="seed of all that is drawn: warm-up, less, random")
+    int | None,
+    typer.Option("--seed", help="seed of all that is drawn: warm-up, less, influence, random"),
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")
@@ -138,6 +139,7 @@ def settings_of_flags(
         "policy": {"budget": budget},
         "warmup": {"adapter": adapter, "mode": warmup and warmup.value, "seed": seed},
         "less": {"seed": seed},
+        "influence": {"seed": seed},
         "target_path": {"seed": seed},
         "random": {"seed": seed},
         "engine": {"memory": memory},

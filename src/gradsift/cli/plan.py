@@ -10,6 +10,7 @@ from gradsift.cli.options import (
     Budget,
     ConfigFile,
     Memory,
+    Method,
     Model,
     OutputDir,
     Pool,
@@ -35,6 +36,7 @@ def plan(
     pool: Pool = [],  # noqa: B006
     target: Target = [],  # noqa: B006
     budget: Budget = None,
+    method: Method = None,
     adapter: Adapter = None,
     warmup: WarmupMode = None,
     memory: Memory = None,
@@ -45,7 +47,7 @@ def plan(
 ) -> None:
     """Say what `select` with the same arguments will take: seconds, memory, disk."""
     flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
-    resolved, _ = resolve_config(config, flags, settings)
+    resolved, _ = resolve_config(config, flags | {"method": method}, settings)
     with log_to(output_dir):
         from gradsift.forecast import forecast
 
@@ -66,13 +68,18 @@ def _print_forecast(forecast: Forecast, console: Console) -> None:
     table.add_row("in all, but for loading the model", f"{total:,.0f} ({total / 3600:.2f} h)")
     console.print(table)
     ranks = ", ".join(f"{name} {rank}" for name, rank in forecast.ranks.items())
+    batches = f"batches of {forecast.batch_tokens:,} tokens"
+    if not forecast.batch_tokens:
+        batches = f"{forecast.method} gives the base model nothing to do: the encoding is forecast"
     gib = 2**30
     for line in (
-        f"batches of {forecast.batch_tokens:,} tokens; ranks about: {ranks}",
+        f"{batches}; ranks about: {ranks}" if ranks else batches,
         f"host memory: {forecast.host_memory / gib:.2f} GiB",
         f"device memory: {forecast.device_memory / gib:.2f} GiB" if forecast.device_memory else "",
         f"disk: {forecast.disk / gib:.3f} GiB",
-        "encoding is done and kept; the other stages were tried on a sample",
+        "encoding is done and kept; the other stages were tried on a sample"
+        if forecast.batch_tokens
+        else "encoding is done and kept",
     ):
         if line:
             console.print(line, markup=False, highlight=False)

@@ -7,5 +7,6 @@ May import: `pipeline` and what is beneath it, but no pool pass.
 PUBLIC = {
     "config": ("EvaluationConfig",),
     "evaluate": ("evaluate", "run_evaluation"),
-    "results": ("Evaluation", "interval", "plus_minus"),
+    "results": ("Evaluation",),
+    "tables": ("cost_table", "datamodeling_table", "dose_table", "method_table"),
 }

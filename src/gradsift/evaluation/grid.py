@@ -68,7 +68,7 @@ def find_contenders(run: RunStages, settings: EvaluationConfig) -> list[Contende
     found = []
     for name in settings.methods:
         variant = configure_variant(run.inputs.config, name)
-        plain = stages_of(run, run.inputs.config.model_copy(update={"method": variant.method}))
+        plain = _unchanged(run, variant)
         stages = {}
         for number in range(settings.warmup_seeds):
             config = with_other_seeds(variant, number) if number else variant
@@ -79,9 +79,20 @@ def find_contenders(run: RunStages, settings: EvaluationConfig) -> list[Contende
     return found
 
 
-def stages_of(run: RunStages, config: Config) -> RunStages:
-    """Return the stages of a run for other settings of the same model and data."""
-    return RunStages.of_inputs(replace(run.inputs, config=config))
+def _unchanged(run: RunStages, variant: Config) -> RunStages:
+    """Return the stages of the variant's method with the settings of the run.
+
+    Those of the methods that are fused are among them, whichever the run would fuse.
+    """
+
+    def stages_by(method: str) -> RunStages:
+        config = run.inputs.config.model_copy(update={"method": method})
+        return RunStages.of_inputs(replace(run.inputs, config=config))
+
+    own = stages_by(variant.method)
+    fused = variant.fuse.methods if variant.method == "fuse" else ()
+    of_fused = [stage for method in fused for stage in stages_by(method).measured]
+    return replace(own, measured=(*own.measured, *of_fused))
 
 
 def plan_grid(

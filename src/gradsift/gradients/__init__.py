@@ -8,7 +8,8 @@ May import: `models` and what is beneath it.
 PUBLIC = {
     "basis": ("Basis", "fitting_basis"),
     "batch_size": ("find_batch_tokens", "probe", "start_tokens", "within_memory"),
-    "distinct": ("distinct_examples", "merge_rows"),
+    "curvature": ("load_curvature", "measure_curvature", "save_curvature"),
+    "distinct": ("distinct_examples", "merge_equal", "merge_rows"),
     "gram": ("fitting_gram", "row_bytes"),
     "hessian": (
         "Hessian",

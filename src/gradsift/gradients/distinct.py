@@ -30,7 +30,11 @@ def distinct_examples(
     Equal examples have equal gradients: they are computed once, so that no rounding tells them
     apart and blows up the difference into a direction.
     """
-    examples = target.examples(range(len(target)) if rows is None else rows)
+    return merge_equal(target.examples(range(len(target)) if rows is None else rows))
+
+
+def merge_equal(examples: Sequence[Encoded]) -> tuple[list[Encoded], np.ndarray]:
+    """Return the different ones among some examples, and for each which of them it is."""
     first, inverse = distinct([(e.input_ids.tobytes(), e.supervised.tobytes()) for e in examples])
     return [examples[i] for i in first], inverse
 

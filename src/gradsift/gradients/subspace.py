@@ -83,7 +83,7 @@ def fit_subspace(
         raise NumericsError(
             "every target gradient is zero: the model already predicts the target with certainty"
         )
-    span = int((sigma > sigma[0] * _NOISE_FLOOR[dtype]).sum())
+    span = count_above_rounding(sigma, dtype)
     kept = choose_rank(sigma, span, rank)
     if which == "tail" and kept == span:
         raise NumericsError(
@@ -96,6 +96,11 @@ def fit_subspace(
     left = left * np.sign(largest)
     left[np.diag(gram) == 0] = 0  # no gradient, no direction: not even one of rounding
     return Subspace(left / sigma_k, left * sigma_k, sigma, span)
+
+
+def count_above_rounding(sigma: Float[np.ndarray, " query"], dtype: str) -> int:
+    """Return how many singular values, the largest first, are not rounding of `dtype` gradients."""
+    return int((sigma > sigma[0] * _NOISE_FLOOR[dtype]).sum())
 
 
 def choose_rank(sigma: Float[np.ndarray, " query"], span: int, rank: int | str) -> int:

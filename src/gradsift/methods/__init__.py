@@ -8,5 +8,7 @@ May import: `scores`, `pool` and what is beneath them.
 PUBLIC = {
     "gist": ("align", "stored_subspace", "views"),
     "job": ("Inputs", "Job", "open_job"),
+    "less": ("adam_direction",),
     "registry": ("METHODS",),
+    "work": ("Sizes", "Work"),
 }

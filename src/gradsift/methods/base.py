@@ -10,11 +10,16 @@ import numpy as np
 
 from gradsift.config import Config
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Scores
 
 
 def _no_stages(inputs: Inputs) -> Sequence[Stage]:
+    return ()
+
+
+def _no_work(config: Config, sizes: Sizes) -> Sequence[Work]:
     return ()
 
 
@@ -31,7 +36,7 @@ class Method:
     there. `settings`: what else the scores depend on. `facts`: columns for the table of scores that
     it knows of every pool example, whatever the target. `check`: finds out before any work what
     would stop it. `compares`: whether it compares with target examples, each of which may then pick
-    in turn.
+    in turn. `work`: what it has the base model do.
     """
 
     scores: Callable[[Job], Mapping[str, Scores]]
@@ -41,3 +46,4 @@ class Method:
     facts: Callable[[Job], Mapping[str, np.ndarray]] = _nothing
     check: Callable[[Config], object] = _nothing
     compares: bool = True
+    work: Callable[[Config, Sizes], Sequence[Work]] = _no_work

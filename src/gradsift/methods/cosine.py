@@ -16,17 +16,18 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
 from gradsift.pool.coordinates import (
+    by_target,
     coordinates_key,
     losses_and_norms,
     make_projection_measure,
 )
 from gradsift.pool.examples import MeasureFactory, not_finite
-from gradsift.pool.pool_pass import PoolPass
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
-from gradsift.scores.similarity import Table
+from gradsift.scores.similarity import PerNorm, Table
 
 if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
@@ -65,14 +66,15 @@ def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines, aggregated as `gist.aggregation` says."""
     checkpoints = job.checkpoints()
     aggregation, products = job.config.gist.aggregation, job.pool_pass(layout.COSINE_PRODUCTS)
-    return {
-        name: Alignment(
-            Table([(_CosineRows(products, name, c.label), c.weight) for c in checkpoints]),
-            job.tasks(name),
-            aggregation,
-        )
-        for name in job.targets
-    }
+    norms = [products.read("gradient_norm", c.label) for c in checkpoints]
+    found = {}
+    for name in job.targets:
+        stored = [products.read(coordinates_key(name), c.label) for c in checkpoints]
+        cosines = map(PerNorm, stored, norms)
+        weights = (checkpoint.weight for checkpoint in checkpoints)
+        table = Table([*zip(cosines, weights, strict=True)])
+        found[name] = Alignment(table, job.tasks(name), aggregation)
+    return found
 
 
 def facts(job: Job) -> dict[str, np.ndarray]:
@@ -85,22 +87,17 @@ def settings(config: Config) -> dict[str, object]:
     return config.gist.model_dump(include={"aggregation"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts, check)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the warm-up, the lengths of target gradients, and the pass over the pool."""
+    targets = sizes.all_targets
+    return [
+        *warm_up(config.warmup, sizes),
+        *gram_of_targets(config, sizes, "gradients of"),
+        *projected(targets, sizes.pool, targets.num_examples, config.warmup),
+    ]
 
 
-class _CosineRows:
-    """Inner products with target gradients of length 1, over the norm of the pool gradient."""
-
-    def __init__(self, products: PoolPass, target: str, checkpoint: str) -> None:
-        self._products = products.read(coordinates_key(target), checkpoint)
-        self._norms = products.read("gradient_norm", checkpoint)
-
-    def __len__(self) -> int:
-        return len(self._products)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        norms = self._norms[rows][:, None]
-        return self._products[rows] / np.where(norms > 0, norms, 1)
+METHOD = Method(scores, stages, measure, settings, facts, check, work=work)
 
 
 def _factory(job: Job, adapter: Path) -> MeasureFactory:
@@ -111,8 +108,8 @@ def _factory(job: Job, adapter: Path) -> MeasureFactory:
         )
         for name, target in job.targets.items()
     }
-    args = (job.models, adapter, job.targets, units, job.config.engine)
-    return partial(make_projection_measure, *args)
+    parts, widths = by_target(job.targets, units)
+    return partial(make_projection_measure, job.models, adapter, parts, widths, job.config.engine)
 
 
 def _to_unit_length(

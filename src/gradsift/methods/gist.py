@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,9 @@ from gradsift.gradients.subspace import (
 )
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
 from gradsift.pool.coordinates import (
+    by_target,
     coordinates_key,
     losses_and_norms,
     make_projection_measure,
@@ -86,7 +89,22 @@ def settings(config: Config) -> Mapping[str, Any]:
     return config.gist.model_dump(include={"aggregation", "norm_power"})
 
 
-METHOD = Method(scores, stages, measure, settings, facts)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the warm-up, the Gram matrix of each target, and the pass over the pool."""
+    ranks = {name: sizes.ranks.get(name, own.num_examples) for name, own in sizes.targets.items()}
+    return [
+        *warm_up(config.warmup, sizes),
+        *(
+            replace(work, kept=16 * rank + 8 * work.directions)  # combination, coordinates, Gram
+            for work, rank in zip(
+                gram_of_targets(config, sizes, "subspace of"), ranks.values(), strict=True
+            )
+        ),
+        *projected(sizes.all_targets, sizes.pool, sum(ranks.values()), config.warmup),
+    ]
+
+
+METHOD = Method(scores, stages, measure, settings, facts, work=work)
 
 
 def stored_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
@@ -118,7 +136,8 @@ def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
     combinations = {
         name: stored_subspace(job, name, checkpoint).combination for name in job.targets
     }
-    args = (job.models, checkpoint.path, job.targets, combinations, job.config.engine)
+    parts, widths = by_target(job.targets, combinations)
+    args = (job.models, checkpoint.path, parts, widths, job.config.engine)
     return partial(make_projection_measure, *args)
 
 

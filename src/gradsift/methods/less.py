@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load_file
 
-from gradsift.config import Config, EngineConfig, LessConfig, WarmupConfig
+from gradsift.config import Config, EngineConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError, ModelError
+from gradsift.method_config import LessConfig
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import Measurement
+from gradsift.methods.work import Sizes, Work, num_checkpoints, warm_up
 from gradsift.pool.examples import Measure, MeasureFactory
 from gradsift.pool.pool_pass import FactoriesByCheckpoint
 from gradsift.runs import layout
@@ -87,7 +89,22 @@ def scores(job: Job) -> dict[str, Alignment]:
     }
 
 
-METHOD = Method(scores, stages, measure)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return its warm-up, and the random projections of targets and pool at every checkpoint."""
+    warmup, directions = _own_warmup(config), config.less.dimension
+    measured = {f"gradients of {name}": own for name, own in sizes.targets.items()}
+    measured["pool pass"] = sizes.pool
+    passes, kept = num_checkpoints(warmup), 2 * directions  # in float16
+    return [
+        *warm_up(warmup, sizes),
+        *(
+            Work(label, "random projection", amount, passes, directions, kept)
+            for label, amount in measured.items()
+        ),
+    ]
+
+
+METHOD = Method(scores, stages, measure, work=work)
 
 
 def adam_direction(gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:

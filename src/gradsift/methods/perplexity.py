@@ -6,9 +6,11 @@ from functools import partial
 
 import numpy as np
 
+from gradsift.config import Config
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.methods.work import Sizes, Work
 from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
@@ -36,4 +38,9 @@ def facts(job: Job) -> dict[str, np.ndarray]:
     return {"loss": BASE_FORWARD.read_pool(job, "loss")[:]}
 
 
-METHOD = Method(scores, stages, measure, facts=facts, compares=False)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the forward pass over the pool."""
+    return [Work("pool pass", "forward", sizes.pool)]
+
+
+METHOD = Method(scores, stages, measure, facts=facts, compares=False, work=work)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from gradsift.config import Config
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.methods.work import Sizes, Work
 from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
@@ -31,4 +33,12 @@ def scores(job: Job) -> dict[str, Alignment]:
     return BASE_FORWARD.nearest_cosines(job, "hidden")
 
 
-METHOD = Method(scores, stages, measure)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the forward passes over targets and pool."""
+    passes = {f"forward pass over {name}": own for name, own in sizes.targets.items()}
+    return [
+        Work(label, "forward", own) for label, own in (passes | {"pool pass": sizes.pool}).items()
+    ]
+
+
+METHOD = Method(scores, stages, measure, work=work)

@@ -5,7 +5,7 @@ May import: `data` and what is beneath it.
 """
 
 PUBLIC = {
-    "adapters": ("load_adapter", "save_adapter"),
+    "adapters": ("save_adapter",),
     "batches": (
         "Batch",
         "MAX_EXAMPLES",
@@ -21,9 +21,10 @@ PUBLIC = {
     "files": ("load_tokenizer", "refuse_pickled_weights", "translate_load_errors"),
     "forward": ("run_forward",),
     "identity": ("identity",),
-    "loading": ("load_base", "load_encoder", "resolve_device"),
-    "lora": ("LoraPair", "attach_lora", "lora_pairs"),
+    "loading": ("load_encoder", "resolve_device"),
+    "lora": ("LoraPair", "lora_pairs"),
     "losses": ("label_logits", "token_losses"),
+    "parameters": ("adapter_parameters", "multiplied_parameters"),
     "training": ("steps_per_epoch", "train"),
     "warmup": ("warm_up",),
 }

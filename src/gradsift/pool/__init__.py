@@ -6,7 +6,7 @@ May import: `gradients` and what is beneath it.
 """
 
 PUBLIC = {
-    "coordinates": ("coordinates_key", "losses_and_norms", "make_projection_measure"),
+    "coordinates": ("by_target", "coordinates_key", "losses_and_norms", "make_projection_measure"),
     "examples": ("Measure", "MeasureFactory", "check_finite", "measure_examples", "not_finite"),
     "hidden_states": ("make_forward_measure", "make_loss_measure"),
     "pool_pass": ("FactoriesByCheckpoint", "PoolPass"),

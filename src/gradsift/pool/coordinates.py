@@ -1,7 +1,7 @@
 """What is measured for methods that compare gradients: one backward pass serves all targets.
 
-What is stored of an example are its gradient's inner products with combinations of the targets'
-gradients: an orthonormal basis of each target's subspace, or the target gradients themselves.
+What is stored of an example are its gradient's inner products with combinations of other gradients:
+an orthonormal basis of each target's subspace, or one direction per target example.
 """
 
 from __future__ import annotations
@@ -26,36 +26,51 @@ if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 
+Part = tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]
+"""Examples, and a combination (example × direction) of their gradients."""
+
+
 def make_projection_measure(
     models: ModelCache,
     adapter: Path,
-    targets: Mapping[str, EncodedSet],
-    combinations: Mapping[str, Float[np.ndarray, "_ _"]],
+    parts: Sequence[Part],
+    widths: Mapping[str, int],
     engine: EngineConfig,
 ) -> tuple[Measure, torch.device]:
     """Return what measures coordinates, losses and gradient norms at an adapter, and its device.
 
-    `combinations` (query × direction, by target) make each target's directions of its gradients.
+    `parts` make the directions, one below the other; `widths` says how many of them, in that order,
+    belong to each target.
     """
     from gradsift.gradients.basis import fitting_basis
-    from gradsift.gradients.distinct import distinct_examples, merge_rows
     from gradsift.gradients.projection import project
 
-    ranks = [combination.shape[1] for combination in combinations.values()]
     model = models.with_adapter(adapter)
-    parts = []
-    for name, combination in combinations.items():
-        examples, inverse = distinct_examples(targets[name])
-        parts.append((examples, merge_rows(combination, inverse, len(examples))))
     basis = fitting_basis(model, parts, engine)
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         found = project(model, examples, max_tokens, basis)
-        pieces = zip(combinations, found.coordinates.split(ranks, dim=1), strict=True)
+        pieces = zip(widths, found.coordinates.split([*widths.values()], dim=1), strict=True)
         coordinates = {coordinates_key(name): piece for name, piece in pieces}
         return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
 
     return measure, model.device
+
+
+def by_target(
+    targets: Mapping[str, EncodedSet], combinations: Mapping[str, Float[np.ndarray, "_ _"]]
+) -> tuple[list[Part], dict[str, int]]:
+    """Return parts and widths where each target's directions are made of its own gradients.
+
+    `combinations`: (query × direction) by target.
+    """
+    from gradsift.gradients.distinct import distinct_examples, merge_rows
+
+    parts: list[Part] = []
+    for name, combination in combinations.items():
+        examples, inverse = distinct_examples(targets[name])
+        parts.append((examples, merge_rows(combination, inverse, len(examples))))
+    return parts, {name: combination.shape[1] for name, combination in combinations.items()}
 
 
 def coordinates_key(target: str) -> str:

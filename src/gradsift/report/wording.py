@@ -29,6 +29,7 @@ _SCORES = {
     "gist": "cosine within the target's subspace",
     "less": "cosine of projected gradients",
     "cosine": "cosine of whole gradients",
+    "influence": "cosine with target gradients under the inverse Fisher matrix",
     "rds": "cosine of hidden states",
     "embed": "cosine of sentence embeddings",
     "bm25": "BM25, without a unit",
@@ -97,7 +98,7 @@ def policy_in_words(policy: PolicyConfig) -> list[tuple[str, str, str]]:
     """
     settings = {key: f"{key}={getattr(policy, key)}" for key in _ABOUT}
     settings["source_cap"] = f"source_cap={_setting(policy.source_cap)}"
-    if policy.strategy == "round-robin":
+    if policy.strategy != "top":
         settings["strategy"] += f" per={policy.per}"
     words = describe_policy(policy)
     return [(about, words[key], settings[key]) for key, about in _ABOUT.items()]

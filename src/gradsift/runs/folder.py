@@ -134,6 +134,7 @@ class Run:
         stored is removed first (unless it broke off and `keeps_parts`).
         """
         found, made_from = self._manifests.read(stage.name), self._manifests.contents(stage.sources)
+        spent = self._seconds_spent(stage, found)
         manifest = self._keep_or_remove(stage, found, made_from)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
@@ -141,7 +142,8 @@ class Run:
             yield False
             return
         begun = {"stage": stage.name, "inputs": stage.inputs, "made_from": made_from}
-        self._write(stage.name, begun | {"complete": False, "outputs": {}})
+        before = spent if manifest and stage.keeps_parts else 0.0
+        self._write(stage.name, begun | {"complete": False, "outputs": {}, "seconds": before})
         for output in () if stage.keeps_parts else stage.outputs:
             if (self.path / output).exists():
                 self.remove(self.path / output)
@@ -154,7 +156,7 @@ class Run:
         done = {
             "complete": True,
             "outputs": hashes,
-            "seconds": round(seconds, 3),
+            "seconds": round(before + seconds, 3),
             "resumed": manifest is not None,
             "peak_memory_bytes": peak_memory(),
             "versions": package_versions(),
@@ -252,6 +254,21 @@ class Run:
             path = self._manifests.path(stage.name)
             logger.warning("%s is gone or damaged: %s is done again", path, stage.name)
         return None
+
+    def _seconds_spent(self, stage: Stage, manifest: Manifest | None) -> float:
+        """Return the seconds that went into what a stage stored, all its beginnings together.
+
+        One that broke off could not write how long it had worked: from its manifest, written when
+        it began, to the last file that it finished, as their times on the disk say.
+        """
+        if manifest is None:
+            return 0.0
+        spent = float(manifest.get("seconds", 0.0))
+        if not manifest["complete"]:
+            began = self._manifests.path(stage.name).stat().st_mtime
+            files = [f for output in stage.outputs for f in (self.path / output).rglob("*.*")]
+            spent += max((file.stat().st_mtime - began for file in files), default=0.0)
+        return max(0.0, round(spent, 3))
 
     def _remove(self, stage: Stage, manifest: Manifest) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""

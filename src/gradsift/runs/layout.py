@@ -26,6 +26,8 @@ GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains no
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
 COORDINATES = "coordinates"
 COSINE_PRODUCTS = "cosine/pool"
+CURVATURE = "influence/curvature"
+INFLUENCE_PRODUCTS = "influence/pool"
 BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
 TARGET_PATH = "target-path"
 STABILITY = "stability"
@@ -86,6 +88,11 @@ def subspace(target: str, checkpoint: str) -> str:
 def spectrum(target: str) -> str:
     """Return the singular values of a target at every checkpoint."""
     return f"{target_folder(target)}/spectrum.json"
+
+
+def curvature(checkpoint: str) -> str:
+    """Return the inner products that make the inverse Fisher matrix at a checkpoint."""
+    return f"{CURVATURE}/{checkpoint}.safetensors"
 
 
 def measured_pool(name: str) -> str:

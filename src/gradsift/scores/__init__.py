@@ -8,5 +8,5 @@ May import: nothing but settings and errors.
 PUBLIC = {
     "alignment": ("Alignment",),
     "ranking": ("Ranking", "Scores", "refuse_turns"),
-    "similarity": ("Cosines", "RowStore", "Rows", "Table", "View"),
+    "similarity": ("Cosines", "Directions", "PerNorm", "RowStore", "Rows", "Table", "View"),
 }

@@ -93,11 +93,13 @@ class Alignment:
         """Return a column for each ranking: of the whole target, or one per example or task."""
         if policy.strategy == "top":
             return self.scores()[0][:, None]
-        parts = [self.with_examples(rows) for rows in self._pieces()]
-        if policy.per == "task":
-            pieces = zip(self._pieces(), parts, strict=True)
-            parts = [self.with_tasks(rows, part) for rows, part in pieces]
-        return np.concatenate(parts)
+        width = len(self._members) if policy.per == "task" else len(self._tasks)
+        # column by column in memory: a policy goes through one at a time
+        found = np.empty((len(self._similarity), width), np.float32, order="F")
+        for rows in self._pieces():
+            part = self.with_examples(rows)
+            found[rows] = self.with_tasks(rows, part) if policy.per == "task" else part
+        return found
 
     def winners(
         self, policy: PolicyConfig, rows: Int[np.ndarray, " row"], rankings: Int[np.ndarray, " row"]

@@ -23,7 +23,7 @@ class Scores(Protocol):
         ...
 
     def rankings(self, policy: PolicyConfig) -> Float[np.ndarray, "example ranking"]:
-        """Return a column for each ranking that the policy picks from in turn."""
+        """Return a column for each ranking that the policy picks from."""
         ...
 
     def winners(
@@ -42,20 +42,20 @@ class Scores(Protocol):
 
 
 def refuse_turns(policy: PolicyConfig) -> None:
-    """Find out whether a method that compares with no target example can serve a policy.
+    """Find out whether a method that looks at no target example can serve a policy.
 
     Raises:
-        ConfigError: If the policy picks for target examples in turn.
+        ConfigError: If the policy picks for single target examples or tasks.
     """
     if policy.strategy != "top":
         raise ConfigError(
-            "policy.strategy=round-robin needs a method that compares with target examples, and "
-            "this one does not: use policy.strategy=top, or another method"
+            f"policy.strategy={policy.strategy} needs a method that compares with target "
+            "examples, and this one does not: use policy.strategy=top or another --method"
         )
 
 
 class Ranking:
-    """Scores of a method that does not compare with single target examples."""
+    """Scores of a method that does not look at the target examples."""
 
     def __init__(self, values: Float[np.ndarray, " example"]) -> None:
         self._values = values
@@ -68,7 +68,7 @@ class Ranking:
         """Return the scores as the only column.
 
         Raises:
-            ConfigError: If the policy picks for target examples in turn.
+            ConfigError: If the policy picks for single target examples or tasks.
         """
         refuse_turns(policy)
         return self._values[:, None]

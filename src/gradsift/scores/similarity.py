@@ -130,6 +130,24 @@ class Cosines:
 
 
 @dataclass(frozen=True)
+class PerNorm:
+    """Rows over a norm: inner products with directions of length 1 become cosines.
+
+    An example without a gradient has cosine 0 with everything.
+    """
+
+    rows: RowStore
+    norms: RowStore
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Rows) -> np.ndarray:
+        norms = self.norms[rows][:, None]
+        return self.rows[rows] / np.where(norms > 0, norms, 1)
+
+
+@dataclass(frozen=True)
 class Table:
     """Similarity that is stored as such, a column per target example, in weighted parts."""
 
@@ -158,6 +176,35 @@ class Table:
 
     def projected_norms(self, rows: Rows) -> None:
         """Return nothing: there is no subspace."""
+
+
+@dataclass(frozen=True)
+class Directions(Table):
+    """Similarity that is linear in a direction of length 1 per target example.
+
+    `grams`, one for each part: inner products of the directions at their own lengths, of which
+    the means are taken. A direction of length 0 takes no part.
+    """
+
+    grams: Sequence[Float[np.ndarray, "query query"]]
+
+    @property
+    def comparable(self) -> Bool[np.ndarray, " query"]:
+        """Which target examples have a direction at some checkpoint."""
+        return np.any([np.diag(gram) > 0 for gram in self.grams], axis=0)
+
+    def with_means(
+        self, rows: Rows, members: Bool[np.ndarray, "task query"]
+    ) -> Float[np.ndarray, "row task"]:
+        """Return the similarity with the mean direction of each group, at length 1."""
+        found = []
+        for (part, weight), gram in zip(self.parts, self.grams, strict=True):
+            squares = ((members @ gram) * members).sum(axis=1)
+            shares = members * np.sqrt(np.clip(np.diag(gram), 0, None))
+            shares *= (weight / np.sqrt(np.where(squares > 0, squares, np.inf)))[:, None]
+            with one_thread():
+                found.append(np.asarray(part[rows], np.float32) @ shares.T.astype(np.float32))
+        return _sum(found)
 
 
 def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,7 @@ from gradsift.config import PolicyConfig
 from gradsift.data.duplicates import DedupColumns, DuplicateFinder, Refusal
 from gradsift.errors import ConfigError
 from gradsift.sections import parse_share
+from gradsift.selection.turns import Ranked, serve_the_least, take_turns
 from gradsift.types import Budget
 
 
@@ -49,6 +50,8 @@ def describe_policy(policy: PolicyConfig) -> dict[str, str]:
     strategy = "the top of the ranking"
     if policy.strategy == "round-robin":
         strategy = f"round-robin: each target {policy.per} picks in turn"
+    elif policy.strategy == "balanced":
+        strategy = f"balanced: the target {policy.per} that is served least picks next"
     caps = cap.items() if isinstance(cap, dict) else [("any one source", cap)] if cap else []
     return {
         "budget": Budget.parse(policy.budget).in_words,
@@ -87,50 +90,55 @@ def pick(
     target: DedupColumns,
     policy: PolicyConfig,
 ) -> Picks:
-    """Return the best examples within the budget, one from each column of `rankings` in turn.
+    """Return the best examples within the budget, one at a time from a column of `rankings`.
 
-    From each column, the best example that is neither picked nor refused yet; ties go to the one
-    that comes first in the pool. With a single column that is the plain top of the ranking.
+    From the columns in turn or, under `balanced`, from the one that is served least; of it the best
+    example that is neither picked nor refused yet; ties go to the one that comes first in the pool.
+    With a single column that is the plain top of the ranking. Values are finite or −∞.
 
     Raises:
         ConfigError: If the budget is more than the pool, or too small for a single example.
     """
     limits = _Limits.of(policy, pool.sources, pool.num_tokens)
-    orders = [np.argsort(-column, kind="stable") for column in rankings.T]
-    orders = [order[np.isfinite(rankings[order, j])] for j, order in enumerate(orders)]
-    positions = [0] * len(orders)
+    share = _share_of_each(limits, rankings.shape[1])
+    ranked = [Ranked(column, share) for column in rankings.T]
 
     def upcoming() -> list[int]:
-        share = (1024 + int(1.1 * limits.examples_left)) // len(orders) + 1
-        return sorted(
-            {int(r) for o, p in zip(orders, positions, strict=True) for r in o[p : p + share]}
-        )
+        share = _share_of_each(limits, len(ranked))
+        return np.unique(np.concatenate([own.upcoming(share) for own in ranked])).tolist()
 
     repeats = DuplicateFinder(pool.texts, target, policy, upcoming)
+    gone = np.zeros(len(rankings), dtype=bool)
     picked: dict[int, int] = {}
     refused: dict[int, Refusal] = {}
 
-    def pick_from(ranking: int) -> bool:
-        for row in map(int, orders[ranking][positions[ranking] :]):
-            if row not in picked and row not in refused:
-                refusal = limits.refuses(row) or repeats.refuses(row)
-                if refusal is None and not limits.fits(row):
-                    return False
-                if refusal is None:
-                    picked[row] = ranking
-                    limits.spend(row)
-                    repeats.remember(row)
-                    return True
-                refused[row] = refusal
-            positions[ranking] += 1
-        return False
+    def pick_from(ranking: int) -> int | None:
+        while (row := ranked[ranking].best_left(gone)) is not None:
+            refusal = limits.refuses(row) or repeats.refuses(row)
+            if refusal is None and not limits.fits(row):
+                return None
+            gone[row] = True
+            if refusal is None:
+                picked[row] = ranking
+                limits.spend(row)
+                repeats.remember(row)
+                return row
+            refused[row] = refusal
+        return None
 
-    while sum(map(pick_from, range(len(orders)))):
-        pass
+    if policy.strategy == "balanced":
+        serve_the_least(rankings, pick_from)
+    else:
+        take_turns(len(ranked), pick_from)
     shortfall = limits.shortfall(Counter(r.reason for r in refused.values()))
     if not picked:
         raise ConfigError(f"nothing can be picked within a budget of {policy.budget}: {shortfall}")
     return Picks([*picked], [*picked.values()], [*refused.values()], shortfall)
+
+
+def _share_of_each(limits: _Limits, num_rankings: int) -> int:
+    """Return how many rows of each column are likely to come up, with some that are refused."""
+    return (1024 + int(1.1 * limits.examples_left)) // num_rankings + 1
 
 
 def check_policy(

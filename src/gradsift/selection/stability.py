@@ -15,7 +15,7 @@ from gradsift.data.duplicates import DuplicateFinder, dedup_columns
 from gradsift.gradients.subspace import Subspace, fit_subspace, load_gram
 from gradsift.methods import gist
 from gradsift.methods.job import Job
-from gradsift.pool.coordinates import coordinates_key, make_projection_measure
+from gradsift.pool.coordinates import by_target, coordinates_key, make_projection_measure
 from gradsift.pool.examples import measure_examples
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -157,7 +157,8 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
     for checkpoint in job.checkpoints():
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
         further = {name: _further(job, name, checkpoint) for name in job.targets}
-        args = (job.models, checkpoint.path, job.targets, further, job.config.engine)
+        parts, widths = by_target(job.targets, further)
+        args = (job.models, checkpoint.path, parts, widths, job.config.engine)
         factory = partial(make_projection_measure, *args)
         work = partial(measure_examples, job.pool, rows, factory, job.config.engine)
         measured = job.call(work)

@@ -97,7 +97,7 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
 def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast:
     """Return the forecast of what follows the encoding, which took these seconds."""
     config, unloaded = job.config, psutil.Process().memory_info().rss
-    ranks = trials.ranks() if config.method == "gist" else {}
+    ranks = trials.ranks() if "gist" in config.measuring else {}
     sizes = Sizes.of(job, ranks)
     works = METHODS[config.method].work(config, sizes)
     for work in works:
@@ -124,7 +124,8 @@ def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast
 
 def _kept(work: Work, trials: Trials) -> int:
     """Return the bytes that are stored of each example of a piece of work, over all passes."""
-    return work.passes * (trials.bytes_of_hidden if work.kind == "forward" else work.kept)
+    kept = work.kept or (trials.bytes_of_hidden if work.kind == "forward" else 0)
+    return work.passes * kept
 
 
 def _held_rows(works: Sequence[Work], trials: Trials) -> int:
@@ -147,7 +148,7 @@ def _disk(job: Job, works: Sequence[Work], kept: Mapping[Work, int], trials: Tri
     measured = [work for work in works if work.directions]
     if measured:
         # LESS keeps Adam's two moments beside each adapter
-        copies = 3 if job.config.method == "less" else 1
+        copies = 3 if "less" in job.config.measuring else 1
         disk += copies * max(work.passes for work in measured) * _size(trials.adapter)
     return disk
 

@@ -66,6 +66,25 @@ def test_forward_passes_and_nothing() -> None:
     assert [works(method) for method in ("bm25", "length", "random", "embed")] == [[]] * 4
 
 
+def test_a_training_and_a_pass_for_each_target() -> None:
+    assert works("target-path", target_path={"steps": 20, "batch_size": 4}) == [
+        ("pool pass", "forward", 100_000, 0),
+        ("training on t", "training", 16_000, 0),
+        ("pool pass after t", "forward", 100_000, 0),
+        ("training on u", "training", 8_000, 0),
+        ("pool pass after u", "forward", 100_000, 0),
+    ]
+
+
+def test_a_fusion_does_once_what_its_methods_share() -> None:
+    fused = works("fuse", fuse={"methods": ["perplexity", "gist", "cosine", "rds", "bm25"]})
+    assert len(fused) == len(set(fused))
+    alone = [works(name) for name in ("perplexity", "gist", "cosine", "rds")]
+    assert set(fused) == {piece for found in alone for piece in found}
+    assert fused.count(("pool pass", "forward", 100_000, 0)) == 1
+    assert works("fuse", fuse={"methods": ["length", "bm25"]}) == []
+
+
 def test_operations() -> None:
     amount = Amount(num_examples=3, num_tokens=50)
     assert Work("", "forward", amount).flops(1000, 20) == 2 * 1000 * 50

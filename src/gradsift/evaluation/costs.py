@@ -53,7 +53,7 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
 
 def _ranks(job: Job) -> dict[str, int]:
     """Return the rank of each target's stored subspace, nothing for methods that have none."""
-    if job.config.method != "gist":
+    if "gist" not in job.config.measuring:
         return {}
     files = {name: job.path(layout.spectrum(name)) for name in job.targets}
     spectra = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}

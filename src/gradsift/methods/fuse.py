@@ -21,6 +21,7 @@ from jaxtyping import Float
 from gradsift.config import Config
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.work import Sizes, Work
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
 
@@ -39,6 +40,7 @@ def make_method(methods: Methods) -> Method:
         facts=partial(facts, methods),
         check=partial(check, methods),
         compares=False,
+        work=partial(work, methods),
     )
 
 
@@ -93,6 +95,17 @@ def check(methods: Methods, config: Config) -> None:
     """
     for name, method in _fused(methods, config):
         method.check(_by(name, config))
+
+
+def work(methods: Methods, config: Config, sizes: Sizes) -> list[Work]:
+    """Return the work of all methods, what they share once."""
+    return list(
+        dict.fromkeys(
+            piece
+            for name, method in _fused(methods, config)
+            for piece in method.work(_by(name, config), sizes)
+        )
+    )
 
 
 def fuse_ranks(scores: Sequence[Float[np.ndarray, " example"]]) -> Float[np.ndarray, " example"]:

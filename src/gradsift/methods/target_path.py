@@ -26,6 +26,7 @@ from gradsift.executors.processes import is_first
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.measurement import BASE_FORWARD
+from gradsift.methods.work import Sizes, Work
 from gradsift.pool.examples import MeasureFactory, measure_examples
 from gradsift.pool.hidden_states import make_forward_measure, make_loss_measure
 from gradsift.runs import layout
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HARDLY_FALLS = 0.02  # of a loss: with less, what a pool example's loses is mostly noise
+_LOSS_BYTES = 4  # float32
 _SMALLEST_LOSS = 1e-3  # nats: what is known by heart already has no share to lose, only rounding
 
 
@@ -78,7 +80,17 @@ def facts(job: Job) -> dict[str, np.ndarray]:
     return {"loss": BASE_FORWARD.read_pool(job, "loss")[:]}
 
 
-METHOD = Method(scores, stages, measure, facts=facts, compares=False)
+def work(config: Config, sizes: Sizes) -> list[Work]:
+    """Return the base model's pass over the pool; for each target its training and another pass."""
+    own, works = config.target_path, [Work("pool pass", "forward", sizes.pool)]
+    for name, amount in sizes.targets.items():
+        trained_on = amount.of_part(own.steps * own.batch_size)
+        works.append(Work(f"training on {name}", "training", trained_on))
+        works.append(Work(f"pool pass after {name}", "forward", sizes.pool, kept=_LOSS_BYTES))
+    return works
+
+
+METHOD = Method(scores, stages, measure, facts=facts, compares=False, work=work)
 
 
 def normalised_drop(

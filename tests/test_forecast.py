@@ -20,6 +20,8 @@ PASSES = {
     "less": ["warm-up", "gradients of mine", "pool pass", "scores"],
     "rds": ["forward pass over mine", "pool pass", "scores"],
     "perplexity": ["pool pass", "scores"],
+    "target-path": ["pool pass", "training on mine", "pool pass after mine", "scores"],
+    "fuse": ["warm-up", "subspace of mine", "pool pass", "forward pass over mine", "scores"],
 }
 
 
@@ -34,13 +36,15 @@ def given(
         "settings": {
             "model": {"device": "cpu"}, "lora": {"rank": 2},
             "less": {"checkpoints": 2, "dimension": 128},
+            "target_path": {"steps": 4},
             "warmup": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 0.01},
         },
     }  # fmt: skip
 
 
 def disk_of(result: RunResult) -> int:
-    parts = ("data", "coordinates", "warmup", "targets", "scores", "cosine", "less", "base")
+    measured = ("coordinates", "warmup", "targets", "cosine", "less", "base", "target-path")
+    parts = ("data", "scores", *measured)
     files = [file for part in parts for file in (result.path / part).rglob("*")]
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -67,7 +71,7 @@ def test_a_plan_says_what_the_run_then_takes(
     assert 0.7 * disk_of(result) < found.disk < 1.3 * disk_of(result)
 
 
-@pytest.mark.parametrize("method", ["cosine", "less", "rds", "perplexity"])
+@pytest.mark.parametrize("method", ["cosine", "less", "rds", "perplexity", "target-path", "fuse"])
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_plan_knows_the_stages_and_files_of_every_method_with_a_model(
     given: Arguments, method: str
@@ -76,7 +80,7 @@ def test_a_plan_knows_the_stages_and_files_of_every_method_with_a_model(
     assert found.method == method
     assert [*found.seconds] == ["encoding", *PASSES[method]]
     assert all(seconds > 0 for seconds in found.seconds.values())
-    assert (found.ranks, found.batch_tokens) == ({}, 2048)
+    assert ([*found.ranks], found.batch_tokens) == (["mine"] * (method == "fuse"), 2048)
     result = gradsift.select(**given, method=method)
     assert 0.7 * disk_of(result) < found.disk < 1.3 * disk_of(result)
 

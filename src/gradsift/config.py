@@ -279,6 +279,11 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
 
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        """The methods that measure the pool: that of the run, or those that it fuses."""
+        return self.fuse.methods if self.method == "fuse" else (self.method,)
+
 
 def with_engine(config: Config, engine: Mapping[str, Any]) -> Config:
     """Return the settings of a run that goes on elsewhere: with other settings of the engine.

@@ -91,17 +91,13 @@ def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Fo
         job = encode(stages, folder, strict)
         facts = folder.facts(stages.inputs.data_stages.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
-        measured = {stage.name for stage in stages.measured}
-        with_subspaces = not measured.isdisjoint(map(layout.target_folder, job.targets))
-        return _try_method(job, Trials(job, Path(scratch)), seconds, with_subspaces)
+        return _try_method(job, Trials(job, Path(scratch)), seconds)
 
 
-def _try_method(
-    job: Job, trials: Trials, seconds: dict[str, float], with_subspaces: bool
-) -> Forecast:
+def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast:
     """Return the forecast of what follows the encoding, which took these seconds."""
     config, unloaded = job.config, psutil.Process().memory_info().rss
-    ranks = trials.ranks() if with_subspaces else {}
+    ranks = trials.ranks() if "gist" in config.measuring else {}
     sizes = Sizes.of(job, ranks)
     works = METHODS[config.method].work(config, sizes)
     for work in works:
@@ -155,7 +151,7 @@ def _disk(job: Job, works: Sequence[Work], kept: Mapping[Work, int], trials: Tri
     measured = [work for work in works if work.directions]
     if measured:
         # LESS keeps Adam's two moments beside each adapter
-        copies = 3 if job.config.method == "less" else 1
+        copies = 3 if "less" in job.config.measuring else 1
         disk += copies * max(work.passes for work in measured) * _size(trials.adapter)
     return disk
 

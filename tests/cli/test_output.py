@@ -188,7 +188,7 @@ def test_one_seed_is_that_of_all_that_is_drawn(
 ) -> None:
     assert call(monkeypatch, *arguments, "--method", "random", "--seed", "7") == 0
     config = (tmp_path / "run/config.yaml").read_text()
-    assert config.count("seed: 7") == 4
+    assert config.count("seed: 7") == 5
     assert "seed: 0" not in config
 
 

@@ -81,7 +81,9 @@ Method = Annotated[
 ]
 RandomSeed = Annotated[
     int | None,
-    typer.Option("--seed", help="seed of all that is drawn: warm-up, less, influence, random"),
+    typer.Option(
+        "--seed", help="seed of all that is drawn: warm-up, less, influence, target-path, random"
+    ),
 ]
 Adapter = Annotated[
     str | None, typer.Option(help="an existing LoRA adapter, in place of a warm-up")

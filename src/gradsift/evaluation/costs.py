@@ -40,7 +40,7 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
 
     config, method = job.config, METHODS[job.config.method]
     manifests = job.folder.facts([*stages.measured, stages.scores]).values()
-    works = method.work(config, Sizes.of(job, _ranks(job, stages)))
+    works = method.work(config, Sizes.of(job, _ranks(job)))
     multiplied = multiplied_parameters(config.model) if works else 0
     adapter = _adapter_size(job, stages)
     return Cost(
@@ -50,15 +50,13 @@ def cost_of(job: Job, stages: RunStages) -> Cost:
     )
 
 
-def _ranks(job: Job, stages: RunStages) -> dict[str, int]:
-    """Return the rank of each target's subspace, nothing for methods that have none."""
-    measured = {stage.name for stage in stages.measured}
-    found = {}
-    for name in job.targets:
-        if job.inputs.at(layout.target_folder(name)) in measured:
-            spectra = json.loads(job.path(layout.spectrum(name)).read_text(encoding="utf-8"))
-            found[name] = max(spectrum["rank"] for spectrum in spectra.values())
-    return found
+def _ranks(job: Job) -> dict[str, int]:
+    """Return the rank of each target's stored subspace, nothing for methods that have none."""
+    if "gist" not in job.config.measuring:
+        return {}
+    files = {name: job.path(layout.spectrum(name)) for name in job.targets}
+    spectra = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {name: max(f["rank"] for f in found.values()) for name, found in spectra.items()}
 
 
 def _adapter_size(job: Job, stages: RunStages) -> int:

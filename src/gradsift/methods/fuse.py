@@ -72,16 +72,6 @@ def scores(methods: Methods, job: Job) -> dict[str, Ranking]:
     return {target: Ranking(fuse_ranks(found)) for target, found in values.items()}
 
 
-def work(methods: Methods, config: Config, sizes: Sizes) -> list[Work]:
-    """Return the work of all methods, what they share once."""
-    found = [
-        piece
-        for name, method in _fused(methods, config)
-        for piece in method.work(_by(name, config), sizes)
-    ]
-    return list(dict.fromkeys(found))
-
-
 def settings(methods: Methods, config: Config) -> Mapping[str, Any]:
     """Return what is fused, and what the scores of each depend on."""
     return {
@@ -105,6 +95,17 @@ def check(methods: Methods, config: Config) -> None:
     """
     for name, method in _fused(methods, config):
         method.check(_by(name, config))
+
+
+def work(methods: Methods, config: Config, sizes: Sizes) -> list[Work]:
+    """Return the work of all methods, what they share once."""
+    return list(
+        dict.fromkeys(
+            piece
+            for name, method in _fused(methods, config)
+            for piece in method.work(_by(name, config), sizes)
+        )
+    )
 
 
 def fuse_ranks(scores: Sequence[Float[np.ndarray, " example"]]) -> Float[np.ndarray, " example"]:

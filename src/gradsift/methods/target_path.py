@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HARDLY_FALLS = 0.02  # of a loss: with less, what a pool example's loses is mostly noise
+_LOSS_BYTES = 4  # float32
 _SMALLEST_LOSS = 1e-3  # nats: what is known by heart already has no share to lose, only rounding
 
 
@@ -85,7 +86,7 @@ def work(config: Config, sizes: Sizes) -> list[Work]:
     for name, amount in sizes.targets.items():
         steps = own.steps * min(own.batch_size, amount.num_examples)
         found.append(Work(f"training on {name}", "training", amount.of_part(steps)))
-        found.append(Work(f"pool pass for {name}", "forward", sizes.pool, kept=4))
+        found.append(Work(f"pool pass for {name}", "forward", sizes.pool, kept=_LOSS_BYTES))
     return found
 
 

@@ -25,9 +25,13 @@ import gradsift
 from conftest import Write, configure
 from gradsift.config import Config
 from gradsift.errors import GradsiftError, RunError
+from gradsift.evaluation import grid
+from gradsift.evaluation.costs import Cost, cost_of
+from gradsift.methods.job import Job
 from gradsift.pipeline import run
 from gradsift.report.exhibits import Exhibit, write_exhibits
 from gradsift.runs.opening import open_run
+from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
 Damage = Callable[[Path, list[Path]], None]
@@ -37,6 +41,7 @@ _WRITTEN_EACH_TIME = {
     "rejected.jsonl", "report.html", "selected/dataset_info.json", "selected/axolotl.yaml",
     "evaluation/config.yaml", "evaluation/report.md", "evaluation/table.parquet",
     "evaluation/trainings.parquet", "evaluation/overlap.parquet", "evaluation/lds.parquet",
+    "evaluation/lds_pairs.parquet", "evaluation/doses.parquet",
     "geometry/geometry.json", "manifests/config.yaml.json",
 }  # fmt: skip
 _NEITHER_READ_NOR_KEPT = {"log.txt", ".owner", ".lock"}
@@ -67,6 +72,10 @@ def exchange(path: Path, others: list[Path]) -> None:
 DAMAGES = [flip, truncate, delete, exchange]
 
 
+def _cost_without_time(job: Job, stages: RunStages) -> Cost:
+    return replace(cost_of(job, stages), seconds=1.0)
+
+
 @dataclass(frozen=True)
 class Made:
     """A folder with everything in it, and what makes it again."""
@@ -79,10 +88,13 @@ class Made:
         return run(self.config, folder)
 
     def evaluate(self, folder: Path) -> object:
-        return gradsift.evaluate(
-            folder, tests={"t": str(self.test)}, methods=["less", "rds", "cosine"],
-            fine_tuning={"steps": 1, "batch_size": 4, "micro_batch_size": 4},
-        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:  # seconds are never the same twice
+            patch.setattr(grid, "cost_of", _cost_without_time)
+            return gradsift.evaluate(
+                folder, tests={"t": str(self.test)}, seeds=2, random_seeds=3,
+                methods=["less", "rds", "influence", "cosine", "cosine:aggregation=mean-cosine"],
+                fine_tuning={"steps": 1, "batch_size": 4, "micro_batch_size": 4},
+            )  # fmt: skip
 
     def geometry(self, folder: Path) -> object:
         return gradsift.measure_geometry(folder, examples=4, eigenvectors=2, probes=3)
@@ -90,9 +102,10 @@ class Made:
     def owner(self, name: str) -> Callable[[Path], object]:
         """Return the verb that makes a file."""
         part = name.removeprefix("manifests/").partition("/")[0]
-        if Path(name).stem in ("cosine", "less", "rds", "random") and "scores" in name:
+        own = ("cosine", "influence", "less", "rds", "random")
+        if Path(name).stem in own and "scores" in name:
             return self.evaluate
-        if part in ("evaluation", "less", "cosine", "base"):
+        if part in ("evaluation", "less", "cosine", "influence", "base"):
             return self.evaluate
         return self.geometry if part == "geometry" else self.select
 
@@ -202,8 +215,8 @@ def test_every_file_is_named_and_mended(
     expected, wrong = contents(made.folder), {}
     names = [path.relative_to(made.folder).as_posix() for path in files(made.folder)]
     assert {name.partition("/")[0] for name in names} >= {
-        "base", "config.yaml", "coordinates", "cosine", "data", "evaluation", "geometry", "less",
-        "manifests", "rejected.jsonl", "report.html", "scores", "selected", "stability",
+        "base", "config.yaml", "coordinates", "cosine", "data", "evaluation", "geometry", "influence",
+        "less", "manifests", "rejected.jsonl", "report.html", "scores", "selected", "stability",
         "targets", "warmup",
     }  # fmt: skip
     for name in names:

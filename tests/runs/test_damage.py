@@ -215,9 +215,9 @@ def test_every_file_is_named_and_mended(
     expected, wrong = contents(made.folder), {}
     names = [path.relative_to(made.folder).as_posix() for path in files(made.folder)]
     assert {name.partition("/")[0] for name in names} >= {
-        "base", "config.yaml", "coordinates", "cosine", "data", "evaluation", "geometry", "influence",
-        "less", "manifests", "rejected.jsonl", "report.html", "scores", "selected", "stability",
-        "targets", "warmup",
+        "base", "config.yaml", "coordinates", "cosine", "data", "evaluation", "geometry",
+        "influence", "less", "manifests", "rejected.jsonl", "report.html", "scores", "selected",
+        "stability", "targets", "warmup",
     }  # fmt: skip
     for name in names:
         with damaged(made, name, damage, tmp_path) as folder:

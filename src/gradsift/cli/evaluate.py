@@ -127,7 +127,7 @@ def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
 
     table = Table(title=Text(title))
     for head in rows[0]:
-        table.add_column(Text(head))
+        table.add_column(Text(head), overflow="fold")  # no name is cut
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     return table

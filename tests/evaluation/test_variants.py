@@ -122,8 +122,34 @@ def test_parts_of_the_ranking_from_top_to_bottom(
     assert [len(part) for part in parts] == [9, 9, 9]
     one, two, three = (lengths[list(part)] for part in parts)
     assert one.min() >= two.max() >= two.min() >= three.max()
-    with pytest.raises(ConfigError, match=r"18 picks at a budget of 20%, but a 6th .* has 15"):
+    with pytest.raises(ConfigError, match=r"18 examples are picked, but each of 6 .* has 15"):
         evaluate(folder, tests, methods=["length"], quantiles=6, budgets=["20%"])
+
+
+def test_examples_of_equal_score_are_in_no_order(
+    folder: Path, tests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsift.evaluation.doses import plan_doses
+    from gradsift.methods.job import open_job
+    from gradsift.runs.folder import Run
+
+    job = open_job(RunStages.of(read_config(folder)).inputs, Run(folder))
+    asked = EvaluationConfig.build({"tests": tests, "quantiles": 3})
+    same = np.zeros(len(job.pool), np.float32)
+    drawn = [dose.tuning.rows for dose in plan_doses(job, ("t", "10%"), "x", same, 9, asked)]
+    assert len({row for rows in drawn for row in rows}) == 27
+    for rows in drawn:  # of the first and the last third of the pool, too
+        assert min(rows) < 30 < 60 < max(rows)
+
+
+def test_a_variants_policy_is_looked_at_before_the_work(
+    folder: Path, tests: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    methods = ["cosine", "gist:policy.source_cap={nosuch: 10%}"]
+    with caplog.at_level(logging.INFO, "gradsift"):  # noqa: SIM117
+        with pytest.raises(ConfigError, match="names the source 'nosuch', which the pool does not"):
+            evaluate(folder, tests, methods=methods)
+    assert passes(caplog) == []
 
 
 def test_a_prediction_is_a_sum_of_similarities_with_a_held_out_example(
@@ -141,15 +167,16 @@ def test_a_prediction_is_a_sum_of_similarities_with_a_held_out_example(
         return seen["found"]
 
     monkeypatch.setattr(module, "predict", noted)
-    methods = ["gist", "rds", "length"]
+    methods = ["gist", "rds", "length", "gist:warmup.epochs=2"]
     evaluate(folder, tests, methods=methods)
     caplog.clear()
     with caplog.at_level(logging.INFO, "gradsift"):
         evaluate(folder, tests, methods=methods, lds={"measure": True, "subsets": 32})
     # rds has the pool's hidden states already, of any target
     assert passes(caplog).count("pool") == 0
-    assert passes(caplog).count("coordinates") == 1
-    assert [*seen["found"]] == [("t", "gist"), ("t", "rds")]
+    assert passes(caplog).count("coordinates") == 2  # the variant has gradients of its own,
+    assert passes(caplog).count("warmup") == 0  # at the warm-up that it had before
+    assert [*seen["found"]] == [("t", name) for name in ("gist", "rds", methods[-1])]
     # the same from a run of its own, whose target they are, at the adapter of that run
     config = read_config(folder)
     asked = config.model_dump() | {"warmup": {"adapter": str(folder / "warmup/epoch-1")}}
@@ -203,6 +230,12 @@ def test_what_a_user_can_mend(folder: Path, tests: dict[str, str], text: str, me
 
 def test_settings_of_a_variant(folder: Path) -> None:
     config = read_config(folder)
+    turns = config.model_copy(
+        update={"policy": config.policy.model_copy(update={"strategy": "balanced"})}
+    )
+    assert configure_variant(turns, "fuse:methods=[gist, bm25]").fuse.methods == ("gist", "bm25")
+    last = configure_variant(config, "gist:norm_power=1, warmup.seed=4294967295")
+    assert (last.gist.norm_power, with_other_seeds(last, 2).warmup.seed) == (1, 1)
     found = configure_variant(config, "less:checkpoints=2,policy.strategy=round-robin,seed=3")
     assert (found.method, found.less.checkpoints, found.less.seed) == ("less", 2, 3)
     assert (found.policy.strategy, found.data) == ("round-robin", config.data)

@@ -49,7 +49,8 @@ Quantiles = Annotated[
 ]
 Lds = Annotated[bool | None, typer.Option("--lds", help="also the linear datamodeling score")]
 Clean = Annotated[
-    bool, typer.Option("--clean", help="remove what earlier evaluations left and this does not use")
+    bool,
+    typer.Option("--clean", help="remove what earlier evaluations trained and measured"),
 ]
 HarnessTasks = Annotated[
     str | None, typer.Option(metavar="TASK,…", help="tasks of lm-evaluation-harness")

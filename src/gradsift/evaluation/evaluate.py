@@ -18,6 +18,7 @@ from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import translate_os_errors
 from gradsift.evaluation.conclusions import Datamodeling, conclude
 from gradsift.evaluation.config import EvaluationConfig, FineTuningConfig, check_evaluation
+from gradsift.evaluation.doses import check_parts
 from gradsift.evaluation.figures import exhibits
 from gradsift.evaluation.fine_tunings import FineTuner, FineTuning, HeldOut
 from gradsift.evaluation.grid import Contender, Grid, find_contenders, plan_grid
@@ -92,13 +93,16 @@ def run_evaluation(
                 folder.prepare(stages.measured)
         job = encode(own, folder, strict=False)
         budgets = settings.budgets or (config.policy.budget,)
+        for contender in contenders:  # a variant may have a policy of its own
+            check_budgets(replace(job, inputs=contender.stages[0].inputs), budgets)
         check_budgets(job, budgets)
+        check_parts(len(job.pool), budgets[0], settings.quantiles)
         tests = _encode_tests(job, settings)
         tuner = FineTuner(job, settings, tests)
         content = settings.to_yaml().encode()
         write_atomically(folder.path / layout.EVALUATION_CONFIG, content)
-        grid = plan_grid(job, settings, contenders, [(t, b) for t in tests for b in budgets])
         subsets, asked = _plan_lds(job, settings, contenders, tests)
+        grid = plan_grid(job, settings, contenders, [(t, b) for t in tests for b in budgets])
         _warn_of_unseen_examples(settings.fine_tuning, grid, subsets)
         _train_missing(job, tuner, grid, subsets, list(tests))
         lds = Datamodeling(subsets, predict(job, asked, tests, subsets)) if subsets else None

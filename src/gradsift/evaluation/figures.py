@@ -110,7 +110,7 @@ def _costs(found: Evaluation, target: str) -> list[Exhibit]:
     text = (
         f"What a method gains at {budget} (random's loss less its own, with the 95 % interval; "
         "above the dotted line is better) against the floating-point operations that measuring it "
-        "takes, on a logarithmic axis; those that take none stand on the left."
+        "takes, on a logarithmic axis; those that take none of the base model stand on the left."
     )
     return [Exhibit("What it cost", text, _cost_figure(rows), cost_table(rows))]
 

@@ -6,15 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from jaxtyping import Float
-
 from gradsift.config import Config
 from gradsift.data.duplicates import dedup_columns
-from gradsift.errors import ConfigError
 from gradsift.evaluation.conclusions import Dose, Entry, Grid
 from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.costs import cost_of
+from gradsift.evaluation.doses import plan_doses
 from gradsift.evaluation.fine_tunings import FineTuning
 from gradsift.evaluation.variants import configure_variant, with_other_seeds
 from gradsift.methods.job import Job
@@ -119,9 +116,13 @@ def plan_grid(
         first = contender.stages[0]
         costs[contender.name] = cost_of(replace(job, inputs=first.inputs), first)
         path = job.folder.path / first.scores.outputs[0]
-        found = {(target, contender.name): read_scores_in(path, target) for target in targets}
-        scores |= found
-        doses += _doses(found, entries, settings)
+        for target in targets:
+            values = scores[target, contender.name] = read_scores_in(path, target)
+            picked = next(
+                e for e in entries if (e.target, e.method) == (target, contender.name)
+            )  # at the first budget
+            place, size = (target, picked.budget), len(picked.tuning.rows)
+            doses += plan_doses(job, place, contender.name, values, size, settings)
     entries.sort(key=lambda entry: places.index((entry.target, entry.budget)))
     doses.sort(key=lambda dose: targets.index(dose.target))
     by_target = sorted(scores, key=lambda key: targets.index(key[0]))
@@ -167,32 +168,3 @@ def _picks(
         of_target = dedup_columns(job.targets[target], columns)
         rows = pick(scores.rankings(policy), pool, of_target, policy).rows
         yield (target, budget), tuple(sorted(rows))
-
-
-def _doses(
-    scores: Mapping[tuple[str, str], Float[np.ndarray, " example"]],
-    entries: Sequence[Entry],
-    settings: EvaluationConfig,
-) -> list[Dose]:
-    """Return a fine-tuning on a random draw from each part of the rankings, the best first.
-
-    Each draw is as large as the picks at the first budget.
-    """
-    if not settings.quantiles:
-        return []
-    found = []
-    for (target, name), values in scores.items():
-        first = next(e for e in entries if (e.target, e.method) == (target, name))
-        size, rng = len(first.tuning.rows), np.random.default_rng(0)
-        parts = np.array_split(np.argsort(-values, kind="stable"), settings.quantiles)
-        if size > len(parts[-1]):
-            raise ConfigError(
-                f"{size} picks at a budget of {first.budget}, but a {settings.quantiles}th of the "
-                f"ranking has {len(parts[-1])} examples: lower --quantiles or --budget"
-            )
-        for number, part in enumerate(parts, start=1):
-            rows = tuple(np.sort(rng.choice(part, size=size, replace=False)).tolist())
-            label = f"{name} for {target}, part {number} of {settings.quantiles}"
-            tuning = FineTuning(rows, settings.fine_tuning.steps, 0, label)
-            found.append(Dose(target, name, number, tuning))
-    return found

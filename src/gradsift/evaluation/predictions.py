@@ -44,7 +44,7 @@ def stages_for_held_out(
     targets = {name: own.config.data.targets[name] for name in tests}
     data = own.config.data.model_copy(update={"targets": targets})
     inputs = replace(own, config=own.config.model_copy(update={"data": data}), data_stages=sets)
-    plain = own.config.model_copy(update={"method": contender.method})
+    plain = run.inputs.config.model_copy(update={"method": contender.method})
     main = RunStages.of_inputs(replace(run.inputs, config=plain))
     return main.beside(inputs, layout.MEASURED)
 

@@ -165,7 +165,9 @@ def _training_noise(
     methods: Mapping[str, Losses], weights: Float[np.ndarray, " example"]
 ) -> dict[str, Variance]:
     """Return the variance of each method's mean loss: a nested analysis of variance, pooled."""
-    means = {name: losses @ weights for name, losses in methods.items()}
+    # methods that pick the same share their fine-tunings: these tell of the noise once
+    alike = {losses.tobytes(): name for name, losses in methods.items()}
+    means = {name: methods[name] @ weights for name in alike.values()}
     within = _pooled({name: _mean_square(own, own.shape[1] - 1) for name, own in means.items()})
     between = _pooled(
         {
@@ -174,10 +176,11 @@ def _training_noise(
             if len(own) > 1
         }
     )
-    return {
+    of_mean = {
         name: Variance(noise.value / means[name].size, noise.df)
         for name, noise in (within | between).items()
     }
+    return {name: of_mean[alike[losses.tobytes()]] for name, losses in methods.items()}
 
 
 def _mean_square(means: Float[np.ndarray, "selection training"], df: int) -> Variance:

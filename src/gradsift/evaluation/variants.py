@@ -11,7 +11,8 @@ from gradsift.methods.registry import METHODS
 from gradsift.scores.ranking import refuse_turns
 from gradsift.sections import Section, merge, parse_assignment
 
-_BETWEEN = re.compile(r",(?=[\w.]+=)")  # a value may hold commas: fuse:methods=[gist, rds]
+_BETWEEN = re.compile(r",\s*(?=[\w.]+\s*=)")  # a value may hold commas: fuse:methods=[gist, rds]
+_SEEDS = 2**32
 _OF_THE_RUN = ("method", "model", "data", "engine")
 _OF_THE_GRID = ("policy.budget", "policy.name")
 
@@ -45,7 +46,8 @@ def configure_variant(config: Config, text: str) -> Config:
         changes.append(parse_assignment(f"{full}={value}"))
     try:
         variant = Config.build(merge(config.model_dump(), *changes))
-        if colon and not METHODS[variant.method].compares:
+        asks_for_turns = any("strategy" in change.get("policy", ()) for change in changes)
+        if asks_for_turns and not METHODS[variant.method].compares:
             refuse_turns(variant.policy)
     except ConfigError as error:
         raise ConfigError(f"method {text!r}: {error}" if colon else str(error)) from None
@@ -55,7 +57,7 @@ def configure_variant(config: Config, text: str) -> Config:
 def with_other_seeds(config: Config, number: int) -> Config:
     """Return the settings with every seed raised by a number."""
     sections = {
-        name: section.model_copy(update={"seed": values["seed"] + number})
+        name: section.model_copy(update={"seed": (values["seed"] + number) % _SEEDS})
         for name, section in config
         if isinstance(section, Section) and "seed" in (values := section.model_dump())
     }

@@ -25,6 +25,7 @@ from gradsift.methods.work import Sizes, Work
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Ranking
 
+_SHARED = ("training", "forward")  # kinds of work
 _OFFSET = 60  # the authors' constant: the larger, the less a first place counts
 
 Methods = Mapping[str, Method]
@@ -98,14 +99,16 @@ def check(methods: Methods, config: Config) -> None:
 
 
 def work(methods: Methods, config: Config, sizes: Sizes) -> list[Work]:
-    """Return the work of all methods, what they share once."""
-    return list(
-        dict.fromkeys(
-            piece
-            for name, method in _fused(methods, config)
-            for piece in method.work(_by(name, config), sizes)
-        )
-    )
+    """Return the work of all methods, what they share once: warm-up, and passes without gradients.
+
+    Passes with gradients are each method's own, however equal their counts.
+    """
+    found: list[Work] = []
+    for name, method in _fused(methods, config):
+        for piece in method.work(_by(name, config), sizes):
+            if piece.kind not in _SHARED or piece not in found:
+                found.append(piece)
+    return found
 
 
 def fuse_ranks(scores: Sequence[Float[np.ndarray, " example"]]) -> Float[np.ndarray, " example"]:

@@ -267,8 +267,9 @@ class Run:
         if not manifest["complete"]:
             began = self._manifests.path(stage.name).stat().st_mtime
             files = [f for output in stage.outputs for f in (self.path / output).rglob("*.*")]
-            spent += max((file.stat().st_mtime - began for file in files), default=0.0)
-        return max(0.0, round(spent, 3))
+            # nothing, where it broke off again before it had finished a file
+            spent += max([0.0, *(file.stat().st_mtime - began for file in files)])
+        return round(spent, 3)
 
     def _remove(self, stage: Stage, manifest: Manifest) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""

@@ -113,6 +113,7 @@ def test_a_stage_that_goes_on_adds_up_the_seconds_of_its_parts(tmp_path: Path) -
     stage = Stage("pool", {}, ("pool",), keeps_parts=True)
     whole = Stage("adapter", {}, ("adapter",))
     with open_run(tmp_path) as run:
+        began = 0.0
         for part, seconds in (("a.safetensors", 100), ("b.safetensors", 20)):
             for each in (stage, whole):
                 with pytest.raises(KeyboardInterrupt), run.stage(each):
@@ -122,6 +123,11 @@ def test_a_stage_that_goes_on_adds_up_the_seconds_of_its_parts(tmp_path: Path) -
                     began = (tmp_path / each.name / part).stat().st_mtime - seconds
                     os.utime(manifest, (began, began))  # as if it had worked for so long
                     raise KeyboardInterrupt
+        for _ in range(2):  # twice in a row, before anything was finished
+            with pytest.raises(KeyboardInterrupt), run.stage(stage):
+                raise KeyboardInterrupt
+            for part in (tmp_path / "pool").iterdir():
+                os.utime(part, (began - 1000, began - 1000))
         do(run, stage)
         do(run, whole)
         facts = run.facts([stage, whole])

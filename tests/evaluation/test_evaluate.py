@@ -215,6 +215,7 @@ def test_held_out_examples_in_the_pool_are_told(
     assert "in the target itself" not in caplog.text
 
 
+@pytest.mark.slow
 def test_the_linear_datamodeling_score_end_to_end(
     folder: Path, tests: dict[str, str], trained: list[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_variant_is_the_run_with_that_setting(
         assert len(picks) == 9
 
 
+@pytest.mark.slow
 def test_warm_up_seeds_draw_other_picks(
     folder: Path, tests: dict[str, str], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -153,6 +154,7 @@ def test_a_variants_policy_is_looked_at_before_the_work(
     assert passes(caplog) == []
 
 
+@pytest.mark.slow
 def test_a_prediction_is_a_sum_of_similarities_with_a_held_out_example(
     folder: Path, tests: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,

@@ -69,17 +69,15 @@ def find_contenders(run: RunStages, settings: EvaluationConfig) -> list[Contende
 def _unchanged(run: RunStages, variant: Config) -> RunStages:
     """Return the stages of the variant's method with the settings of the run.
 
-    Those of the methods that are fused are among them, whichever the run would fuse.
+    Where it fuses others, what is measured are their stages, whichever the run would fuse.
     """
 
     def stages_by(method: str) -> RunStages:
         config = run.inputs.config.model_copy(update={"method": method})
         return RunStages.of_inputs(replace(run.inputs, config=config))
 
-    own = stages_by(variant.method)
-    fused = variant.fuse.methods if variant.method == "fuse" else ()
-    of_fused = [stage for method in fused for stage in stages_by(method).measured]
-    return replace(own, measured=(*own.measured, *of_fused))
+    measured = [stage for name in variant.measuring for stage in stages_by(name).measured]
+    return replace(stages_by(variant.method), measured=tuple(measured))
 
 
 def plan_grid(

@@ -34,9 +34,9 @@ from transformers.utils.logging import disable_progress_bar
 from gradsift.config import EngineConfig, LoraConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis
-from gradsift.gradients.batch_size import find_batch_tokens
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
+from gradsift.models.batch_size import find_batch_tokens
 from gradsift.models.batches import lengths_of
 from gradsift.models.lora import attach_lora
 from gradsift.runs.provenance import peak_memory

@@ -94,7 +94,12 @@ def test_later_settings_win_and_targets_are_replaced_whole() -> None:
         ("gist.rank=150%", "or a count of at least 1, found '150%'"),
         ("gist.rank=half", "or a count of at least 1, found 'half'"),
         ("warmup.checkpoints=2", "2 checkpoints need as many epochs, found 1"),
-        ("warmup.micro_batch_size=5", "batch_size 128 is not a multiple of micro_batch_size 5"),
+        ("warmup.micro_batch_size=8", "unknown setting 'warmup.micro_batch_size'; "
+         "micro_batch_tokens takes its place and counts padded tokens, not examples (known: "),
+        ("warmup.micro_batch_tokens=0", "warmup.micro_batch_tokens: expected 'auto' or a whole "
+         "number of at least 1 and at most 2,147,483,647, found 0"),
+        ("warmup.gradient_checkpointing=maybe", "warmup.gradient_checkpointing: expected 'auto' or "
+         "true or false, found 'maybe'"),
         ("data.columns={question: q}", "'question' is no field"),
         ("data.targets={a/b: t.jsonl}", "a target's name becomes a file name"),
         ("rank", "expected SECTION.KEY=VALUE such as lora.rank=16, found 'rank'"),

@@ -38,7 +38,7 @@ def given(
             "model": {"device": "cpu"}, "lora": {"rank": 2},
             "less": {"checkpoints": 2, "dimension": 128},
             "target_path": {"steps": 4},
-            "warmup": {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 0.01},
+            "warmup": {"batch_size": 2, "learning_rate": 0.01},
         },
     }  # fmt: skip
 

@@ -141,7 +141,12 @@ class WarmupConfig(Section):
         2e-5, "peak of AdamW's rate; a small pool has few steps and needs more", "2e-5", gt=0
     )
     batch_size: Count = setting(128, "examples per optimizer step", "128")
-    micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
+    micro_batch_tokens: Literal["auto"] | Count = setting(
+        "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = setting(
+        "auto", "compute activations twice to keep fewer; auto: if one example does not fit"
+    )
     warmup_ratio: float = setting(
         0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
     )
@@ -156,11 +161,6 @@ class WarmupConfig(Section):
         if self.checkpoints > self.epochs:
             raise ValueError(
                 f"{self.checkpoints} checkpoints need as many epochs, found {self.epochs}"
-            )
-        if self.batch_size % self.micro_batch_size and self.batch_size > self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size}"
             )
         return self
 

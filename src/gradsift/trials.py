@@ -137,14 +137,17 @@ class Trials:
     def _training(self) -> tuple[float, float]:
         """Seconds of a first batch and of each token after it; an adapter is stored."""
         from gradsift.models.adapters import save_adapter
+        from gradsift.models.batches import device_of
+        from gradsift.models.micro_batches import first_tokens
         from gradsift.models.training import steps_per_epoch, train
 
         warmup, pool, took = self._job.config.warmup, self._job.pool, []
-        micro = min(warmup.micro_batch_size, warmup.batch_size)
-        settings = warmup.model_copy(update={"batch_size": micro})
         rows = np.random.default_rng(warmup.seed).permutation(len(pool))
-        first, rest = (pool.examples(rows[: micro * n]) for n in (1, 1 + _TRAIN_BATCHES))
         with self._job.models.with_fresh_adapter(self._job.config.lora, warmup.seed) as model:
+            tokens = first_tokens(warmup.micro_batch_tokens, device_of(model))
+            micro = _num_examples(pool, tokens, warmup.batch_size)
+            settings = warmup.model_copy(update={"batch_size": micro})
+            first, rest = (pool.examples(rows[: micro * n]) for n in (1, 1 + _TRAIN_BATCHES))
             for examples in (first, first, rest):  # the first time pays for what is set up once
                 started = time.perf_counter()
                 steps = steps_per_epoch(len(examples), settings)
@@ -254,7 +257,7 @@ def _try_pool(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.gradients.batch_size import find_batch_tokens, probe
+    from gradsift.models.batch_size import find_batch_tokens, probe
 
     lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
     max_tokens, peak = find_batch_tokens(run, lengths, engine, device), 0
@@ -284,6 +287,12 @@ def _tokens_per_second(pool: EncodedSet, run: RunBatches, max_tokens: int) -> fl
         if seconds > _POOL_SECONDS:
             break
     return num_tokens / seconds
+
+
+def _num_examples(pool: EncodedSet, num_tokens: int, at_most: int) -> int:
+    """Return how many examples of the pool have so many tokens in the mean, one at least."""
+    mean = pool.table(["num_tokens"])["num_tokens"].to_numpy().mean()
+    return int(np.clip(num_tokens / mean, 1, at_most))
 
 
 def _num_tokens(examples: Sequence[Encoded]) -> int:

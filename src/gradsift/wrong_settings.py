@@ -57,6 +57,9 @@ _IN_WORDS = {  # where the schema says less than the setting takes
     "engine.memory": "'auto' or a size such as 8GiB",
     "policy.source_cap": "a share such as 20%, or one for each source such as {dolly: 10%}",
 }
+_REPLACED = {  # settings of earlier versions, and what to say of them
+    "micro_batch_size": "micro_batch_tokens takes its place and counts padded tokens, not examples",
+}
 _KINDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -149,6 +152,7 @@ def _unknown(path: list[str], section: Mapping[str, Any]) -> str:
     known = {other: ".".join([*above, other]) for other in section.get("properties", {})}
     near = nearest(name, known)
     hint = f"; did you mean {known[near]!r}?" if near else ""
+    hint = f"; {_REPLACED[name]}" if name in _REPLACED else hint
     where = shorten(".".join(path))
     return f"unknown setting {where!r}{hint} (known: {', '.join(known.values())})"
 

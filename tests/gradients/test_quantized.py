@@ -71,7 +71,7 @@ def test_gradients_equal_the_plain_loop_on_the_same_model(
 @pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_the_warm_up_trains_on_a_quantized_base(saved: Path, quantization: str) -> None:
-    warmup = WarmupConfig(epochs=4, batch_size=8, micro_batch_size=4, learning_rate=1e-2)
+    warmup = WarmupConfig(epochs=4, batch_size=8, micro_batch_tokens=80, learning_rate=1e-2)
     log = train(adapted(saved, quantization), tiny_models.examples(16), warmup, steps=2, seed=0)
     assert log[-1]["loss"] < log[0]["loss"]
 

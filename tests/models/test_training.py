@@ -15,12 +15,12 @@ from gradsift.models.lora import attach_lora
 from gradsift.models.training import steps_per_epoch, train
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
-def test_a_step_is_adamw_on_the_mean_over_all_tokens(micro_batch_size: int) -> None:
+@pytest.mark.parametrize("micro_batch_tokens", [1, 90, 10_000])
+def test_a_step_is_adamw_on_the_mean_over_all_tokens(micro_batch_tokens: int) -> None:
     examples = tiny_models.examples(16, seed=5)
     lora = LoraConfig(rank=3, alpha=6, dropout=0.0)
     settings = WarmupConfig(
-        batch_size=16, micro_batch_size=micro_batch_size, learning_rate=1e-2, warmup_ratio=0.0
+        batch_size=16, micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2, warmup_ratio=0.0
     )
     found = attach_lora(tiny_models.build("llama"), lora, seed=1)
     log = train(found, examples, settings, steps=2, seed=0)

@@ -93,7 +93,7 @@ class Made:
             return gradsift.evaluate(
                 folder, tests={"t": str(self.test)}, seeds=2, random_seeds=3,
                 methods=["less", "rds", "influence", "cosine", "cosine:aggregation=mean-cosine"],
-                fine_tuning={"steps": 1, "batch_size": 4, "micro_batch_size": 4},
+                fine_tuning={"steps": 1, "batch_size": 4},
             )  # fmt: skip
 
     def geometry(self, folder: Path) -> object:

@@ -31,7 +31,7 @@ _BASE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-_BASE_TRAINING = WarmupConfig(epochs=4, learning_rate=3e-3, batch_size=64, micro_batch_size=64)
+_BASE_TRAINING = WarmupConfig(epochs=4, learning_rate=3e-3, batch_size=64, micro_batch_tokens=4096)
 _SPECIAL = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TARGET = "sql"
 _PER_SKILL = {"base": 600, "pool": 400, "target": 32, "held-out": 200}
 _SEEDS = 3
-_FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16, "micro_batch_size": 16}
+_FINE_TUNING = {"learning_rate": 3e-3, "batch_size": 16}
 _FINE_TUNING_EPOCHS = 8
 _METHODS = ("gist", "influence", "bm25")
 
@@ -100,7 +100,7 @@ def run_demo(directory: Path, scale: float = 1.0) -> Found:
                 "targets": {TARGET: str(data / "target.jsonl")},
             },
             "lora": {"rank": 16, "alpha": 32},
-            "warmup": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch_size": 32},
+            "warmup": {"learning_rate": 1e-3, "batch_size": 32},
         }
     )
     logger.info(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -28,7 +28,12 @@ class FineTuningConfig(Section):
     steps: Count = setting(100, "optimizer steps of every fine-tuning")
     learning_rate: float = setting(2e-5, "peak of AdamW's rate", "2e-5", gt=0)
     batch_size: Count = setting(128, "examples per optimizer step", "128")
-    micro_batch_size: Count = setting(8, "examples per forward pass; fewer take less memory")
+    micro_batch_tokens: Literal["auto"] | Count = setting(
+        "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = setting(
+        "auto", "compute activations twice to keep fewer; auto: if one example does not fit"
+    )
     warmup_ratio: float = setting(
         0.03, "share of the steps in which the rate rises", "0.03", ge=0, lt=1
     )

@@ -110,7 +110,7 @@ class FineTuner:
             "model": job.inputs.model_settings,
             "lora": job.config.lora.model_dump(),
             "pool": job.inputs.pool_stage.fingerprint,
-            **self._settings.model_dump(exclude={"steps"}),
+            **self._settings.model_dump(exclude={"steps", "gradient_checkpointing"}),
         }
 
     def lacks(self, tuning: FineTuning, targets: Sequence[str], with_tasks: bool = False) -> bool:
@@ -243,7 +243,7 @@ class FineTuner:
             yield model.eval()
 
     def _measure(self, model: nn.Module, name: str) -> tuple[np.ndarray, np.ndarray]:
-        from gradsift.gradients.batch_size import start_tokens, within_memory
+        from gradsift.models.batch_size import start_tokens, within_memory
         from gradsift.models.batches import device_of, lengths_of
         from gradsift.models.forward import run_forward
 

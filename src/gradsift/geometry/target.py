@@ -18,7 +18,6 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.geometry.config import GeometryConfig
 from gradsift.gradients.basis import Basis, fitting_basis
-from gradsift.gradients.batch_size import start_tokens
 from gradsift.gradients.distinct import distinct_examples, merge_rows
 from gradsift.gradients.gram import fitting_gram
 from gradsift.gradients.hessian import (
@@ -31,6 +30,7 @@ from gradsift.gradients.hessian import (
 )
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
+from gradsift.models.batch_size import start_tokens
 from gradsift.models.batches import device_of
 from gradsift.progress import track
 

@@ -7,7 +7,6 @@ May import: `models` and what is beneath it.
 
 PUBLIC = {
     "basis": ("Basis", "fitting_basis"),
-    "batch_size": ("find_batch_tokens", "probe", "start_tokens", "within_memory"),
     "curvature": ("InverseFisher", "load_curvature", "measure_curvature", "save_curvature"),
     "distinct": ("distinct_examples", "merge_equal", "merge_rows"),
     "gram": ("fitting_gram", "row_bytes"),

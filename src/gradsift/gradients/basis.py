@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
-from gradsift.gradients.batch_size import start_tokens, within_memory
 from gradsift.gradients.gram import FLOAT_BYTES
 from gradsift.gradients.memory import host_memory, memory_budget
 from gradsift.gradients.per_example import (
@@ -27,6 +26,7 @@ from gradsift.gradients.per_example import (
     each_batch,
     gradient_scale,
 )
+from gradsift.models.batch_size import start_tokens, within_memory
 from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
-from gradsift.gradients.batch_size import start_tokens, within_memory
 from gradsift.gradients.memory import memory_budget
 from gradsift.gradients.per_example import (
     blocks,
     each_batch,
     gradient_scale,
 )
+from gradsift.models.batch_size import start_tokens, within_memory
 from gradsift.models.batches import device_of, lengths_of, plan_batches
 
 FLOAT_BYTES = 4  # bytes of a float32

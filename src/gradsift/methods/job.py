@@ -92,7 +92,8 @@ class Inputs:
             if not Path(warmup.adapter).is_dir():
                 raise ModelError(f"no such adapter folder: {warmup.adapter!r}")
             return Stage(name, settings | {"adapter": identity(warmup.adapter)}, (name,))
-        settings |= {"lora": self.config.lora.model_dump(), "warmup": warmup.model_dump()}
+        trained = warmup.model_dump(exclude={"gradient_checkpointing"})  # it changes no result
+        settings |= {"lora": self.config.lora.model_dump(), "warmup": trained}
         trained_on = (self.pool_stage,) if warmup.mode == "train" else ()
         return Stage(name, settings, (name,), trained_on)
 

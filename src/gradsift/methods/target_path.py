@@ -164,7 +164,7 @@ def _say_how_far(job: Job, target: str, adapter: Path) -> None:
 def _path(inputs: Inputs, target: str) -> tuple[Stage, Stage]:
     """Return the stages that train on a target and measure the pool with what came of it."""
     config, name = inputs.config, inputs.at(layout.target_warmup(target))
-    rest = {"micro_batch_size", "warmup_ratio", "weight_decay"}
+    rest = {"micro_batch_tokens", "warmup_ratio", "weight_decay"}
     settings: dict[str, Any] = {"model": inputs.model_settings, "lora": _lora(config).model_dump()}
     settings |= config.warmup.model_dump(include=rest) | config.target_path.model_dump()
     warmup = Stage(name, settings, (name,), (inputs.target_stage(target),))

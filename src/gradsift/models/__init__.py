@@ -6,6 +6,7 @@ May import: `data` and what is beneath it.
 
 PUBLIC = {
     "adapters": ("save_adapter",),
+    "batch_size": ("find_batch_tokens", "probe", "start_tokens", "within_memory"),
     "batches": (
         "Batch",
         "MAX_EXAMPLES",
@@ -24,6 +25,7 @@ PUBLIC = {
     "loading": ("load_encoder", "resolve_device"),
     "lora": ("LoraPair", "lora_pairs"),
     "losses": ("label_logits", "token_losses"),
+    "micro_batches": ("first_tokens",),
     "parameters": ("adapter_parameters", "multiplied_parameters"),
     "training": ("steps_per_epoch", "train"),
     "warmup": ("warm_up",),

@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -19,6 +19,7 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
 from gradsift.models.batches import device_of, lengths_of, make_batches, plan_batches
 from gradsift.models.losses import label_logits, token_losses
+from gradsift.models.micro_batches import MicroBatches
 from gradsift.progress import track
 
 
@@ -28,7 +29,8 @@ class TrainingSettings(Protocol):
 
     learning_rate: float
     batch_size: int
-    micro_batch_size: int
+    micro_batch_tokens: int | Literal["auto"]
+    gradient_checkpointing: bool | Literal["auto"]
     warmup_ratio: float
     weight_decay: float
 
@@ -57,6 +59,7 @@ def train(  # noqa: PLR0913
     calls `on_epoch` for itself.
 
     Raises:
+        ModelError: If one example does not fit in memory.
         NumericsError: If the loss or its gradient stops being finite.
     """
     tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
@@ -69,10 +72,12 @@ def train(  # noqa: PLR0913
             data_collator=lambda batch: {"examples": batch},
             callbacks=[watcher],
         )
-        trainer.micro_batch_size = settings.micro_batch_size
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-        trainer.train()
+        fitting = settings.micro_batch_tokens, settings.gradient_checkpointing
+        with MicroBatches(model, *fitting, trainer.accelerator.num_processes) as fits:
+            trainer.micro_batches = fits
+            trainer.train()
         # mixed precision is wrapped around the forward pass; measuring is to be without
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return watcher.log
@@ -117,7 +122,7 @@ class _Trainer(Trainer):
     The loss is what it always is: the mean over all supervised tokens of the step.
     """
 
-    micro_batch_size: int
+    micro_batches: MicroBatches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the whole batches of optimizer steps, in the order that a single process has."""
@@ -137,18 +142,36 @@ class _Trainer(Trainer):
         """Backpropagate the loss of one optimizer step and return it."""
         model.train()
         examples: list[Encoded] = inputs["examples"]
-        device = device_of(model)
         num_labels = sum(int(example.supervised.sum()) for example in examples)
         # gradients and losses are averaged over the processes
         weight = self.accelerator.num_processes / num_labels
         own = examples[self.accelerator.process_index :: self.accelerator.num_processes]
         if not own:  # it takes part all the same: the others wait for its gradients
             own, weight = examples[:1], 0.0
-        lengths = lengths_of(own)
-        no_limit = len(lengths) * int(lengths.max())
-        groups = plan_batches(lengths, no_limit, self.micro_batch_size)
+        if self.micro_batches.untried:
+            self._try_worst(model)
+        return self.micro_batches.fit(
+            lambda max_tokens: self._backpropagate(model, own, weight, max_tokens), lengths_of(own)
+        )
+
+    def _try_worst(self, model: nn.Module) -> None:
+        """Find out what fits, each process for itself: the model without what joins them."""
+        alone = getattr(model, "module", model)
+        examples: Sequence[Encoded] = self.train_dataset  # type: ignore[assignment]
+        self.micro_batches.try_worst(
+            lambda worst, max_tokens: self._backpropagate(alone, worst, 0.0, max_tokens),
+            int(lengths_of(examples).max()),
+            math.ceil(self._train_batch_size / self.accelerator.num_processes),
+        )
+
+    def _backpropagate(
+        self, model: nn.Module, examples: Sequence[Encoded], weight: float, max_tokens: int
+    ) -> Tensor:
+        """Add up the gradients of these examples, their labels weighted; return the loss."""
+        device = device_of(model)
+        groups = plan_batches(lengths_of(examples), max_tokens)
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(make_batches(own, groups, device), start=1):
+        for number, batch in enumerate(make_batches(examples, groups, device), start=1):
             last = number == len(groups)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():

@@ -27,7 +27,7 @@ def measure_examples(
     encoded: EncodedSet, rows: np.ndarray, factory: MeasureFactory, engine: EngineConfig
 ) -> dict[str, np.ndarray]:
     """Return what the measure finds of some examples, row by row, in batches that fit."""
-    from gradsift.gradients.batch_size import start_tokens, within_memory
+    from gradsift.models.batch_size import start_tokens, within_memory
     from gradsift.models.batches import lengths_of
 
     measure, device = factory()

@@ -17,7 +17,7 @@ import torch
 from gradsift.config import EngineConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
-from gradsift.gradients.batch_size import find_batch_tokens, within_memory
+from gradsift.models.batch_size import find_batch_tokens, within_memory
 from gradsift.models.batches import lengths_of, prefetch
 from gradsift.pool.examples import MeasureFactory, check_finite
 from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard

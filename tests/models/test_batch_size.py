@@ -15,8 +15,8 @@ import torch
 import tiny_models
 from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
-from gradsift.gradients.batch_size import probe, start_tokens, within_memory
 from gradsift.gradients.memory import memory_budget
+from gradsift.models.batch_size import probe, start_tokens, within_memory
 from gradsift.models.batches import lengths_of, prefetch
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ import tiny_models, torch
 from math import prod
 from gradsift.gradients import projection
 from gradsift.gradients.basis import Basis
-from gradsift.gradients.batch_size import within_memory
+from gradsift.models.batch_size import within_memory
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
 from gradsift.models.batches import lengths_of

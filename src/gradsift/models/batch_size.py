@@ -51,11 +51,17 @@ def find_batch_tokens(
     return max_tokens
 
 
-def probe(measure: RunBatches, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
+def probe(
+    measure: RunBatches,
+    lengths: Int[np.ndarray, " example"],
+    max_tokens: int,
+    relieve: Callable[[], bool] = lambda: False,
+) -> int:
     """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
 
     The worst in activations and logits is a batch of the longest examples with a label at every
-    token, the worst in gradients one of as many examples as a batch may have.
+    token, the worst in gradients one of as many examples as a batch may have. `relieve`: as in
+    `within_memory`.
     """
 
     def run_worst(tokens: int) -> None:
@@ -66,33 +72,50 @@ def probe(measure: RunBatches, lengths: Int[np.ndarray, " example"], max_tokens:
             count = min(max(1, tokens // length), MAX_EXAMPLES)
             measure([example] * count, tokens)
 
-    return within_memory(run_worst, max_tokens, lengths)[1]
+    return within_memory(run_worst, max_tokens, lengths, relieve)[1]
 
 
 def within_memory(
-    work: Callable[[int], T], max_tokens: int, lengths: Int[np.ndarray, " example"]
+    work: Callable[[int], T],
+    max_tokens: int,
+    lengths: Int[np.ndarray, " example"],
+    relieve: Callable[[], bool] = lambda: False,
 ) -> tuple[T, int]:
     """Return what `work(max_tokens)` gives, and the tokens per batch with which it did.
 
     When memory runs out, all that `work` does is done again with half the tokens per batch, down
-    to batches of one example each.
+    to batches of one example each; then `relieve` says whether it found another way to take less,
+    and all begins anew.
 
     Raises:
         ModelError: If not even they fit.
     """
+    first = max_tokens
     while True:
         try:
             return work(max_tokens), max_tokens
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            if not is_out_of_memory(error):
                 raise
             cause = str(error).partition("\n")[0]
         clear_device_cache(garbage_collection=True)
-        if max_tokens < 2 * lengths.min():
+        if max_tokens >= 2 * lengths.min():
+            max_tokens //= 2
+            logger.warning("out of memory; going on with batches of %d tokens", max_tokens)
+        elif relieve():
+            max_tokens = first
+        else:
             raise ModelError(
                 f"out of memory with one example per batch, the longest of {lengths.max()} tokens; "
-                f"lower data.max_length, lora.rank or engine.memory, or quantize the model "
-                f"({cause})"
+                f"lower data.max_length, lora.rank or (but for a training) engine.memory, or "
+                f"quantize the model ({cause})"
             )
-        max_tokens //= 2
-        logger.warning("out of memory; going on with batches of %d tokens", max_tokens)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether this is how a device, its allocator or its library says that memory ran out.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    True
+    """
+    return any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -142,7 +142,7 @@ class WarmupConfig(Section):
     )
     batch_size: Count = setting(128, "examples per optimizer step", "128")
     micro_batch_tokens: Literal["auto"] | Count = setting(
-        "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
+        "auto", "padded tokens per forward pass; auto: 1,024 on a CPU, what fits on a GPU"
     )
     gradient_checkpointing: Literal["auto"] | bool = setting(
         "auto", "compute activations twice to keep fewer; auto: if one example does not fit"

@@ -28,11 +28,13 @@ from gradsift.models.training import train
 Fails = Callable[[nn.Module, int], bool]
 
 
-def trained(family: str = "llama", **settings: object) -> tuple[dict[str, Tensor], object]:
-    """Return the adapter after two steps with dropout, and the log; the model can be measured."""
+def trained(
+    family: str = "llama", steps: int = 1, **settings: object
+) -> tuple[dict[str, Tensor], object]:
+    """Return the adapter after training with dropout, and the log; the model can be measured."""
     model = attach_lora(tiny_models.build(family), LoraConfig(rank=3, alpha=6, dropout=0.3), seed=1)
     given = WarmupConfig(batch_size=8, learning_rate=1e-2, warmup_ratio=0.0, **settings)  # type: ignore[arg-type]
-    log = train(model, tiny_models.examples(8, seed=5), given, steps=2, seed=0)
+    log = train(model, tiny_models.examples(8, seed=5), given, steps=steps, seed=0)
     PerExampleGradients(model.requires_grad_(False).eval())
     return {n: p for n, p in model.named_parameters() if "lora_" in n}, log
 
@@ -67,11 +69,10 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fails], list[int
     return install
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_step_that_does_not_fit_is_done_again_with_half_the_tokens(
-    family: str, out_of_memory: Callable[[Fails], list[int]], caplog: pytest.LogCaptureFixture
+    out_of_memory: Callable[[Fails], list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = trained(family, micro_batch_tokens=50)
+    expected = trained(steps=2, micro_batch_tokens=50)
     tried: list[int] = []
 
     def second_one(_: nn.Module, size: int) -> bool:  # the gradients of the first are there
@@ -79,7 +80,7 @@ def test_a_step_that_does_not_fit_is_done_again_with_half_the_tokens(
         return len(tried) == 2
 
     out_of_memory(second_one)
-    assert_same_bits(trained(family, micro_batch_tokens=100), expected)
+    assert_same_bits(trained(steps=2, micro_batch_tokens=100), expected)
     assert max(tried[2:]) <= 50 < tried[0]
     assert "out of memory; going on with batches of 50 tokens" in caplog.text
 
@@ -122,7 +123,7 @@ def test_checkpointing_computes_every_layer_twice_and_changes_no_bit(
     runs = []
     for checkpointing in (False, True):
         monkeypatch.setattr(training, "label_logits", count)
-        runs.append(trained(family, gradient_checkpointing=checkpointing))
+        runs.append(trained(family, steps=2, gradient_checkpointing=checkpointing))
     assert_same_bits(*runs)
     assert len(projected) == 2 * (1 + 2)  # one micro-batch in each of two steps
 
@@ -160,7 +161,7 @@ def test_what_fits_is_found_before_the_first_step_and_leaves_no_trace(
 
 def test_what_is_set_is_taken_and_auto_goes_by_the_device() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
-    assert (first_tokens(77, gpu), first_tokens("auto", cpu)) == (77, 2048)
+    assert (first_tokens(77, gpu), first_tokens("auto", cpu)) == (77, 1024)
     assert first_tokens("auto", gpu) == 16_384
 
 
@@ -195,7 +196,8 @@ def stand_in(model, batch):
     logits = label_logits(model, batch)
     calls.append(batch.input_ids.numel())
     on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if rank == 1 and (calls[-1] > 150 or not on or len(calls) > {most}):
+    later = batch.input_ids.any() and len(calls) > {most}
+    if rank == 1 and (calls[-1] > 150 or not on or later):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return logits
 training.label_logits = stand_in
@@ -209,7 +211,7 @@ torch.distributed.destroy_process_group()
 
 
 def together(path: Path, most: int) -> subprocess.CompletedProcess[str]:
-    """Train in two processes, of which one has less memory and runs out after so many batches."""
+    """Train in two processes; one has less memory and runs out in a step after so many batches."""
     path.write_text(_TOGETHER.format(tests=str(Path(__file__).parents[1]), most=most))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -241,7 +243,7 @@ def test_processes_that_train_together_agree_on_what_fits(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_processes_that_train_together_end_when_memory_runs_out_later(tmp_path: Path) -> None:
-    done = together(tmp_path / "train.py", most=15)
+    done = together(tmp_path / "train.py", most=0)
     assert done.returncode != 0
     assert "out of memory in one of 2 processes that train together" in done.stderr
     assert "training in batches of up to" in done.stderr

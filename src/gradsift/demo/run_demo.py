@@ -100,7 +100,7 @@ def run_demo(directory: Path, scale: float = 1.0) -> Found:
                 "targets": {TARGET: str(data / "target.jsonl")},
             },
             "lora": {"rank": 16, "alpha": 32},
-            "warmup": {"learning_rate": 1e-3, "batch_size": 32},
+            "warmup": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch_tokens": 2048},
         }
     )
     logger.info(

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# On a CPU more do not help (docs/performance.md); a GPU is tried from here downwards.
-_CPU_TOKENS = 2048
+# On a CPU more are slower (docs/performance.md); a GPU is tried from here downwards.
+_CPU_TOKENS = 1024
 _GPU_TOKENS = 8 * 2048
 
 
@@ -75,7 +75,7 @@ class MicroBatches:
         """Turn it off, whoever turned it on."""
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+                module.gradient_checkpointing = False  # type: ignore[assignment]
 
     def try_worst(self, run: RunBatches, longest: int, num_examples: int) -> None:
         """Find what fits before the first step, by the worst batch of up to `num_examples`.
@@ -164,8 +164,9 @@ class MicroBatches:
         """
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = self._on = True
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                module.gradient_checkpointing = self._on = True  # type: ignore[assignment]
+                recompute = partial(checkpoint, use_reentrant=False)
+                module._gradient_checkpointing_func = recompute  # type: ignore[assignment]
         return self._on
 
 

@@ -240,6 +240,9 @@ class EngineConfig(Section):
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = setting(
         "auto", "bytes for target gradients and bases; auto: half of what the device has free"
     )
+    deterministic: bool = setting(
+        False, "on a GPU the same bits again, with slower kernels; a CPU gives them anyway"
+    )
     window: Count = setting(1024, "consecutive examples among which batches are formed")
     shard_size: Count = setting(
         1024, "examples per stored shard: whole windows; a killed run repeats one"

@@ -119,11 +119,12 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name!r} ({type(model).__name__}) has no output embeddings")
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS)).repeat(2, 1)
-        ids[1, _PROBE_TOKENS:] = 0
-        alone = ids[:1, :_PROBE_TOKENS]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS), generator=generator)
+    ids = ids.repeat(2, 1)
+    ids[1, _PROBE_TOKENS:] = 0
+    alone = ids[:1, :_PROBE_TOKENS]
+    with torch.no_grad():
         one, other, third = (
             logits[:_PROBE_TOKENS].float()
             for tokens in (ids, alone)

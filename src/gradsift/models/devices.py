@@ -45,8 +45,8 @@ def resolve_device(config: ModelConfig) -> torch.device:
     index = int(number) if number else _own_gpu(num_gpus)
     if index >= num_gpus:
         raise ModelError(
-            f"cannot use the device {asked!r}: PyTorch {torch.__version__} finds {num_gpus} GPUs "
-            "here; see nvidia-smi and CUDA_VISIBLE_DEVICES, or set model.device=cpu"
+            f"cannot use the device {asked!r}: GPUs that PyTorch {torch.__version__} finds here: "
+            f"{num_gpus}; see nvidia-smi and CUDA_VISIBLE_DEVICES, or set model.device=cpu"
         )
     _, num_processes = _local_processes()
     if number and num_processes > 1 and num_gpus > 1:

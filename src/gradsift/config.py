@@ -65,7 +65,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision of the base model; auto: bfloat16 on CUDA (float16 if old), else float32"
     )
-    device: str = setting("auto", "where the model lies; auto: CUDA where there is one")
+    device: str = setting(
+        "auto", "where the model lies: cpu, cuda, cuda:1, …; auto: CUDA where there is one"
+    )
     attention: str = setting("auto", "attention kernel; auto: what transformers takes")
     quantization: Literal["none", "4bit", "8bit"] = setting(
         "none", "how the base model is quantized, by bitsandbytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from gradsift.config import Config, EngineConfig
 from gradsift.errors import ConfigError, RunError
 from gradsift.executors.choice import choose_executor
 from gradsift.executors.local import Local
+from gradsift.executors.torchrun import launched_processes
 from gradsift.pipeline import run
 
 Rows = list[dict[str, Any]]
@@ -147,6 +149,64 @@ def test_an_address_at_which_nothing_answers_is_told_at_once() -> None:
 def test_a_launcher_alone_makes_no_company(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_executor(EngineConfig()) == Local()
+
+
+@pytest.mark.parametrize(("num_gpus", "backend"), [(0, "gloo"), (1, "nccl"), (2, "nccl")])
+def test_a_launched_process_takes_its_gpu_before_it_joins_the_others(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, backend: str
+) -> None:
+    """The second process: of two GPUs it takes the second; if it sees only one, that is its own."""
+    import torch
+
+    done: list[str] = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"GPU {device}"))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda kind, timeout: done.append(kind)
+    )
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda received: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with launched_processes() as runs_command:
+        assert not runs_command
+    assert done[:-1] == (["GPU 1"] if num_gpus == 2 else [])
+    assert done[-1].endswith(backend)
+
+
+@has_ray
+@pytest.mark.slow
+def test_workers_that_always_die_end_the_run(alone: None, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from gradsift.config import EngineConfig\n"
+        "from gradsift.errors import RunError\n"
+        "from gradsift.executors.choice import choose_executor\n"
+        "def die():\n"
+        "    open(path, 'a').write('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cluster = choose_executor(EngineConfig(executor='ray', workers=1))\n"
+        "for path, work in [\n"
+        "    (sys.argv[1], lambda: cluster.call(die)),\n"
+        "    (sys.argv[2], lambda: [*cluster.map(die, ['a'])]),  # as it opens its worker\n"
+        "]:\n"
+        "    try:\n"
+        "        work()\n"
+        "    except RunError as error:\n"
+        "        print('told:', str(error).replace('\\n', ' '))\n"
+    )
+    paths = tmp_path / "call", tmp_path / "map"
+    done = ran("-c", code, *paths)
+    told = re.findall("told: (.*)", done.stdout)
+    assert [path.read_text() for path in paths] == ["xxxx", "xxxx"]
+    assert len(told) == 2
+    for message in told:
+        assert message.startswith("workers of the Ray cluster died 4 times at the same work, ")
+        assert "/tmp/ray/session_latest/logs" in message
+        assert "dmesg" in message
 
 
 @has_ray

@@ -7,20 +7,24 @@ elsewhere; a task returns only that it is done, its result lies in the run folde
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
-from gradsift.errors import GradsiftError, RunError, check_installed
-from gradsift.executors.environment import ENVIRONMENT, set_environment
-from gradsift.progress import VisibleFormatter
+from gradsift.errors import RunError, check_installed
+from gradsift.executors.environment import ENVIRONMENT
+from gradsift.executors.ray_worker import (
+    Actor,
+    raise_failure,
+    run_and_catch,
+    train_loop,
+    user_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 _CONNECT_TIMEOUT = 10.0  # seconds in which a cluster has to answer
 _COLLECTIVE_TIMEOUT = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
 _TRAINING_FAILURES = 3  # of machines, in one training
+_DEATHS = 4  # of the workers at one piece of work: machines are lost now and then, not that often
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class RayCluster:
 
         Raises:
             GradsiftError: The first that a worker raised.
+            RunError: If workers died at a task again and again.
         """
         import ray.data
 
@@ -90,36 +96,50 @@ class RayCluster:
         )
         numbers = [{"task": number} for number in range(len(tasks))]
         done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
-            _Actor,
+            Actor,
             fn_constructor_args=(ray.put((str(Path.cwd()), open_worker, list(tasks))),),
             batch_size=1,
             compute=pool,
             runtime_env={"env_vars": ENVIRONMENT},
+            max_task_retries=_DEATHS - 1,
             **share,
         )
         seen: dict[str, int] = {}
-        for row in done.iter_rows():
-            _raise(row)
-            if row["worker"] not in seen:
-                logger.info("worker %d: %s", len(seen) + 1, row["worker"])
-                seen[row["worker"]] = len(seen) + 1
-            yield tasks[row["task"]]
+        with _deaths_told():
+            for row in done.iter_rows():
+                raise_failure(row)
+                if row["worker"] not in seen:
+                    logger.info("worker %d: %s", len(seen) + 1, row["worker"])
+                    seen[row["worker"]] = len(seen) + 1
+                yield tasks[row["task"]]
 
     def call(self, work: Callable[[], T]) -> T:
-        """Do it on one worker, again if its machine dies.
+        """Do it on one worker, again if that or its machine dies.
 
         Raises:
             GradsiftError: As the work does.
+            RunError: If workers died at it again and again.
         """
         import ray
 
         share, _ = self._connect(self.workers)
-        task = ray.remote(_run_and_catch).options(
-            max_retries=-1, runtime_env={"env_vars": ENVIRONMENT}, **share
+        # tried again here: Ray has no limit for workers that it kills for want of memory
+        task = ray.remote(run_and_catch).options(
+            max_retries=0, runtime_env={"env_vars": ENVIRONMENT}, **share
         )
-        outcome = ray.get(task.remote(str(Path.cwd()), work))
-        _raise(outcome)
-        return outcome["value"]
+
+        def do() -> T:
+            outcome = ray.get(task.remote(str(Path.cwd()), work))
+            raise_failure(outcome)
+            return outcome["value"]
+
+        with _deaths_told():
+            for _ in range(_DEATHS - 1):
+                try:
+                    return do()
+                except _deaths() as error:
+                    logger.warning("a worker died, its work is begun again: %s", error)
+            return do()
 
     def train(self, work: Callable[[], object]) -> None:
         """Do it under Ray Train, in `train_workers` processes.
@@ -138,7 +158,7 @@ class RayCluster:
             )
         gpus = share["num_gpus"]
         trainer = TorchTrainer(
-            _train_loop,
+            train_loop,
             train_loop_config={"folder": str(Path.cwd()), "work": work},
             torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
             scaling_config=ScalingConfig(
@@ -152,9 +172,9 @@ class RayCluster:
             ),
         )
         try:
-            _raise({"failure": trainer.fit().return_value})
+            raise_failure({"failure": trainer.fit().return_value})
         except TrainingFailedError as error:
-            _raise({"failure": _user_error(error)})
+            raise_failure({"failure": user_error(error)})
             raise RunError(f"the training failed on the cluster: {error}") from error
 
     def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
@@ -209,76 +229,28 @@ def _usable_machines() -> list[dict[str, float]]:
     return [resources for resources in alive if resources.get("CPU", 0) >= 1]
 
 
-class _Actor:
-    """One worker of the pool pass, kept in a process of its own."""
+def _deaths() -> tuple[type[Exception], ...]:
+    """Return what Ray raises when a worker or its machine is gone."""
+    from ray import exceptions
 
-    def __init__(self, reference: Any) -> None:
-        import ray
-
-        self._folder, open_worker, self._tasks = ray.get(reference)
-        opened = _run_and_catch(self._folder, open_worker)
-        self._failure, self._work = opened["failure"], opened["value"]
-        self._name = f"process {os.getpid()} on {platform.node()}"
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        [number] = batch["task"].tolist()
-        failure = self._failure
-        if failure is None:
-            failure = _run_and_catch(self._folder, lambda: [*self._work([self._tasks[number]])])[
-                "failure"
-            ]
-        return {"task": [number], "failure": [failure], "worker": [self._name]}
+    return (
+        exceptions.WorkerCrashedError,
+        exceptions.RayActorError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+    )
 
 
-def _run_and_catch(folder: str, work: Callable[[], T]) -> dict[str, Any]:
-    """Return what some work gives, or the fault that a user can mend: Ray would do it again.
-
-    `folder` is what relative paths begin from.
-    """
-    _log_to_terminal()
-    if Path(folder).is_dir():
-        os.chdir(folder)
+@contextmanager
+def _deaths_told() -> Iterator[None]:
+    """Tell of the last death of a worker that Ray is not to replace any more."""
     try:
-        return {"value": work(), "failure": None}
-    except GradsiftError as error:
-        return {"value": None, "failure": f"{type(error).__name__}: {error}"}
-
-
-def _raise(outcome: dict[str, Any]) -> None:
-    """Raise here what was raised there."""
-    import gradsift.errors
-
-    if outcome.get("failure"):
-        name, _, message = outcome["failure"].partition(": ")
-        raise getattr(gradsift.errors, name)(message)
-
-
-class _FailureError(Exception):
-    """Ends all processes of a training: those that found nothing wrong would wait for the one."""
-
-
-def _train_loop(config: dict[str, Any]) -> str | None:
-    failure = _run_and_catch(config["folder"], config["work"])["failure"]
-    if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise _FailureError(failure)
-    return failure
-
-
-def _user_error(error: Any) -> str | None:
-    """Return what a user can mend, if that is what ended a training."""
-    for found in getattr(error, "worker_failures", {}).values():
-        cause = getattr(found, "cause", found)
-        if isinstance(cause, _FailureError):
-            return str(cause)
-    return None
-
-
-def _log_to_terminal() -> None:
-    """Write this process's log to its stderr, which Ray brings to the terminal of the driver."""
-    ours = logging.getLogger("gradsift")
-    if not ours.handlers:
-        ours.setLevel(logging.INFO)
-        ours.addHandler(logging.StreamHandler(sys.stderr))
-        ours.handlers[0].setFormatter(VisibleFormatter("%(message)s"))
-        ours.propagate = False
-        set_environment()
+        yield
+    except _deaths() as error:
+        raise RunError(
+            f"workers of the Ray cluster died {_DEATHS} times at the same work, the last one with: "
+            f"{error}\nLook at what they wrote last, above and in /tmp/ray/session_latest/logs of "
+            "their machine, and in its dmesg whether memory ran out: with fewer engine.workers "
+            "each has more. Without --engine ray the same work runs in this process"
+        ) from error

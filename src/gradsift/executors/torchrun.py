@@ -50,6 +50,7 @@ def launched_processes() -> Iterator[bool]:
         return
     import torch.distributed as dist
 
+    _take_own_gpu()
     backend = "gloo" if not _has_gpu() else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
@@ -109,3 +110,16 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _take_own_gpu() -> None:
+    """Make the GPU of this process's number on its machine the current one.
+
+    NCCL takes the current one, as does whatever says `cuda` without a number. Where every process
+    sees a GPU of its own alone, it is that already.
+    """
+    import torch
+
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if rank < torch.cuda.device_count():
+        torch.cuda.set_device(rank)

@@ -99,15 +99,15 @@ def _load_sentence_encoder(config: Config) -> Encode:
         SentenceTransformer,
     )
 
+    from gradsift.models.devices import use_device
     from gradsift.models.files import refuse_pickled_weights, translate_load_errors
-    from gradsift.models.loading import resolve_device
 
     for path in [Path(config.embed.model), *Path(config.embed.model).glob("*/")]:
         refuse_pickled_weights(path, f"the encoder {config.embed.model!r}")
     with translate_load_errors(f"the encoder {config.embed.model!r}"):
         model = SentenceTransformer(
             config.embed.model,
-            device=str(resolve_device(config.model)),
+            device=str(use_device(config.model)),
             trust_remote_code=config.model.trust_remote_code,
             model_kwargs={"use_safetensors": True},
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from gradsift.config import DataConfig, ModelConfig
 from gradsift.data.encoding import Encoder
 from gradsift.errors import ModelError, shorten
+from gradsift.models.devices import resolve_device, use_device
 from gradsift.models.files import (
     check_model_files,
     config_of,
@@ -29,24 +29,6 @@ logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
 _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability of NVIDIA's Ampere; older cards emulate it
-
-
-def resolve_device(config: ModelConfig) -> torch.device:
-    """Return the device asked for; `auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ModelError: If there is no such device here.
-    """
-    if config.device == "auto":
-        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # of the processes that train together
-        return torch.device(own if torch.cuda.is_available() else "cpu")
-    if config.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ModelError(f"cannot use the device {config.device!r}: expected auto, cpu or cuda")
-    try:
-        return torch.empty(0, device=config.device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"cannot use the device {config.device!r}: {reason}") from None
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
@@ -83,6 +65,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
         ModelError: If it cannot be loaded, lacks weights, has no output head, or lets a token see
             later ones.
     """
+    device = use_device(config)
     clear_device_cache(garbage_collection=True)  # what a training left goes before more comes
     check_model_files(config)
     with translate_load_errors(f"the model {config.name!r}"):
@@ -90,7 +73,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             config.name,
             dtype=resolve_dtype(config),
             attn_implementation=None if config.attention == "auto" else config.attention,
-            device_map={"": str(resolve_device(config))},
+            device_map={"": str(device)},
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
 from gradsift.errors import ModelError
+from gradsift.models.batches import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +49,9 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.Pe
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
-    with torch.random.fork_rng():
+    device = device_of(base)
+    # without a list it would open every GPU that there is
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(base, adapter)

@@ -12,12 +12,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
 from gradsift.models.batches import device_of, lengths_of, make_batches, plan_batches
+from gradsift.models.devices import PlacedArguments, kept_in_place
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.models.micro_batches import MicroBatches
 from gradsift.progress import track
@@ -59,11 +60,12 @@ def train(  # noqa: PLR0913
     calls `on_epoch` for itself.
 
     Raises:
-        ModelError: If one example does not fit in memory.
+        ModelError: If one example does not fit in memory, or the model has been moved to another
+            device.
         NumericsError: If the loss or its gradient stops being finite.
     """
     tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
-    with tempfile.TemporaryDirectory() as scratch, tracked as advance:
+    with tempfile.TemporaryDirectory() as scratch, tracked as advance, kept_in_place(model):
         watcher = _Watcher(on_epoch, advance, label)
         trainer = _Trainer(
             model=model,  # type: ignore[arg-type]
@@ -85,10 +87,11 @@ def train(  # noqa: PLR0913
 
 def _arguments(
     settings: TrainingSettings, model: nn.Module, steps: int, seed: int, scratch: str
-) -> TrainingArguments:
+) -> PlacedArguments:
     device = device_of(model)
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
-    arguments = TrainingArguments(
+    return PlacedArguments(
+        device,
         output_dir=scratch,
         per_device_train_batch_size=settings.batch_size,
         max_steps=steps,
@@ -110,8 +113,6 @@ def _arguments(
         disable_tqdm=True,
         report_to="none",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over all that there are
-    return arguments
 
 
 class _Trainer(Trainer):

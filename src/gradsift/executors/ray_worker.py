@@ -1,0 +1,103 @@
+"""What runs in the processes of a Ray cluster, and how a fault gets home from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradsift.errors import GradsiftError
+from gradsift.executors.environment import set_environment
+from gradsift.progress import VisibleFormatter
+
+T = TypeVar("T")
+
+
+class Actor:
+    """One worker of the pool pass, kept in a process of its own.
+
+    The worker is opened in the first task: Ray counts how often actors died at a task, but not
+    how often one died before its first.
+    """
+
+    def __init__(self, reference: Any) -> None:
+        import ray
+
+        self._folder, self._open_worker, self._tasks = ray.get(reference)
+        self._work: Any = None
+        self._name = f"process {os.getpid()} on {platform.node()}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Do the one task whose number comes, and tell what went wrong with it."""
+        [number] = batch["task"].tolist()
+
+        def do() -> None:
+            self._work = self._work or self._open_worker()
+            for _ in self._work([self._tasks[number]]):
+                pass
+
+        failure = run_and_catch(self._folder, do)["failure"]
+        return {"task": [number], "failure": [failure], "worker": [self._name]}
+
+
+def run_and_catch(folder: str, work: Callable[[], T]) -> dict[str, Any]:
+    """Return what some work gives, or the fault that a user can mend: Ray would do it again.
+
+    `folder` is what relative paths begin from.
+    """
+    _log_to_terminal()
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    try:
+        return {"value": work(), "failure": None}
+    except GradsiftError as error:
+        return {"value": None, "failure": f"{type(error).__name__}: {error}"}
+
+
+def raise_failure(outcome: dict[str, Any]) -> None:
+    """Raise here what was raised there."""
+    import gradsift.errors
+
+    if outcome.get("failure"):
+        name, _, message = outcome["failure"].partition(": ")
+        raise getattr(gradsift.errors, name)(message)
+
+
+class _FailureError(Exception):
+    """Ends all processes of a training: those that found nothing wrong would wait for the one."""
+
+
+def train_loop(config: dict[str, Any]) -> str | None:
+    """Do one process's part of a training, and return what went wrong.
+
+    Raises:
+        _FailureError: In its place, if there are other processes.
+    """
+    failure = run_and_catch(config["folder"], config["work"])["failure"]
+    if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise _FailureError(failure)
+    return failure
+
+
+def user_error(error: Any) -> str | None:
+    """Return what a user can mend, if that is what ended a training."""
+    for found in getattr(error, "worker_failures", {}).values():
+        cause = getattr(found, "cause", found)
+        if isinstance(cause, _FailureError):
+            return str(cause)
+    return None
+
+
+def _log_to_terminal() -> None:
+    """Write this process's log to its stderr, which Ray brings to the terminal of the driver."""
+    ours = logging.getLogger("gradsift")
+    if not ours.handlers:
+        ours.setLevel(logging.INFO)
+        ours.addHandler(logging.StreamHandler(sys.stderr))
+        ours.handlers[0].setFormatter(VisibleFormatter("%(message)s"))
+        ours.propagate = False
+        set_environment()

@@ -100,6 +100,15 @@ def test_no_more_products_than_arpack_takes() -> None:
     assert total[0][0] <= 1.2 * total[1][0]
 
 
+def test_vectors_are_orthonormal_where_few_of_many_entries_are_large() -> None:
+    size = 300_000
+    diagonal = torch.arange(1, size + 1) ** -0.5
+    values, vectors = largest_eigenpairs(lambda v: diagonal * v, size, 3, 0, CPU)
+    np.testing.assert_allclose(values, [1, 2**-0.5, 3**-0.5], rtol=2e-6)
+    rows = vectors.double().numpy()
+    np.testing.assert_allclose(rows @ rows.T, np.eye(3), atol=2e-6)
+
+
 def test_pieces_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_eigenvalues(SIGNS * np.arange(1, SIZE + 1) ** -0.5)
     whole = largest_eigenpairs(products(matrix), SIZE, 5, 0, CPU)

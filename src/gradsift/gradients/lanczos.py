@@ -10,7 +10,7 @@ piece, nothing larger than a few vectors is made beside them, and no index excee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Pieces = list[Float[Tensor, "vector _"]]
 
 _ACCURACY = 0.01  # of an eigenvalue: the length of H v - θ v, relative to θ
 _ROUNDING = 256 * float(np.finfo(np.float32).eps)  # what a product may be wrong by, of ‖H‖
-_PIECE = 2**20  # entries of each vector
+_PIECE = 2**18  # entries of each vector
 _FEWEST_VECTORS = 20  # to work with, however few are asked for
 _MOST_RESTARTS = 100  # ten eigenvectors of a real Hessian take two
 
@@ -137,24 +137,21 @@ def _orthogonalise(pieces: Pieces, row: int) -> tuple[Float[np.ndarray, " before
     """Make a vector orthogonal to those before it, and of length one.
 
     By classical Gram-Schmidt, done twice: then what is left is orthogonal to rounding (Giraud et
-    al., 2005). Returns its coordinates in those before, and the length of what was left. Sums are
-    in float64 from piece to piece.
+    al., 2005). Returns its coordinates in those before, and the length of what was left.
     """
+    zero = torch.zeros((), dtype=torch.float64, device=pieces[0].device)
     total = np.zeros(row)
     for _ in range(2):
-        along = _sum([piece[:row] @ piece[row] for piece in pieces])
+        # in float64: a sum of millions in float32 loses what is small beside its largest entry
+        along = sum((piece[:row].double() @ piece[row].double() for piece in pieces), zero)
         for piece in pieces:
             piece[row].sub_(along.float() @ piece[:row])
         total += along.cpu().numpy()
-    norm = float(_sum([piece[row].double().square().sum() for piece in pieces]).sqrt())
+    norm = float(sum((piece[row].double().square().sum() for piece in pieces), zero).sqrt())
     if norm > 0:
         for piece in pieces:
             piece[row].div_(norm)
     return total, norm
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack([*parts]).double().sum(0)
 
 
 def _by_magnitude(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,13 +69,47 @@ def test_products_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) ->
 
 def test_eigenpairs_are_those_of_the_full_matrix(truth: tuple[Hessian, Tensor]) -> None:
     hessian, matrix = truth
-    values, vectors = leading_eigenpairs(hessian, 4, seed=0)
+    values, vectors = leading_eigenpairs(hessian, 4, seed=0, memory=2**20)
     exact = np.linalg.eigvalsh(matrix.numpy())
     exact = exact[np.argsort(-np.abs(exact))][:4]
     np.testing.assert_allclose(values, exact, rtol=0.02)
     residual = matrix.numpy() @ vectors.T - vectors.T * values
     assert np.linalg.norm(residual, axis=0).max() < 0.02 * abs(values[0])
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(4), atol=1e-6)
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_eigenpairs_at_a_fresh_adapter_where_b_is_zero() -> None:
+    """Nothing curves in A alone; what curves between A and B lies in few directions."""
+    model = tiny_models.adapted("llama", dtype=torch.float64, rank=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.zero_()
+    one = EXAMPLES[:1]
+    hessian = Hessian(model, one, np.ones(1), max_tokens=30)
+    values, _ = leading_eigenpairs(hessian, 40, seed=0, memory=0)
+    matrix = full_hessian(model, one, np.ones(1))
+    exact = np.linalg.eigvalsh(matrix.numpy())
+    exact = exact[np.argsort(-np.abs(exact))][:40]
+    np.testing.assert_allclose(np.abs(values), np.abs(exact), rtol=0.02, atol=1e-4 * abs(exact[0]))
+
+
+def test_vectors_lie_on_the_device_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(Hessian):
+        def __init__(self) -> None:
+            self.size, self.device = 50, torch.device("meta")
+
+    found = []
+
+    def noted(*arguments: object) -> tuple[np.ndarray, Tensor]:
+        found.append(arguments[-1])
+        return np.ones(1), torch.ones(1, 50)
+
+    monkeypatch.setattr("gradsift.gradients.hessian.largest_eigenpairs", noted)
+    for memory in (4 * 50 * 21, 4 * 50 * 21 - 1):
+        leading_eigenpairs(Elsewhere(), 5, seed=0, memory=memory)
+    assert found == [torch.device("meta"), torch.device("cpu")]
 
 
 def test_coupling_is_that_of_the_full_matrix_within_its_error(
@@ -113,6 +146,7 @@ def test_a_diagonal_hessian_has_no_coupling() -> None:
     class Diagonal(Hessian):
         def __init__(self) -> None:
             self.size, self.slices = 6, {"x.A": slice(0, 2), "x.B": slice(2, 6)}
+            self.device = torch.device("cpu")
 
         def __call__(self, vectors: Tensor, rows: Collection[str] = ()) -> Tensor:
             return vectors * torch.arange(1.0, 7.0)
@@ -142,21 +176,21 @@ def test_sines_of_a_space_with_itself_and_with_its_complement() -> None:
 
 
 def test_more_eigenvectors_than_there_can_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_eigenvectors(10, 1000)
+    check_eigenvectors(10, 1000, memory=2**20)
     with pytest.raises(ConfigError, match="asked for 20 eigenvectors of a Hessian over 20 param"):
-        check_eigenvectors(20, 20)
-    for vectors, advice in ((41, None), (30, "ask for at most 14 "), (19, "even one needs more")):
-        free = SimpleNamespace(available=8 * 1000 * vectors)
-        monkeypatch.setattr(
-            "gradsift.gradients.hessian.psutil.virtual_memory", lambda free=free: free
-        )
-        if advice is None:
-            check_eigenvectors(20, 1000)
-            continue
-        with pytest.raises(ConfigError, match=advice):
-            check_eigenvectors(20, 1000)
-    monkeypatch.setattr(
-        "gradsift.gradients.hessian.psutil.virtual_memory",
-        lambda: SimpleNamespace(available=8 * 1000 * 30),
-    )
-    check_eigenvectors(14, 1000)  # what was advised
+        check_eigenvectors(20, 20, memory=2**20)
+
+    def check(count: int, device: int, host: int) -> None:
+        """Look for `count` where so many vectors fit: needed are 2 count + 2, or 21 if more."""
+        monkeypatch.setattr("gradsift.gradients.hessian.host_memory", lambda: 4 * 1000 * host)
+        check_eigenvectors(count, 1000, memory=4 * 1000 * device)
+
+    check(20, device=42, host=0)
+    check(20, device=0, host=42)
+    with pytest.raises(ConfigError, match="ask for at most 19 "):
+        check(20, device=41, host=30)
+    check(19, device=41, host=30)
+    with pytest.raises(ConfigError, match="ask for at most 14 "):
+        check(20, device=0, host=31)
+    with pytest.raises(ConfigError, match="even one needs more than there is"):
+        check(1, device=20, host=1)

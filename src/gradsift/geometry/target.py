@@ -28,6 +28,7 @@ from gradsift.gradients.hessian import (
     measure_coupling,
     sines,
 )
+from gradsift.gradients.memory import memory_budget
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
 from gradsift.models.batch_size import start_tokens
@@ -54,21 +55,25 @@ def measure_target(
         NumericsError: If a gradient is not finite, or none differs from zero.
         ConfigError: If so many eigenvectors cannot be looked for.
     """
-    check_eigenvectors(settings.eigenvectors, sum(map(prod, blocks(model).values())))
-    rank, engine = config.gist.rank, config.engine
+    rank, engine, device = config.gist.rank, config.engine, device_of(model)
+    num_parameters = sum(map(prod, blocks(model).values()))
+    check_eigenvectors(settings.eigenvectors, num_parameters, memory_budget(engine, device))
     rng = np.random.default_rng(settings.seed)
     count = min(settings.examples, len(target))
     rows = np.sort(rng.choice(len(target), size=count, replace=False))
     everything = _fit(model, *distinct_examples(target), rank, engine)
     examples, inverse = distinct_examples(target, rows)
     subspace = _fit(model, examples, inverse, rank, engine)
+    weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
+    hessian = Hessian(model, examples, weights, min(_TOKENS, start_tokens(engine, device)))
+    logger.info("%s: looking for %d eigenvectors of the Hessian", name, settings.eigenvectors)
+    memory = memory_budget(engine, device)
+    pairs = leading_eigenpairs(hessian, settings.eigenvectors, settings.seed, memory)
+    # after them, so that it is not in memory beside the vectors of Lanczos' method
     merged = merge_rows(subspace.combination, inverse, len(examples))
     basis = fitting_basis(model, [(examples, merged)], engine)
-    weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
-    max_tokens = min(_TOKENS, start_tokens(engine, device_of(model)))
-    hessian = Hessian(model, examples, weights, max_tokens)
     found = {"spectrum": describe(everything)}
-    found["hessian"] = {"num_examples": count} | _compare(hessian, basis, subspace, name, settings)
+    found["hessian"] = {"num_examples": count} | _compare(hessian, pairs, basis, subspace)
     if coupling:
         found["coupling"] = {"num_examples": count} | _couple(hessian, name, settings)
     return found
@@ -88,11 +93,10 @@ def _fit(
 
 
 def _compare(
-    hessian: Hessian, basis: Basis, subspace: Subspace, name: str, settings: GeometryConfig
+    hessian: Hessian, pairs: tuple[np.ndarray, np.ndarray], basis: Basis, subspace: Subspace
 ) -> dict[str, Any]:
     """Return the leading eigenvalues, and how the subspace lies to their eigenvectors."""
-    logger.info("%s: looking for %d eigenvectors of the Hessian", name, settings.eigenvectors)
-    values, vectors = leading_eigenpairs(hessian, settings.eigenvectors, settings.seed)
+    values, vectors = pairs
     inside = _inside(hessian, basis, vectors)
     ranks = sorted({r for r in (1, 2, 5, 10, 20, 50, 100, 200) if r < subspace.rank})
     return {

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import psutil
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ConfigError
+from gradsift.gradients.lanczos import lanczos_bytes, largest_eigenpairs, most_eigenvectors
+from gradsift.gradients.memory import host_memory
 from gradsift.gradients.per_example import blocks
 from gradsift.models.batches import lengths_of, make_batches, plan_batches, to_device
 from gradsift.models.lora import lora_pairs
@@ -33,14 +33,12 @@ from gradsift.models.losses import label_logits
 
 logger = logging.getLogger(__name__)
 
-_ACCURACY = 0.01  # of eigenvalues, relative
-_FEWEST_VECTORS = 20  # that ARPACK keeps, however few are asked for
-
 
 class Hessian:
     """The Hessian of Σ_e w_e ℓ_e over some examples, in the model's precision.
 
     `slices`: where each block, of `shapes` (out, in), lies in a flat vector of `size` entries.
+    Products are formed on `device`, the model's.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class Hessian:
         self.slices = {name: slice(end - size, end) for (name, size), end in parts}
         self.size: int = ends[-1]
         self._parameters = [m.weight for pair in lora_pairs(model).values() for m in pair]
+        self.device = self._parameters[0].device
 
     def __call__(
         self, vectors: Float[Tensor, "probe parameter"], rows: Collection[str] = ()
@@ -67,8 +66,10 @@ class Hessian:
         """Return H v for each vector; with `rows`, zero outside the blocks so named."""
         names = [*self.slices]
         wanted = [i for i, name in enumerate(names) if not rows or name in rows]
-        # blocks on which no vector lies take no part in the inner product
-        given = [i for i, own in enumerate(self.slices.values()) if vectors[:, own].any()]
+        # blocks on which no vector lies take no part in the inner product; asked for all at once,
+        # as the answer waits for a GPU
+        lies = torch.stack([vectors[:, own].any() for own in self.slices.values()]).tolist()
+        given = [i for i, any_there in enumerate(lies) if any_there]
         vectors = vectors.to(self._parameters[0])
         products = torch.zeros_like(vectors)
         for gradient in self._gradients():
@@ -85,12 +86,11 @@ class Hessian:
 
     def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield each batch's gradient, block by block, as a graph to be passed through again."""
-        device = self._parameters[0].device
         with _twice_differentiable(self._parameters):
             for group, batch in zip(
-                self._groups, make_batches(self._examples, self._groups, device), strict=True
+                self._groups, make_batches(self._examples, self._groups, self.device), strict=True
             ):
-                own = to_device(self._weights[group].astype(np.float32), device)
+                own = to_device(self._weights[group].astype(np.float32), self.device)
                 logits = label_logits(self._model, batch)
                 # our own softmax (`token_losses`) has no second derivative
                 nll = cross_entropy(logits, batch.labels, reduction="none")
@@ -116,8 +116,10 @@ def _twice_differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def check_eigenvectors(count: int, num_parameters: int) -> None:
+def check_eigenvectors(count: int, num_parameters: int, memory: int) -> None:
     """Find out whether so many eigenvectors of a Hessian can be looked for here.
+
+    `memory`: the bytes that they may take on the model's device; else they lie in the host's.
 
     Raises:
         ConfigError: If there are not so many, or their Lanczos vectors do not fit into memory.
@@ -125,41 +127,38 @@ def check_eigenvectors(count: int, num_parameters: int) -> None:
     asked = f"asked for {count:,} eigenvectors of a Hessian over {num_parameters:,} parameters"
     if count >= num_parameters:
         raise ConfigError(f"{asked}; ask for fewer than it has (--eigenvectors)")
-    vector, free = 8 * num_parameters, psutil.virtual_memory().available  # in float64
-    num_vectors = max(2 * count + 1, _FEWEST_VECTORS)
-    if num_vectors * vector > free:
-        fitting = free // vector
-        advice = f"ask for at most {(fitting - 1) // 2:,} (--eigenvectors)"
-        if fitting < _FEWEST_VECTORS:
-            advice = "even one needs more than there is"
+    needed, room = lanczos_bytes(count, num_parameters), max(memory, host_memory())
+    if needed > room:
+        most = most_eigenvectors(room, num_parameters)
+        advice = f"ask for at most {most:,} (--eigenvectors)"
         raise ConfigError(
-            f"{asked}: the {num_vectors:,} vectors of Lanczos' method take "
-            f"{num_vectors * vector / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free; {advice}"
+            f"{asked}: the vectors of Lanczos' method take {needed / 2**30:,.1f} GiB, and "
+            f"{room / 2**30:,.1f} are free on the model's device or in host memory; "
+            f"{advice if most else 'even one needs more than there is'}"
         )
 
 
 def leading_eigenpairs(
-    hessian: Hessian, count: int, seed: int
+    hessian: Hessian, count: int, seed: int, memory: int
 ) -> tuple[Float[np.ndarray, " eigenvalue"], Float[np.ndarray, "eigenvalue parameter"]]:
     """Return the eigenvalues of largest magnitude, the largest first, and their unit vectors.
 
-    By implicitly restarted Lanczos (ARPACK), to a relative accuracy of 1 %.
+    In float32, to a relative accuracy of 1 % (`largest_eigenpairs`). The vectors that Lanczos'
+    method works with lie on the model's device if they take at most `memory` bytes, else in host
+    memory; then each is copied for its product, and the product copied back.
     """
     num_products = 0
 
-    def multiply(vector: np.ndarray) -> np.ndarray:
+    def multiply(vector: Tensor) -> Tensor:
         nonlocal num_products
         num_products += 1
-        product = hessian(torch.from_numpy(vector.reshape(1, -1)))[0]
-        return product.double().cpu().numpy()
+        return hessian(vector[None])[0]
 
-    start = np.random.default_rng(seed).standard_normal(hessian.size)
-    shape = (hessian.size, hessian.size)
-    operator = LinearOperator(shape, matvec=multiply, dtype=np.float64)  # type: ignore[call-arg]
-    values, vectors = eigsh(operator, k=count, which="LM", v0=start, tol=_ACCURACY)  # type: ignore[arg-type]
+    fits = lanczos_bytes(count, hessian.size) <= memory
+    device = hessian.device if fits else torch.device("cpu")
+    values, vectors = largest_eigenpairs(multiply, hessian.size, count, seed, device)
     logger.info("%d eigenvectors took %d products with the Hessian", count, num_products)
-    order = np.argsort(-np.abs(values), kind="stable")
-    return values[order], np.ascontiguousarray(vectors[:, order].T)
+    return values, vectors.numpy()
 
 
 def sines(
@@ -220,11 +219,12 @@ def measure_coupling(
     pairs = np.zeros((num_probes, num_probes, len(slices)))
     for c, own in enumerate(slices):
         signs = torch.from_numpy(rng.choice([-1.0, 1.0], (num_probes, own.stop - own.start)))
-        probes = torch.zeros(num_probes, hessian.size)
-        probes[:, own] = signs.float()
-        products = hessian(probes).double().cpu()
-        squares[:, :, c] = torch.stack([products[:, o].square().sum(1) for o in slices], 1).numpy()
-        diagonals = signs * products[:, own]
+        probes = torch.zeros(num_probes, hessian.size, device=hessian.device)
+        probes[:, own] = signs.to(probes)
+        products = hessian(probes)
+        found = torch.stack([products[:, o].double().square().sum(1) for o in slices], 1)
+        squares[:, :, c] = found.cpu().numpy()
+        diagonals = signs * products[:, own].double().cpu()
         pairs[:, :, c] = (diagonals @ diagonals.T).numpy()
         advance(1)
     layers = [name.rpartition(".")[0] for name in hessian.slices]
@@ -233,10 +233,10 @@ def measure_coupling(
         return _shares(squares[kept], pairs[np.ix_(kept, kept)], layers)
 
     everything = np.arange(num_probes)
-    found = shares(everything)
+    shared = shares(everything)
     others = np.stack([shares(np.delete(everything, i)) for i in everything])
     errors = np.sqrt((num_probes - 1) * others.var(axis=0))
-    estimates = [Estimate(float(v), float(e)) for v, e in zip(found, errors, strict=True)]
+    estimates = [Estimate(float(v), float(e)) for v, e in zip(shared, errors, strict=True)]
     per_layer = dict(zip(dict.fromkeys(layers), estimates[3:], strict=True))
     masses = _symmetric(squares.mean(axis=0))
     return Coupling(*estimates[:3], layers=per_layer, masses=masses)
@@ -282,7 +282,7 @@ def entries(
         labels += [f"{name[-1]}[{i // width},{i % width}]" for i in flat]
     rows = []
     for column in chosen:  # one at a time: a vector is as large as all of the adapter
-        unit = torch.zeros(1, hessian.size)
+        unit = torch.zeros(1, hessian.size, device=hessian.device)
         unit[0, column] = 1
         rows.append(hessian(unit, rows=names)[0, chosen].double().cpu().numpy())
     return _symmetric(np.stack(rows)), labels

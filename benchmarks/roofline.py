@@ -22,8 +22,6 @@ import numpy as np
 import torch
 import typer
 from peft import PeftModel
-from pool_pass import SHAPES, build_model, draw_examples, useful_operations
-from requirements import CARD, LORA_RANK, Shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -33,6 +31,8 @@ from gradsift.gradients.basis import Basis
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
 from gradsift.models.batches import MAX_EXAMPLES, lengths_of, plan_batches
+from pool_pass import SHAPES, build_model, draw_examples, useful_operations
+from requirements import CARD, LORA_RANK, Shape
 
 META = torch.device("meta")
 MEASURED, DIRECTIONS = ("1.5b", "3b", "7b", "qwen-7b", "14b"), (50, 150, 400)
@@ -123,7 +123,7 @@ def _moved(name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor
 
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
-    """Call flash attention, as CUDA would, and look for no packed sequences: there are no values."""
+    """Call flash attention, as CUDA would."""
 
     def flash(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -132,10 +132,7 @@ def _as_on_cuda() -> Iterator[None]:
         attention = torch.ops.aten._scaled_dot_product_flash_attention
         return attention(query, key, value, is_causal=True, scale=kwargs.get("scale"))[0]
 
-    with (
-        patch("torch.nn.functional.scaled_dot_product_attention", flash),
-        patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
-    ):
+    with patch("torch.nn.functional.scaled_dot_product_attention", flash):
         yield
 
 

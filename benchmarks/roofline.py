@@ -260,14 +260,18 @@ def rows_of(name: str, num_directions: Sequence[int], card: Card) -> Iterator[li
         working = sum(seconds for seconds, _ in equal.groups.values())
         yield [
             *(name, str(k), f"{max_tokens:,}"),
-            *(f"{found.share:.0%}, {found.speed:.3g}" for found in (equal, pool)),
+            *(f"{_percent(found.share)}, {found.speed:.3g}" for found in (equal, pool)),
             *(_cell(part / working, bound) for part, bound in equal.groups.values()),
-            f"{equal.copying / working:.0%}" if equal.copying else "",
+            _percent(equal.copying / working) if equal.copying else "",
         ]
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def _cell(share: float, bound: str) -> str:
-    return f"**{share:.0%}**" if bound == "operations" else f"{share:.0%}"
+    return f"**{_percent(share)}**" if bound == "operations" else _percent(share)
 
 
 def table(shapes: Sequence[str], num_directions: Sequence[int], card: Card) -> str:

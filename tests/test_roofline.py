@@ -117,7 +117,9 @@ def test_the_table_on_the_page_is_the_one_computed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shape"), zip(("1.5b", "qwen-7b", "7b", "14b"), requirements.SHAPES, strict=True)
+    ("name", "shape"),
+    [*zip(("1.5b", "qwen-7b", "7b", "14b"), requirements.SHAPES, strict=True)],
+    ids=lambda value: getattr(value, "name", ""),
 )
 def test_shares_in_the_requirements_are_those_computed(
     name: str, shape: requirements.Shape

@@ -69,18 +69,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "1.5b": ("qwen2", _shape(1536, 28, (12, 2), 8960, 151936) | {"tie_word_embeddings": True}),
     "3b": ("qwen2", _shape(2048, 36, (16, 2), 11008, 151936) | {"tie_word_embeddings": True}),
     "7b": ("llama", _shape(4096, 32, (32, 32), 11008, 32000) | {"tie_word_embeddings": False}),
-}  # 135m is SmolLM2's, 1.5b and 3b are Qwen2.5's, 7b is Llama 2's; 100m is nobody's
+    "qwen-7b": ("qwen2", _shape(3584, 28, (28, 4), 18944, 152064) | {"tie_word_embeddings": False}),
+    "14b": ("qwen2", _shape(5120, 48, (40, 8), 13824, 152064) | {"tie_word_embeddings": False}),
+}  # 135m is SmolLM2's, 7b is Llama 2's, the others are Qwen2.5's; 100m is nobody's
 
 
-def build_model(shape: str, rank: int, device: torch.device) -> PeftModel:
-    """Return the model with random LoRA matrices on q, k, v and o."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def build_model(shape: str, rank: int, device: torch.device, layers: int = 0) -> PeftModel:
+    """Return the model, or its first layers, with random LoRA matrices on q, k, v and o."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     with device:
         if shape == "base":
             base = AutoModelForCausalLM.from_pretrained(SHARED / "models" / "base", dtype=dtype)
         else:
             family, settings = SHAPES[shape]
+            settings = settings | ({"num_hidden_layers": layers} if layers else {})
             base = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(family, **settings), dtype=dtype
             )
@@ -105,6 +108,20 @@ def draw_examples(count: int, vocabulary: int) -> list[Encoded]:
         supervised = np.arange(length) >= max(1, length - num_supervised)
         examples.append(Encoded(rng.integers(5, vocabulary, length).astype(np.int32), supervised))
     return examples
+
+
+def useful_operations(model: PeftModel, examples: Sequence[Encoded]) -> int:
+    """Return what no way to measure can do without: 4 per parameter and token it has to see.
+
+    Forward and backward pass through frozen weights. Input embeddings are looked up, not
+    multiplied; the output head has to see the tokens with a label alone.
+    """
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    rest = sum(p.numel() for p in model.parameters()) - head.numel()
+    if embeddings is not head:
+        rest -= embeddings.numel()
+    num_labels = sum(int(example.supervised.sum()) for example in examples)
+    return 4 * (rest * int(lengths_of(examples).sum()) + head.numel() * num_labels)
 
 
 def random_basis(model: PeftModel, directions: int) -> dict[str, torch.Tensor]:
@@ -205,11 +222,7 @@ def _one_side(side: str, shape: str, rank: int, directions: int, count: int, fol
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = build_model(shape, rank, device)
-    embedding = model.get_input_embeddings().weight
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if embedding is not model.get_output_embeddings().weight:  # type: ignore[union-attr]
-        num_parameters -= embedding.numel()
-    examples = draw_examples(count, embedding.shape[0])
+    examples = draw_examples(count, model.get_input_embeddings().num_embeddings)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory()
     run = run_ours if side == "ours" else run_plain
     coordinates, seconds, facts = run(model, examples, directions)
@@ -219,11 +232,10 @@ def _one_side(side: str, shape: str, rank: int, directions: int, count: int, fol
     figures = facts | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "parameters": num_parameters,
         "directions": directions,
         "examples_per_second": count / seconds,
         "tokens_per_second": tokens / seconds,
-        "share_of_peak": 4 * num_parameters * tokens / seconds / peak,
+        "share_of_peak": useful_operations(model, examples) / seconds / peak,
         "peak_flops": peak,
         "memory": memory,
         "memory_over_model": memory - before,

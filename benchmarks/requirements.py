@@ -1,7 +1,7 @@
 """GPU memory and hours of GIST for models of 1.5B, 7B and 14B, computed from their shapes.
 
-Nothing here is measured: it counts floating-point operations and bytes, and assumes a share of the
-GPU's peak. `python benchmarks/requirements.py` prints the tables of
+Nothing here is measured: it counts floating-point operations and bytes, and takes the share of the
+GPU's peak that `roofline.py` computes. `python benchmarks/requirements.py` prints the tables of
 docs/requirements.md and of the README.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-PEAK, REACHED = 989e12, 0.5  # an H100's dense bfloat16 operations per second; the share aimed at
+PEAK = 989e12  # an H100's dense bfloat16 operations per second
 LORA_RANK, DIRECTIONS, NUM_TARGET = 128, 150, 285  # the paper's, for MMLU
-MEAN_TOKENS, LONGEST = 250, 2048
+MEAN_TOKENS, LABELLED, LONGEST = 250, 0.5, 2048
 WARMUP_SHARE = 0.05
 POOLS = (270_000, 100_000)
 BYTES, FLOAT_BYTES = 2, 4  # of a bfloat16 and of a float32
@@ -23,7 +23,11 @@ CARD = 80e9
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model, as its `config.json` describes it; `kv` is the width of keys."""
+    """A Llama-like model, as its `config.json` describes it; `kv` is the width of keys.
+
+    By `roofline.py`: `share` of the peak that a pass reaches, and how many times as long the pool
+    pass takes because it is `waiting` for the part of the basis that lies in host memory.
+    """
 
     name: str
     hidden: int
@@ -32,6 +36,17 @@ class Shape:
     mlp: int
     vocabulary: int
     tied: bool = False
+    share: float = 1.0
+    waiting: float = 1.0
+
+    @property
+    def useful(self) -> float:
+        """Operations that a mean example cannot do without: 4 per token and parameter it meets.
+
+        Forward and backward pass through frozen weights; logits at labels alone.
+        """
+        unlabelled = self.hidden * self.vocabulary * (1 - LABELLED)
+        return 4 * MEAN_TOKENS * (self.multiplied + sum(self.blocks) - unlabelled)
 
     @property
     def multiplied(self) -> int:
@@ -82,10 +97,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True),
-    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064),
-    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000),
-    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064),
+    Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True, share=0.30),
+    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064, share=0.42),
+    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000, share=0.39),
+    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064, share=0.40, waiting=3.3),
 )
 
 
@@ -113,19 +128,17 @@ def memory_of(shape: Shape) -> dict[str, int]:
 def hours_of(shape: Shape, num_pool: int) -> dict[str, float]:
     """Return hours on one GPU by stage."""
     lora = sum(shape.blocks)
-    # forward and backward through frozen weights; LoRA's own gradients are formed on top
-    train = MEAN_TOKENS * (4 * shape.multiplied + 6 * lora)
-    measure = train + 2 * DIRECTIONS * lora
     budget = (CARD - shape.weight_bytes) / 2
     row_blocks = ceil(NUM_TARGET * lora * FLOAT_BYTES / budget)
     parts = ceil(DIRECTIONS * lora * FLOAT_BYTES / (budget / 4))
     passes = (1 + row_blocks) / 2 + parts  # over the target, for its Gram matrix and the basis
-    operations = {
-        "warm-up": WARMUP_SHARE * num_pool * train,
-        "targets": NUM_TARGET * train * passes,
-        "pool pass": num_pool * measure,
+    examples = {
+        "warm-up": WARMUP_SHARE * num_pool,
+        "targets": NUM_TARGET * passes,
+        "pool pass": num_pool * shape.waiting,
     }
-    return {stage: count / (PEAK * REACHED) / 3600 for stage, count in operations.items()}
+    hours = shape.useful / (PEAK * shape.share) / 3600
+    return {stage: count * hours for stage, count in examples.items()}
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:

@@ -62,7 +62,7 @@ def product(
     left: Float[Tensor, "example parameter"], right: Float[Tensor, "direction parameter"]
 ) -> Float[Tensor, "example direction"]:
     """Return left · rightᵀ, accumulated in float32 whatever the factors' precision."""
-    if left.is_cuda:
+    if left.device.type != "cpu":
         if left.dtype == torch.float32:
             return left @ right.T
         return torch.mm(left, right.T, out_dtype=torch.float32)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -18,6 +18,9 @@ import pytest
 
 from gradsift.config import Config
 from gradsift.sections import merge
+
+if TYPE_CHECKING:
+    import torch
 
 Write = Callable[..., Path]
 QUICK = {
@@ -100,3 +103,30 @@ def arguments(
         "--adapter", adapter, "--budget", "6", "--output-dir", tmp_path / "run",
         "--set", "model.device=cpu", "--set", "policy.decontaminate=none",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests marked `gpu` run: the first CUDA device, or what GRADSIFT_GPU_TESTS_ON names.
+
+    `cpu` there finds out, where there is no GPU, whether the tests themselves are in order.
+    """
+    import torch
+
+    named = os.environ.get("GRADSIFT_GPU_TESTS_ON", "cuda:0")
+    if named.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: `make gpu` runs it where there is one")
+    return torch.device(named)
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Write numbers down as a test marked `gpu` finds them, where `make gpu` collects them."""
+
+    def write_down(**found: object) -> None:
+        entry = {"test": request.node.name, **found}
+        if "GRADSIFT_GPU_FIGURES" in os.environ:
+            with Path(os.environ["GRADSIFT_GPU_FIGURES"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    return write_down

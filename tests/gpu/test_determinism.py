@@ -45,7 +45,7 @@ def measure(base: Path, write: Write, folder: Path, device: torch.device, fixed:
     files = write("pool.jsonl", long_rows(64, 1)), write("t.jsonl", long_rows(8, 2))
     settings = [
         f"model.device={device}", "lora.rank=4", "warmup.learning_rate=0.01",
-        "warmup.batch_size=4", "warmup.micro_batch_size=4", "warmup.fraction=0.2",
+        "warmup.batch_size=4", "warmup.fraction=0.2",
         f"data.max_length={TOKENS}", "policy.decontaminate=none", "engine.batch_tokens=8000",
         f"engine.deterministic={str(fixed).lower()}",
     ]  # fmt: skip

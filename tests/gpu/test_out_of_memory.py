@@ -118,13 +118,13 @@ def test_a_training_is_halved_and_learns_the_same(
 ) -> None:
     examples = tiny_models.examples(400) * 40
     settings = WarmupConfig(
-        batch_size=len(examples), micro_batch_size=len(examples), learning_rate=1e-2, warmup_ratio=0
+        batch_size=len(examples), micro_batch_tokens=MANY_TOKENS, learning_rate=1e-2, warmup_ratio=0
     )
     lora = LoraConfig(rank=3, alpha=6, dropout=0.0)
     logs, weights = [], []
     for limited in (True, False):
         model = attach_lora(tiny_models.build("llama").to(device), lora, seed=1)
-        own = settings if limited else settings.model_copy(update={"micro_batch_size": 400})
+        own = settings if limited else settings.model_copy(update={"micro_batch_tokens": 8000})
         train(model, examples[:400], own, steps=1, seed=0)  # what is set up once
         model = attach_lora(tiny_models.build("llama").to(device), lora, seed=1)
         if limited:

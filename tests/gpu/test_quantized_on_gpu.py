@@ -36,7 +36,7 @@ def test_gradients_equal_the_plain_loop_and_training_learns(
     model = attach_lora(load_base(settings), lora, seed=1)
     examples = tiny_models.examples(16, seed=3)
 
-    warmup = WarmupConfig(batch_size=8, micro_batch_size=4, learning_rate=1e-2)
+    warmup = WarmupConfig(batch_size=8, learning_rate=1e-2)
     log = train(model, examples, warmup, steps=8, seed=0)
     assert log[-1]["loss"] < log[0]["loss"]
 

@@ -23,7 +23,7 @@ from gradsift.sections import merge
 pytestmark = pytest.mark.gpu
 
 Rows = list[dict[str, Any]]
-TRAINING = {"steps": 4, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2}
+TRAINING = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2}
 METHODS = ["gist", "less", "cosine", "influence", "rds", "perplexity"]
 
 

@@ -52,7 +52,7 @@ gradsift.select(
 )
 gradsift.evaluate(
     folder, tests={"t": test}, methods=["gist"], seeds=2, random_seeds=3,
-    fine_tuning={"steps": 2, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 0.01},
+    fine_tuning={"steps": 2, "batch_size": 4, "learning_rate": 0.01},
 )
 assert set(trained) == {device}, trained
 first = torch.cuda.max_memory_allocated(0) if device == "cuda:1" else 0

@@ -70,13 +70,16 @@ class Step:
 def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
     """Return the steps, what is worth most first; on a CPU small ones, to try the script itself."""
     small = on == "cpu"
+    patience = 5 if small else 1
 
     def tests(name: str, limit: float) -> Step:
         options = ("-v", "-rs", "-p", "no:cacheprovider", "--tb=short", "--durations=5")
         # beartype need not be there, and other versions of libraries may warn of other things
         ours = ("-o", "addopts=--strict-markers", "-o", "filterwarnings=default")
         file = f"tests/gpu/test_{name}.py"
-        return Step(name.removesuffix("_on_gpu"), limit, ("-m", "pytest", file, *options, *ours))
+        return Step(
+            name.removesuffix("_on_gpu"), patience * limit, ("-m", "pytest", file, *options, *ours)
+        )
 
     def pool_pass(shape: str, directions: int, limit: float) -> Step:
         name = f"pool-pass-{shape}-{directions}"
@@ -84,7 +87,7 @@ def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
         if small:
             shape, directions, size = "100m", 4, ("--count", "4", "--plain-count", "2")
         command = ("benchmarks/pool_pass.py", "--shape", shape, "--directions", str(directions))
-        return Step(name, limit, (*command, *size, "--results", str(results)))
+        return Step(name, patience * limit, (*command, *size, "--results", str(results)))
 
     settings = ("--set", "lora.rank=16", "--set", "warmup.learning_rate=1e-3")
     claims = ("benchmarks/claims.py", str(scratch / "claims"), *settings)
@@ -98,7 +101,7 @@ def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
         tests("plan_on_gpu", 110),
         tests("runs", 90),
         tests("determinism", 90),
-        Step("claims", 120, (*claims, *made_up, "--results", str(results))),
+        Step("claims", patience * 120, (*claims, *made_up, "--results", str(results))),
         tests("quantized_on_gpu", 45),
         tests("several_gpus", 90),
         *(() if small else (pool_pass("1.5b", 64, 100), pool_pass("3b", 64, 100))),
@@ -205,7 +208,7 @@ def run_steps(
         if status != "not begun":
             with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(start)
-                said = [line for line in file.read().splitlines() if line.strip()]
+                said = [line for line in file.read().splitlines() if re.search(r"\w", line)]
         write_down(results, step=step.name, status=status, seconds=seconds, said=said[-1:])
         sys.stdout.write(f"{step.name}: {status}, {seconds:.0f} s{''.join(said[-1:]) and ': '}")
         sys.stdout.write("\n  ".join(said[-1:] if status == "passed" else said[-15:]) + "\n")

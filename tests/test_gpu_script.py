@@ -60,6 +60,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(
     assert not late.exists()  # what a step began ends with it
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_what_each_python_lacks(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "benchmarks/gpu.py", "--folder", str(tmp_path)]

@@ -105,18 +105,29 @@ def arguments(
     ]  # fmt: skip
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none, before anything is made for them."""
+    if item.get_closest_marker("gpu") and named_device().startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device: `make gpu` runs it where there is one")
+
+
+def named_device() -> str:
+    """Return where tests marked `gpu` run.
+
+    With GRADSIFT_GPU_TESTS_ON=cpu on the CPU: whether the tests themselves are in order.
+    """
+    return os.environ.get("GRADSIFT_GPU_TESTS_ON", "cuda:0")
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where tests marked `gpu` run: the first CUDA device, or what GRADSIFT_GPU_TESTS_ON names.
-
-    `cpu` there finds out, where there is no GPU, whether the tests themselves are in order.
-    """
+    """Where tests marked `gpu` run."""
     import torch
 
-    named = os.environ.get("GRADSIFT_GPU_TESTS_ON", "cuda:0")
-    if named.startswith("cuda") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device: `make gpu` runs it where there is one")
-    return torch.device(named)
+    return torch.device(named_device())
 
 
 @pytest.fixture

@@ -4,17 +4,17 @@ python := .venv/bin/python
 installed := .venv/.installed
 ready := .venv/.ready
 
-.PHONY: demo test check everything extras format lint types imports sizes
+.PHONY: demo test check everything extras gpu format lint types imports sizes
 
 demo: $(installed)
 	.venv/bin/gradsift demo
 
 test: $(ready)
-	$(python) -m pytest -n 2 --dist worksteal -m "not slow"
+	$(python) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 # also those with many processes, real data or kills
 everything: $(ready)
-	$(python) -m pytest -n 2 --dist worksteal
+	$(python) -m pytest -n 2 --dist worksteal -rs
 
 check: format lint types imports everything
 
@@ -22,6 +22,10 @@ check: format lint types imports everything
 extras: $(ready)
 	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized,embed,lm-eval]'
 	$(python) -m pytest tests/gradients/test_quantized.py tests/methods/test_embed.py tests/evaluation/test_lm_eval.py
+
+# on a machine with a GPU, with what Python it has: see docs/gpu.md
+gpu:
+	python3 benchmarks/gpu.py
 
 format: $(ready)
 	$(python) -m ruff format --check .

@@ -6,10 +6,14 @@ GIST measures at one checkpoint, LESS at four, projected to 8192 dimensions. Bot
 data, which is not counted; each runs in a process of its own, one after the other. Pool, four
 targets and model are those beside the project unless arguments say otherwise; all arguments but
 the folder are passed on to `gradsift select`. A folder that has both already is only read.
+
+`--made-up 4000` takes so many made-up examples, and a made-up model, in place of those;
+`--results FILE` appends what was found as a line of JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +22,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+
+from made_up import make_shared
 
 SHARED = Path(__file__).parents[2] / "shared"
 TARGETS = ("gsm8k", "sql", "emotion", "bbh")
@@ -28,12 +34,12 @@ STAGES = {
 PAPER = {"seconds": "25 %", "bytes of the pool": "0.29 %"}
 
 
-def main(folder: Path, arguments: list[str]) -> None:
-    """Run both and print what each took."""
+def main(folder: Path, shared: Path, arguments: list[str]) -> dict[str, object]:
+    """Run both, print what each took, and return it."""
     for method in STAGES:
-        given = ["--model", SHARED / "models" / "base", "--pool", SHARED / "data" / "pool.jsonl"]
+        given = ["--model", shared / "models" / "base", "--pool", shared / "data" / "pool.jsonl"]
         for name in TARGETS:
-            given += ["--target", f"{name}={SHARED / 'data' / 'targets' / name / 'val.jsonl'}"]
+            given += ["--target", f"{name}={shared / 'data' / 'targets' / name / 'val.jsonl'}"]
         command = [sys.executable, "-m", "gradsift", "select", "--method", method]
         command += ["--output-dir", folder, *given, *arguments]
         subprocess.run([str(part) for part in command], check=True)
@@ -57,6 +63,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         f"(paper: {PAPER['bytes of the pool']}); {per_example['gist']:,.0f} and "
         f"{per_example['less']:,.0f} bytes per example"
     )
+    return {"num_pool": num_pool, "seconds": seconds, "bytes": sizes}
 
 
 def _by_stage(folder: Path, method: str, measure: object) -> dict[str, float]:
@@ -84,4 +91,16 @@ def _row(found: dict[str, dict[str, float]], stage: str, unit: float = 1.0) -> t
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--made-up", type=int, default=0)
+    parser.add_argument("--results", type=Path)
+    ours, others = parser.parse_known_args()
+    shared = SHARED
+    if ours.made_up:
+        shared = make_shared(ours.folder.with_name("made-up"), ours.made_up, TARGETS)
+    found = main(ours.folder, shared, others)
+    if ours.results:
+        entry = {"benchmark": "claims", "made_up": bool(ours.made_up), **found}
+        with ours.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")

@@ -249,6 +249,7 @@ def main(  # noqa: PLR0913, PLR0917
     directions: Annotated[list[int], typer.Option(help="of the basis")] = [64, 150],  # noqa: B006
     count: Annotated[int, typer.Option(help="examples for ours")] = 512,
     plain_count: Annotated[int, typer.Option(help="how many of them for the plain loop")] = 64,
+    results: Annotated[Path | None, typer.Option(help="JSON Lines, appended as found")] = None,
     side: Annotated[str, typer.Option(hidden=True)] = "",
     folder: Annotated[Path, typer.Option(hidden=True)] = Path(),
 ) -> None:
@@ -261,12 +262,15 @@ def main(  # noqa: PLR0913, PLR0917
     )
     for name in shape:
         for k in directions:
-            for row in _compare(name, rank, k, {"plain": plain_count, "ours": count}):
+            counts = {"plain": plain_count, "ours": count}
+            for row in _compare(name, rank, k, counts, results):
                 table.add_row(name, str(k), *row)
     Console(width=120).print(table)
 
 
-def _compare(shape: str, rank: int, k: int, counts: dict[str, int]) -> list[tuple[str, ...]]:
+def _compare(
+    shape: str, rank: int, k: int, counts: dict[str, int], results: Path | None
+) -> list[tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as scratch:
         for side, count in counts.items():
             subprocess.run(
@@ -277,14 +281,18 @@ def _compare(shape: str, rank: int, k: int, counts: dict[str, int]) -> list[tupl
                 ],
                 check=True,
             )
+            found_here = json.loads((Path(scratch) / f"{side}.json").read_text())
+            _write_down(results, shape=shape, rank=rank, side=side, **found_here)
         figures = {s: json.loads((Path(scratch) / f"{s}.json").read_text()) for s in counts}
         found = {s: np.load(Path(scratch) / f"{s}.npy") for s in counts}
     common = min(counts.values())
     plain, ours = found["plain"][:common], found["ours"][:common]
     error = np.abs(plain - ours).max() / np.abs(plain).max()
     cosine = (plain * ours).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(ours, axis=1)
-    assert error < (1e-3 if figures["ours"]["device"] == "cpu" else 0.1), error
     ratio = figures["ours"]["tokens_per_second"] / figures["plain"]["tokens_per_second"]
+    agree = {"error": float(error), "cosine": float(cosine.min())}
+    _write_down(results, shape=shape, rank=rank, directions=k, ratio=ratio, **agree)
+    assert error < (1e-3 if figures["ours"]["device"] == "cpu" else 0.1), error
     return [
         (
             side,
@@ -297,6 +305,12 @@ def _compare(shape: str, rank: int, k: int, counts: dict[str, int]) -> list[tupl
         )
         for side, f in figures.items()
     ]
+
+
+def _write_down(results: Path | None, **entry: object) -> None:
+    if results:
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"benchmark": "pool_pass", **entry}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -18,6 +18,9 @@ import pytest
 
 from gradsift.config import Config
 from gradsift.sections import merge
+
+if TYPE_CHECKING:
+    import torch
 
 Write = Callable[..., Path]
 QUICK = {
@@ -100,3 +103,41 @@ def arguments(
         "--adapter", adapter, "--budget", "6", "--output-dir", tmp_path / "run",
         "--set", "model.device=cpu", "--set", "policy.decontaminate=none",
     ]  # fmt: skip
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none, before anything is made for them."""
+    if item.get_closest_marker("gpu") and named_device().startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device: `make gpu` runs it where there is one")
+
+
+def named_device() -> str:
+    """Return where tests marked `gpu` run.
+
+    With GRADSIFT_GPU_TESTS_ON=cpu on the CPU: whether the tests themselves are in order.
+    """
+    return os.environ.get("GRADSIFT_GPU_TESTS_ON", "cuda:0")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tests marked `gpu` run."""
+    import torch
+
+    return torch.device(named_device())
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Write numbers down as a test marked `gpu` finds them, where `make gpu` collects them."""
+
+    def write_down(**found: object) -> None:
+        entry = {"test": request.node.name, **found}
+        if "GRADSIFT_GPU_FIGURES" in os.environ:
+            with Path(os.environ["GRADSIFT_GPU_FIGURES"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    return write_down

@@ -18,9 +18,10 @@ from gradsift.data.encoding import Encoded
 
 def loss(model: nn.Module, example: Encoded) -> Tensor:
     """Mean negative log-likelihood of the supervised tokens, with all logits."""
-    ids = torch.from_numpy(example.input_ids).long()[None]
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(example.input_ids).long()[None].to(device)
     labels = ids.clone()
-    labels[0, ~torch.from_numpy(example.supervised)] = -100
+    labels[0, ~torch.from_numpy(example.supervised).to(device)] = -100
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100)
 

@@ -63,7 +63,7 @@ class ModelConfig(Section):
 
     name: str = setting(..., "base model: a local folder or a Hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of the base model; auto: bfloat16 on CUDA, else float32"
+        "auto", "precision of the base model; auto: bfloat16 on CUDA (float16 if old), else float32"
     )
     device: str = setting("auto", "where the model lies; auto: CUDA where there is one")
     attention: str = setting("auto", "attention kernel; auto: what transformers takes")
@@ -239,6 +239,9 @@ class EngineConfig(Section):
     )
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = setting(
         "auto", "bytes for target gradients and bases; auto: half of what the device has free"
+    )
+    deterministic: bool = setting(
+        False, "on a GPU the same bits again, with slower kernels; a CPU gives them anyway"
     )
     window: Count = setting(1024, "consecutive examples among which batches are formed")
     shard_size: Count = setting(

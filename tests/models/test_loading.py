@@ -10,18 +10,22 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from gradsift.config import LoraConfig, ModelConfig
+from gradsift.config import LoraConfig, ModelConfig, WarmupConfig
+from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.per_example import PerExampleGradients
+from gradsift.models import loading
 from gradsift.models.adapters import load_adapter
 from gradsift.models.batches import Batch
 from gradsift.models.cache import ModelCache
-from gradsift.models.loading import check_causal, load_base
+from gradsift.models.loading import check_causal, load_base, resolve_dtype
 from gradsift.models.lora import attach_lora, lora_pairs
+from gradsift.models.warmup import warm_up
 
 
 def on(base: Path) -> ModelConfig:
@@ -40,6 +44,19 @@ def test_an_adapter_comes_back_as_it_was(base: Path, adapter: Path) -> None:
         for layer in (0, 1)
         for name in ("q_proj", "v_proj")
     ]
+
+
+def test_an_adapter_that_is_given_is_kept_as_it_came(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    models = ModelCache(ModelConfig(name=str(base), device="cpu", dtype="bfloat16"))
+    given = WarmupConfig(adapter=str(adapter))
+    warm_up(given, LoraConfig(), models, EncodedSet(tmp_path / "not read"), tmp_path)
+    kept, weights = tmp_path / "adapter", "adapter_model.safetensors"
+    assert (kept / weights).read_bytes() == (adapter / weights).read_bytes()  # in float32
+    assert next(iter(load_file(kept / weights).values())).dtype == torch.float32
+    model = models.with_adapter(kept)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -236,3 +253,12 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
     batch = Batch.of(tiny_models.examples(2), torch.device("cpu"))
     with PerExampleGradients(model) as gradients, pytest.raises(ModelError, match="more than once"):
         gradients(batch, lambda name, gradient: None)
+
+
+def test_the_precision_is_one_that_the_device_is_quick_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_dtype(ModelConfig(name="m", device="cpu")) == torch.float32
+    monkeypatch.setattr(loading, "resolve_device", lambda config: torch.device("cuda:0"))
+    for capability, dtype in (((9, 0), torch.bfloat16), ((7, 5), torch.float16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert resolve_dtype(ModelConfig(name="m")) == dtype
+        assert resolve_dtype(ModelConfig(name="m", dtype="float32")) == torch.float32

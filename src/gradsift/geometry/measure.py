@@ -84,7 +84,9 @@ def measure_geometry(
         run_job = encode(stages, folder, strict=False)
         run_job.warm_up(warmup)
         # what curves little is lost in half precision
-        job = open_job(inputs, folder, ModelCache(_in_float32(config.model)))
+        job = open_job(
+            inputs, folder, ModelCache(_in_float32(config.model), config.engine.deterministic)
+        )
         models, found = _models_to_measure(job), {}
         for name in job.targets:
             if not targets or name in targets:

@@ -47,6 +47,7 @@ class Basis:
     ) -> None:
         """Take the blocks, those that are `offloaded` from host memory (pinned, for a GPU)."""
         self._blocks, self._offloaded = blocks, offloaded
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._after: dict[str, str] = {}  # the order in which offloaded blocks are asked for
         self._last: str | None = None
@@ -65,13 +66,14 @@ class Basis:
             self._after[self._last] = name
         self._last = name
         # whatever uses the other slot has been handed to the device by now
-        released = torch.cuda.current_stream().record_event() if self._stream else None
+        user = torch.cuda.current_stream(self._device) if self._stream else None
+        released = user.record_event() if user else None
         if self._prefetched is None or self._prefetched[0] != name:
             self._prefetch(name, released)
         assert self._prefetched is not None
         (_, block, arrived), self._prefetched = self._prefetched, None
-        if arrived:
-            torch.cuda.current_stream().wait_event(arrived)
+        if user and arrived:
+            user.wait_event(arrived)
         self._free = 1 - self._free
         if name in self._after:
             self._prefetch(self._after[name], released)

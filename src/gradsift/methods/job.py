@@ -201,7 +201,8 @@ def open_job(inputs: Inputs, folder: Run, models: ModelCache | None = None) -> J
         for name in config.data.targets
     }
     executor = choose_executor(config.engine)
-    return Job(inputs, folder, pool, targets, models or ModelCache(config.model), executor)
+    models = models or ModelCache(config.model, config.engine.deterministic)
+    return Job(inputs, folder, pool, targets, models, executor)
 
 
 def _fetch_and_do(folder: Run, work: Callable[[], T], outputs: Sequence[Path]) -> T:

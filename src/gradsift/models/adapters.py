@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import peft
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from gradsift.errors import ModelError
@@ -105,9 +106,9 @@ def save_adapter(model: peft.PeftModel, folder: Path) -> None:
 
 
 def _check_fit(path: Path, expected: Mapping[str, torch.Tensor], model_name: str) -> None:
-    weights = path / "adapter_model.safetensors"
+    weights = path / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
-        raise ModelError(f"{path} has no adapter_model.safetensors (pickled weights are not read)")
+        raise ModelError(f"{path} has no {weights.name} (pickled weights are not read)")
     try:
         with safe_open(weights, "pt") as file:
             found = {k: list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118

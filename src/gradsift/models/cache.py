@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 
 from gradsift.config import LoraConfig, ModelConfig
+from gradsift.determinism import use_deterministic_kernels
 from gradsift.models.adapters import load_adapter
 from gradsift.models.loading import load_base
 from gradsift.models.lora import attach_lora
@@ -25,13 +26,15 @@ class ModelCache:
     What was returned before is not to be used any more.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
+    def __init__(self, config: ModelConfig, deterministic: bool = False) -> None:
+        """Remember which model, and whether only deterministic GPU kernels are to be used on it."""
+        self._config, self._deterministic = config, deterministic
         self._model: PreTrainedModel | peft.PeftModel | None = None
         self._path: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModelCache, (self._config,)  # on another machine it is loaded there
+        # on another machine it is loaded there
+        return ModelCache, (self._config, self._deterministic)
 
     def base(self) -> PreTrainedModel:
         """Return the model without an adapter.
@@ -40,6 +43,8 @@ class ModelCache:
             ModelError: As `load_base`.
         """
         if self._model is None:
+            if self._deterministic:
+                use_deterministic_kernels()  # before the device computes anything
             self._model = load_base(self._config)
         elif isinstance(self._model, peft.PeftModel):
             self._model = self._model.unload()  # type: ignore[assignment]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -42,12 +43,11 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
     for group, batch in zip(
         groups, make_batches(examples, groups, device, whole=True), strict=True
     ):
-        own = torch.tensor([lengths[i] for i in group], device=device)
+        own = to_device(np.array([lengths[i] for i in group]), device)
         logits = label_logits(model, batch, partial(_keep_mean, own, hidden))
         losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))
         num_correct.append(batch.by_example((logits.argmax(-1) == batch.labels).long()))
-    order = [int(i) for group in groups for i in group]
-    back = to_device(torch.argsort(torch.tensor(order)).numpy(), device)
+    back = to_device(np.argsort(np.concatenate(groups)), device)
     found = (torch.cat(parts)[back] for parts in (losses, num_correct, hidden))
     return Outputs(*found)
 

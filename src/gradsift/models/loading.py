@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
+_FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability of NVIDIA's Ampere; older cards emulate it
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -49,10 +50,14 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
-    """Return the precision asked for; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+    """Return the precision asked for; `auto` is float32 on a CPU and what a GPU is quick in."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    device = resolve_device(config)
+    if device.type == "cpu":
+        return torch.float32
+    recent = torch.cuda.get_device_capability(device) >= _FIRST_WITH_BFLOAT16
+    return torch.bfloat16 if recent else torch.float16
 
 
 def load_encoder(model: ModelConfig, data: DataConfig) -> Encoder:
@@ -119,11 +124,12 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name!r} ({type(model).__name__}) has no output embeddings")
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS)).repeat(2, 1)
-        ids[1, _PROBE_TOKENS:] = 0
-        alone = ids[:1, :_PROBE_TOKENS]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.num_embeddings, (1, 2 * _PROBE_TOKENS), generator=generator)
+    ids = ids.repeat(2, 1)
+    ids[1, _PROBE_TOKENS:] = 0
+    alone = ids[:1, :_PROBE_TOKENS]
+    with torch.no_grad():
         one, other, third = (
             logits[:_PROBE_TOKENS].float()
             for tokens in (ids, alone)

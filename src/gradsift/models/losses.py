@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import masking_utils, modeling_flash_attention_utils
 
 from gradsift.models.batches import Batch
 
@@ -33,10 +35,29 @@ def label_logits(
     head = getattr(model, "module", model).get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(trim)
     try:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        with _nothing_packed():
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
     finally:
         handle.remove()
     return logits.flatten(0, -2)
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Answer for transformers whether several sequences share a row: in our batches none do.
+
+    It would look into the positions of every batch, and with flash attention of every layer, and
+    wait for the device each time.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    is_packed = modeling_flash_attention_utils._is_packed_sequence
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: False
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
+        modeling_flash_attention_utils._is_packed_sequence = is_packed
 
 
 class _TokenLosses(torch.autograd.Function):

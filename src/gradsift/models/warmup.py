@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from gradsift.config import LoraConfig, WarmupConfig
@@ -43,8 +44,10 @@ def warm_up(
     if warmup.adapter is not None:
         given, kept = Path(warmup.adapter), directory / layout.GIVEN_ADAPTER
         save_adapter(models.with_adapter(given), kept)
-        if (given / layout.OPTIMIZER_STATE).exists():
-            shutil.copyfile(given / layout.OPTIMIZER_STATE, kept / layout.OPTIMIZER_STATE)
+        # as they came: in the model they have its precision
+        for name in (SAFETENSORS_WEIGHTS_NAME, layout.OPTIMIZER_STATE):
+            if (given / name).exists():
+                shutil.copyfile(given / name, kept / name)
         write_checkpoints(directory, {layout.GIVEN_ADAPTER: 1.0})
         return
     with models.with_fresh_adapter(lora, warmup.seed) as model:

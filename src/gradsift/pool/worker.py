@@ -91,14 +91,16 @@ class Worker:
     def _measure_window(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor]:
         def work(max_tokens: int) -> Mapping[str, Tensor]:
             with batches_counted():
-                return self._measure(examples, max_tokens)
+                found = self._measure(examples, max_tokens)
+            # on to the host here, where memory that runs out means smaller batches
+            return {name: tensor.cpu() for name, tensor in found.items()}
 
         found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
         return found
 
     def _write(self, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
         names = parts[0]
-        tensors = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in names}
+        tensors = {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
         check_finite(tensors, "of the pool", self._pool, shard.start)
         save_shard(shard, tensors, {BATCH_TOKENS: max_tokens})
         self._folder.publish(shard.path)

@@ -119,6 +119,19 @@ def test_what_cannot_be_tried_is_named_with_the_reason(
     assert "is quantized: attention alone can be another" in effect.not_tried["float32"]
 
 
+def test_a_gradient_that_is_not_finite_ends_the_check(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **named: Any) -> Projections:
+        found = project(*given, **named)
+        return replace(found, coordinates=found.coordinates * float("nan"))
+
+    monkeypatch.setattr(batch_effect, "project", broken)
+    monkeypatch.setattr(batch_effect, "_POOL_EXAMPLES", 2)
+    with pytest.raises(gradsift.GradsiftError, match="not finite in float32; try another"):
+        check()
+
+
 def test_other_settings_are_those_that_the_model_can_have() -> None:
     def others(**changes: Any) -> list[tuple[str, str]]:
         own = replace(OWN, **changes)

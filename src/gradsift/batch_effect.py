@@ -201,7 +201,7 @@ class _Trial:
         Raises:
             GradsiftError: If it cannot be loaded or run so, or gradients are not finite.
         """
-        model = ModelCache(settings).with_adapter(self.adapter)
+        model = ModelCache(settings, self.config.engine.deterministic).with_adapter(self.adapter)
         dtype, attention = _dtype_of(model), str(model.config._attn_implementation)
         logger.info("the check in %s, attention %s", dtype, attention)
         subspaces = [target.fit(model, self.config) for target in self.targets]

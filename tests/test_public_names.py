@@ -25,7 +25,7 @@ COMMANDS = {
     ],
     "plan": [
         "--output-dir", "--model", "--pool", "--target", "--budget", "--method", "--adapter",
-        "--warmup", "--memory", "--seed", "--config", "--set", "--strict", "--no-strict",
+        "--warmup", "--memory", "--seed", "--config", "--set", "--strict", "--no-strict", "--check",
     ],
     "picks": ["run"],
     "evaluate": [

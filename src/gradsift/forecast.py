@@ -11,15 +11,15 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
 from gradsift.config import Config
-from gradsift.errors import translate_os_errors
+from gradsift.errors import ConfigError, translate_os_errors
 from gradsift.methods.job import Job
 from gradsift.methods.registry import METHODS
 from gradsift.methods.work import Sizes, Work
@@ -31,6 +31,9 @@ from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 from gradsift.selection.stages import RunStages
 from gradsift.trials import Trials
+
+if TYPE_CHECKING:
+    from gradsift.batch_effect import BatchEffect
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ class Forecast:
 
     `seconds` by stage; `host_memory`, `device_memory` (of the pool pass; 0 without a GPU) and
     `disk` in bytes; `ranks` by target, guessed from a part of it where it is large, for methods
-    that have any; `batch_tokens` of the pool pass, 0 where the model has none to do.
+    that have any; `batch_tokens` of the pool pass, 0 where the model has none to do;
+    `batch_effect`: how far scores move between batches, where that was asked for.
     """
 
     method: str
@@ -57,12 +61,14 @@ class Forecast:
     host_memory: int
     device_memory: int
     disk: int
+    batch_effect: BatchEffect | None = None
 
 
 def plan(**given: Any) -> Forecast:
     """Return what `select` with these arguments will take, after measuring a few batches.
 
-    The encoded pool and targets are left in the run folder, where `select` finds them.
+    The encoded pool and targets are left in the run folder, where `select` finds them. With
+    `check=True` it is also measured how far scores move with what shares an example's batch.
 
     Example:
         >>> forecast = gradsift.plan(                           # doctest: +SKIP
@@ -73,25 +79,53 @@ def plan(**given: Any) -> Forecast:
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    output_dir, strict = given.pop("output_dir"), given.pop("strict", False)
-    return forecast(configure(**given), output_dir, strict)
+    output_dir = given.pop("output_dir")
+    strict, check = given.pop("strict", False), given.pop("check", False)
+    return forecast(configure(**given), output_dir, strict, check)
 
 
 @translate_os_errors()
-def forecast(config: Config, output_dir: str | Path, strict: bool = False) -> Forecast:
+def forecast(
+    config: Config, output_dir: str | Path, strict: bool = False, check: bool = False
+) -> Forecast:
     """Return what a whole configuration will take; see `plan`.
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     check_settings(config)
+    if check:
+        _check_method(config.method)
     stages = RunStages.of(config)
     with open_run(output_dir) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.prepare(stages.inputs.data_stages.values())
         job = encode(stages, folder, strict)
         facts = folder.facts(stages.inputs.data_stages.values())
         seconds = {"encoding": float(sum(manifest["seconds"] for manifest in facts.values()))}
-        return _try_method(job, Trials(job, Path(scratch)), seconds)
+        trials = Trials(job, Path(scratch))
+        found = _try_method(job, trials, seconds)
+        if not check:
+            return found
+        adapter = trials.adapter
+        del trials  # and its bases: the check loads models of its own
+        job.models.release()
+        from gradsift.batch_effect import measure_batch_effect
+
+        return replace(found, batch_effect=measure_batch_effect(job, adapter, found.batch_tokens))
+
+
+def _check_method(method: str) -> None:
+    """Find out whether the check of batches knows a method.
+
+    Raises:
+        ConfigError: If it is not `gist`.
+    """
+    if method != "gist":
+        raise ConfigError(
+            f"plan --check knows the scores of --method gist alone, found {method!r}; leave "
+            "--check out, or check with --method gist: less, cosine and influence take the same "
+            "gradients at their adapters"
+        )
 
 
 def _try_method(job: Job, trials: Trials, seconds: dict[str, float]) -> Forecast:

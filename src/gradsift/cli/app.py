@@ -45,7 +45,7 @@ _EXAMPLES = {
         "gradsift select --config runs/gsm8k/config.yaml --output-dir runs/gsm8k --budget 10% "
         "--name wide",
     ),
-    plan: (f"gradsift plan {_NEW_RUN}",),
+    plan: (f"gradsift plan {_NEW_RUN}", f"gradsift plan {_NEW_RUN} --check"),
     picks: ("gradsift picks runs/gsm8k", "gradsift picks runs/gsm8k --json"),
     evaluate: (
         "gradsift evaluate runs/gsm8k --test gsm8k=gsm8k_test.jsonl --method gist --method rds "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from gradsift.cli.options import (
     Adapter,
@@ -27,7 +29,12 @@ from gradsift.cli.output import log_to, show
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gradsift.batch_effect import BatchEffect
     from gradsift.forecast import Forecast
+
+Check = Annotated[
+    bool, typer.Option("--check", help="measure how far scores move with what shares a batch")
+]
 
 
 def plan(
@@ -44,6 +51,7 @@ def plan(
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
     strict: Strict = False,
+    check: Check = False,
 ) -> None:
     """Say what `select` with the same arguments will take: seconds, memory, disk."""
     flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
@@ -51,7 +59,7 @@ def plan(
     with log_to(output_dir):
         from gradsift.forecast import forecast
 
-        result = forecast(resolved, output_dir, strict=strict)
+        result = forecast(resolved, output_dir, strict=strict, check=check)
     show(result, partial(_print_forecast, result))
 
 
@@ -83,3 +91,22 @@ def _print_forecast(forecast: Forecast, console: Console) -> None:
     ):
         if line:
             console.print(line, markup=False, highlight=False)
+    if forecast.batch_effect:
+        _print_effect(forecast.batch_effect, console)
+
+
+def _print_effect(effect: BatchEffect, console: Console) -> None:
+    """Print how far scores move between batches in each setting, and what to do."""
+    from rich.table import Table
+
+    table = Table(
+        "model.dtype", "model.attention", "a score", "coordinates", "places", "seconds",
+        title=f"{effect.num_examples} examples alone and in batches: largest difference of …",
+    )  # fmt: skip
+    for found in effect.tried:
+        differences = (f"{found.score:.1e}", f"{found.coordinates:.1e}", str(found.places))
+        table.add_row(found.dtype, found.attention, *differences, f"{found.seconds:.2f}")
+    console.print(table)
+    for setting, reason in effect.not_tried.items():
+        console.print(f"not tried: {setting}: {reason}", markup=False, highlight=False)
+    console.print(effect.advice, markup=False, highlight=False)

@@ -20,7 +20,7 @@ PUBLIC = {
     ),
     "memory": ("memory_budget",),
     "per_example": ("blocks", "gradient_rows"),
-    "projection": ("project",),
+    "projection": ("Projections", "project"),
     "random_projection": ("Projection",),
     "subspace": (
         "Subspace",

@@ -61,6 +61,10 @@ class ModelCache:
             self._model, self._path = load_adapter(self.base(), path), path
         return self._model  # type: ignore[return-value]
 
+    def release(self) -> None:
+        """Let go of the model, so that another has room; it is loaded anew when asked for."""
+        self._model = self._path = None
+
     @contextmanager
     def with_fresh_adapter(self, config: LoraConfig, seed: int) -> Iterator[peft.PeftModel]:
         """Yield the model with a fresh, trainable adapter, and take it off again.

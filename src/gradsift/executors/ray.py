@@ -10,7 +10,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +18,12 @@ from gradsift.config import EngineConfig
 from gradsift.errors import RunError, check_installed
 from gradsift.executors.environment import ENVIRONMENT
 from gradsift.executors.ray_worker import (
+    DEATHS,
     Actor,
+    Begun,
     raise_failure,
     run_and_catch,
+    too_many_died,
     train_loop,
     user_error,
 )
@@ -34,7 +36,6 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 _CONNECT_TIMEOUT = 10.0  # seconds in which a cluster has to answer
 _COLLECTIVE_TIMEOUT = 7 * 24 * 3600  # seconds: all wait while the first measures what was trained
 _TRAINING_FAILURES = 3  # of machines, in one training
-_DEATHS = 4  # of the workers at one piece of work: machines are lost now and then, not that often
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,23 @@ class RayCluster:
         numbers = [{"task": number} for number in range(len(tasks))]
         done = ray.data.from_items(numbers, override_num_blocks=len(tasks)).map_batches(
             Actor,
-            fn_constructor_args=(ray.put((str(Path.cwd()), open_worker, list(tasks))),),
+            fn_constructor_args=(
+                str(Path.cwd()),
+                _begin_counting(),
+                ray.put((open_worker, list(tasks))),
+            ),
             batch_size=1,
             compute=pool,
             runtime_env={"env_vars": ENVIRONMENT},
-            max_task_retries=_DEATHS - 1,
             **share,
         )
         seen: dict[str, int] = {}
-        with _deaths_told():
-            for row in done.iter_rows():
-                raise_failure(row)
-                if row["worker"] not in seen:
-                    logger.info("worker %d: %s", len(seen) + 1, row["worker"])
-                    seen[row["worker"]] = len(seen) + 1
-                yield tasks[row["task"]]
+        for row in done.iter_rows():
+            raise_failure(row)
+            if row["worker"] not in seen:
+                logger.info("worker %d: %s", len(seen) + 1, row["worker"])
+                seen[row["worker"]] = len(seen) + 1
+            yield tasks[row["task"]]
 
     def call(self, work: Callable[[], T]) -> T:
         """Do it on one worker, again if that or its machine dies.
@@ -127,19 +130,15 @@ class RayCluster:
         task = ray.remote(run_and_catch).options(
             max_retries=0, runtime_env={"env_vars": ENVIRONMENT}, **share
         )
-
-        def do() -> T:
-            outcome = ray.get(task.remote(str(Path.cwd()), work))
+        for _ in range(DEATHS):
+            try:
+                outcome = ray.get(task.remote(str(Path.cwd()), work))
+            except _deaths() as error:
+                logger.warning("a worker died: %s", error)
+                continue
             raise_failure(outcome)
             return outcome["value"]
-
-        with _deaths_told():
-            for _ in range(_DEATHS - 1):
-                try:
-                    return do()
-                except _deaths() as error:
-                    logger.warning("a worker died, its work is begun again: %s", error)
-            return do()
+        raise too_many_died()
 
     def train(self, work: Callable[[], object]) -> None:
         """Do it under Ray Train, in `train_workers` processes.
@@ -229,6 +228,18 @@ def _usable_machines() -> list[dict[str, float]]:
     return [resources for resources in alive if resources.get("CPU", 0) >= 1]
 
 
+def _begin_counting() -> Any:
+    """Return the process that counts how often tasks were begun: beside the driver, to outlive all.
+
+    It ends when nobody holds it any more.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Begun).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 def _deaths() -> tuple[type[Exception], ...]:
     """Return what Ray raises when a worker or its machine is gone."""
     from ray import exceptions
@@ -240,17 +251,3 @@ def _deaths() -> tuple[type[Exception], ...]:
         exceptions.NodeDiedError,
         exceptions.ObjectLostError,
     )
-
-
-@contextmanager
-def _deaths_told() -> Iterator[None]:
-    """Tell of the last death of a worker that Ray is not to replace any more."""
-    try:
-        yield
-    except _deaths() as error:
-        raise RunError(
-            f"workers of the Ray cluster died {_DEATHS} times at the same work, the last one with: "
-            f"{error}\nLook at what they wrote last, above and in /tmp/ray/session_latest/logs of "
-            "their machine, and in its dmesg whether memory ran out: with fewer engine.workers "
-            "each has more. Without --engine ray the same work runs in this process"
-        ) from error

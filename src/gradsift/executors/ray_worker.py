@@ -6,42 +6,75 @@ import logging
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradsift.errors import GradsiftError
+from gradsift.errors import GradsiftError, RunError
 from gradsift.executors.environment import set_environment
 from gradsift.progress import VisibleFormatter
 
 T = TypeVar("T")
+DEATHS = 4
+"""Of the workers at one piece of work: machines are lost now and then, but not that often."""
+
+
+class Begun:
+    """How often each task was begun, counted in one process for all actors of a pass.
+
+    Ray begins a task again without an end, or counts each try to reach a machine that is gone.
+    """
+
+    def __init__(self) -> None:
+        self._times: Counter[int] = Counter()
+
+    def count(self, task: int) -> int:
+        """Return how often this task was begun, this time included."""
+        self._times[task] += 1
+        return self._times[task]
 
 
 class Actor:
     """One worker of the pool pass, kept in a process of its own.
 
-    The worker is opened in the first task: Ray counts how often actors died at a task, but not
-    how often one died before its first.
+    It is opened in the first task, so that a death on the way there is counted too.
     """
 
-    def __init__(self, reference: Any) -> None:
-        import ray
-
-        self._folder, self._open_worker, self._tasks = ray.get(reference)
+    def __init__(self, folder: str, begun: Any, reference: Any) -> None:
+        self._folder, self._begun, self._reference = folder, begun, reference
         self._work: Any = None
+        self._tasks: Any = None
         self._name = f"process {os.getpid()} on {platform.node()}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Do the one task whose number comes, and tell what went wrong with it."""
+        import ray
+
         [number] = batch["task"].tolist()
+        times: Any = ray.get(self._begun.count.remote(number))
 
         def do() -> None:
-            self._work = self._work or self._open_worker()
+            if times > DEATHS:
+                raise too_many_died()
+            if self._work is None:
+                open_worker, self._tasks = ray.get(self._reference)
+                self._work = open_worker()
             for _ in self._work([self._tasks[number]]):
                 pass
 
         failure = run_and_catch(self._folder, do)["failure"]
         return {"task": [number], "failure": [failure], "worker": [self._name]}
+
+
+def too_many_died() -> RunError:
+    """Return what ends a run whose workers always die."""
+    return RunError(
+        f"workers of the Ray cluster died {DEATHS} times at the same work; look at what they and "
+        "Ray wrote last, above and in /tmp/ray/session_latest/logs of their machine, and in its "
+        "dmesg whether memory ran out: with fewer engine.workers each has more. Without --engine "
+        "ray the same work runs in one process"
+    )
 
 
 def run_and_catch(folder: str, work: Callable[[], T]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
         tests("out_of_memory", 60),
         tests("plan_on_gpu", 110),
         tests("runs", 90),
-        tests("determinism", 90),
+        tests("same_bytes", 90),
         Step("claims", patience * 120, (*claims, *made_up, "--results", str(results))),
         tests("quantized_on_gpu", 45),
         tests("several_gpus", 90),

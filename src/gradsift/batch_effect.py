@@ -24,12 +24,12 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.errors import GradsiftError, NumericsError
 from gradsift.gradients.basis import fitting_basis
-from gradsift.gradients.batch_size import within_memory
 from gradsift.gradients.distinct import distinct_examples, merge_rows
 from gradsift.gradients.gram import fitting_gram
 from gradsift.gradients.projection import Projections, project
 from gradsift.gradients.subspace import Subspace, fit_subspace
 from gradsift.methods.job import Job
+from gradsift.models.batch_size import within_memory
 from gradsift.models.batches import lengths_of
 from gradsift.models.cache import ModelCache
 from gradsift.scores.alignment import Alignment

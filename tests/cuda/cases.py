@@ -30,7 +30,6 @@ import tiny_models
 from gradsift.config import EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis, _combine_rows
-from gradsift.gradients.batch_size import find_batch_tokens
 from gradsift.gradients.gram import fitting_gram, row_bytes
 from gradsift.gradients.hessian import Hessian
 from gradsift.gradients.per_example import blocks, gradient_rows
@@ -38,6 +37,7 @@ from gradsift.gradients.projection import project
 from gradsift.method_config import LessConfig
 from gradsift.methods.less import make_random_projection_measure
 from gradsift.models import training
+from gradsift.models.batch_size import find_batch_tokens
 from gradsift.models.batches import lengths_of, plan_batches
 from gradsift.models.lora import attach_lora
 from gradsift.pool.coordinates import make_projection_measure

@@ -19,9 +19,9 @@ import tiny_models
 from gradsift.config import LoraConfig, WarmupConfig
 from gradsift.gradients import projection
 from gradsift.gradients.basis import Basis
-from gradsift.gradients.batch_size import probe, within_memory
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
+from gradsift.models.batch_size import probe, within_memory
 from gradsift.models.batches import lengths_of
 from gradsift.models.lora import attach_lora
 from gradsift.models.training import train

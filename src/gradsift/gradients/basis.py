@@ -29,6 +29,7 @@ from gradsift.gradients.per_example import (
 from gradsift.models.batch_size import start_tokens, within_memory
 from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
 
+_ALIGNED = 256  # entries
 Shapes = Mapping[str, tuple[int, int]]
 """Each block's shape (out, in) by its name."""
 
@@ -55,7 +56,10 @@ class Basis:
         largest = max((blocks[name].numel() for name in offloaded), default=0)
         first = next(iter(blocks.values()))
         self.rank, self._free = len(first), 0
-        self._slots = torch.empty(2, largest, dtype=first.dtype, device=device)
+        # both begin at a round address, as a block of its own does: else a matrix product may take
+        # another kernel for them, and other bits come out
+        width = -(-largest // _ALIGNED) * _ALIGNED
+        self._slots = torch.empty(2, width, dtype=first.dtype, device=device)
         if self._stream:
             self._slots.record_stream(self._stream)  # a copy may still run when they are freed
 

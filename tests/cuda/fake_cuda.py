@@ -36,7 +36,7 @@ class FakeCuda:
         FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment]
         nn.Module._apply = _put_in_place
         torch.tensor = _tensor  # type: ignore[assignment]
-        Tensor.numpy = _numpy  # type: ignore[assignment]
+        Tensor.numpy, Tensor.tolist = _numpy, _tolist  # type: ignore[assignment]
         for name, value in self._functions().items():
             assert hasattr(torch.cuda, name), name
             setattr(torch.cuda, name, value)
@@ -94,12 +94,15 @@ _plain_numpy, _plain_tensor = Tensor.numpy, torch.tensor
 
 
 def _numpy(tensor: Tensor, **options: Any) -> np.ndarray:
-    """Return zeros where a tensor has no content."""
+    """Return ones where a tensor has no content."""
     if not isinstance(tensor, FakeTensor):
         return _plain_numpy(tensor, **options)
     assert tensor.device.type == "cpu", "only host memory can become an array"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return np.zeros(tuple(tensor.shape), dtype)
+    return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _tolist(tensor: Tensor) -> Any:
+    return tensor.cpu().numpy().tolist()  # which waits, if it is on a GPU
 
 
 def _tensor(data: Any, *, device: torch.device | str | None = None, **options: Any) -> Tensor:

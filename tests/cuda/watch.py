@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = frozenset({
     "addbmm", "addmm", "addmm_", "addmv", "baddbmm", "bmm", "dot", "mm", "mv", "vdot",
-    "_grouped_mm", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention",
+    "_grouped_mm",
 })  # fmt: skip
 # what asks the device for a value, or for how many there are
 WAITS = frozenset({

@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in order of worth, each result written down as it comes: `make gpu`.
 
-    python benchmarks/gpu.py                      # what is not finished yet in gpu-results/
+    python benchmarks/gpu.py                      # what has not passed yet by gpu-results/
     python benchmarks/gpu.py exactness streams    # these, again
     python benchmarks/gpu.py --limit 1200 --folder results
 
@@ -29,38 +29,49 @@ from typing import Any
 HOME = Path(__file__).parents[1]
 SHARED = HOME.parent / "shared"
 RESULTS, LOG = "results.jsonl", "log.txt"
-LEAST = 20.0  # seconds that must be left for a step to begin: imports alone take ten
+PATIENCE = 120.0  # seconds for what is asked beforehand: the first imports on a cold disk
+# what has to be the same for an earlier result to count
+DECISIVE = ("on", "revision", "gpus")
 # what the steps import of what is not in Python; a test runs without all else
 NEEDED = (
-    *("accelerate", "annotated_types", "datasets", "datasketch", "dill", "filelock", "fsspec"),
-    *("jaxtyping", "jinja2", "multiprocess", "numpy", "peft", "plotly", "psutil", "pyarrow"),
-    *("pydantic", "pydantic_core", "pytest", "rich", "safetensors", "scipy", "threadpoolctl"),
-    *("tokenizers", "torch", "transformers", "typer", "typing_inspection", "yaml"),
+    *("torch", "numpy", "pyarrow.parquet", "safetensors.torch", "tokenizers", "transformers"),
+    *("accelerate", "peft", "typer", "rich.console", "filelock", "fsspec", "jinja2", "psutil"),
+    *("yaml", "pydantic", "datasets", "datasketch", "plotly.graph_objects", "narwhals"),
+    *("jaxtyping", "wadler_lindig", "scipy.stats", "threadpoolctl", "pytest", "gradsift.cli"),
 )
-PROBE = f"""
-import importlib.util, json, sys
-found = {{"python": sys.version.split()[0], "executable": sys.executable, "torch": None}}
-found["missing"] = [n for n in {NEEDED!r} if importlib.util.find_spec(n) is None]
-if "torch" not in found["missing"]:
-    import torch
-    found |= {{"torch": torch.__version__, "cuda": torch.version.cuda}}
+# imports them one by one: a module that is there may lack what it imports itself
+PROBE = """
+import importlib, json, sys
+from importlib.metadata import PackageNotFoundError, version
+on, *names = sys.argv[1:]
+found = {"python": sys.version.split()[0], "executable": sys.executable, "torch": None}
+found |= {"gpus": [], "missing": []}
+def attempt(name):
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        found["missing"].append(f"{name} ({type(error).__name__}: {error})")
+if "torch" in names and (torch := attempt("torch")):
+    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     found["gpus"] = [
         [p.name, p.total_memory, p.multi_processor_count]
         for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
-    from importlib.metadata import PackageNotFoundError, version
-    for name in ("transformers", "peft", "accelerate", "numpy", "pyarrow", "bitsandbytes"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+for name in names if on == "cpu" or found["gpus"] or not found["torch"] else ():
+    if name != "torch":
+        attempt(name)
+for name in ("transformers", "peft", "accelerate", "numpy", "pyarrow", "bitsandbytes"):
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = None
 print(json.dumps(found))
 """
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds that it may take."""
+    """A command, and the seconds that it may take: twice what it is thought to."""
 
     name: str
     limit: float
@@ -70,7 +81,7 @@ class Step:
 def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
     """Return the steps, what is worth most first; on a CPU small ones, to try the script itself."""
     small = on == "cpu"
-    patience = 5 if small else 1
+    patience = 3 if small else 1
 
     def tests(name: str, limit: float) -> Step:
         options = ("-v", "-rs", "-p", "no:cacheprovider", "--tb=short", "--durations=5")
@@ -91,20 +102,22 @@ def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
 
     settings = ("--set", "lora.rank=16", "--set", "warmup.learning_rate=1e-3")
     claims = ("benchmarks/claims.py", str(scratch / "claims"), *settings)
-    made_up = () if SHARED.exists() and not small else ("--made-up", "60" if small else "4000")
+    there = (SHARED / "models" / "base").exists() and not small
+    made_up = () if there else ("--made-up", "60" if small else "4000")
     return [
-        tests("exactness", 90),
-        pool_pass("7b", 64, 150),
-        tests("streams", 90),
-        pool_pass("1.5b", 150, 100),
-        tests("out_of_memory", 60),
-        tests("plan_on_gpu", 110),
-        tests("runs", 90),
-        tests("same_bytes", 90),
-        Step("claims", patience * 120, (*claims, *made_up, "--results", str(results))),
-        tests("quantized_on_gpu", 45),
-        tests("several_gpus", 90),
-        *(() if small else (pool_pass("1.5b", 64, 100), pool_pass("3b", 64, 100))),
+        tests("exactness", 120),
+        pool_pass("7b", 64, 160),
+        tests("streams", 150),
+        pool_pass("1.5b", 150, 120),
+        tests("out_of_memory", 80),
+        tests("plan_on_gpu", 140),
+        tests("runs", 140),
+        tests("same_bytes", 120),
+        tests("quantized_on_gpu", 50),
+        # by now some 540 s have gone
+        Step("claims", patience * 180, (*claims, *made_up, "--results", str(results))),
+        tests("several_gpus", 160),
+        *(() if small else (pool_pass("1.5b", 64, 120), pool_pass("3b", 64, 120))),
     ]
 
 
@@ -118,31 +131,50 @@ def find_python(environment: dict[str, str], on: str) -> dict[str, Any]:
         if not python.exists():
             refused.append(f"{python}: is not there")
             continue
-        command = [str(python), "-c", PROBE]
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, env=environment, cwd=HOME
-        )
+        command = [str(python), "-c", PROBE, on, *NEEDED]
+        try:
+            done = subprocess.run(
+                command, check=False, capture_output=True, text=True, env=environment, cwd=HOME,
+                timeout=PATIENCE,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            refused.append(f"{python}: has not imported them after {PATIENCE:.0f} s")
+            continue
         if done.returncode:
             refused.append(f"{python}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        if found["missing"]:
-            refused.append(f"{python}: lacks {', '.join(found['missing'])} (docs/gpu.md: wheels)")
-        elif on == "cuda" and not found["gpus"]:
+        if on == "cuda" and found["torch"] and not found["gpus"]:
             refused.append(f"{python}: PyTorch {found['torch']} sees no CUDA device")
+        elif found["missing"]:
+            lacks = "\n    ".join(found["missing"])
+            refused.append(f"{python}: lacks (docs/gpu.md: wheels)\n    {lacks}")
         else:
             return found
     sys.exit("no Python here can run this:\n  " + "\n  ".join(refused))
 
 
-def ask_driver() -> str:
-    """Return what the driver says of the cards: name, version, power limit, clocks."""
-    asked = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,mig.mode.current"
+def ask(*command: str) -> str:
+    """Return what a command says, or why it says nothing."""
     try:
-        command = ["nvidia-smi", asked, "--format=csv,noheader"]
-        return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return "no nvidia-smi"
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=PATIENCE / 4
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stdout or done.stderr).strip()
+
+
+def describe_machine(environment: dict[str, str], on: str, wheels: Path) -> dict[str, Any]:
+    """Return interpreter, versions, cards, what the driver says of them, and the git revision."""
+    asked = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,mig.mode.current"
+    describe = ("git", "-C", str(HOME), "describe", "--always", "--dirty", "--abbrev=40")
+    return find_python(environment, on) | {
+        "on": on,
+        "revision": ask(*describe, "--exclude=*") if (HOME / ".git").exists() else None,
+        "driver": ask("nvidia-smi", asked, "--format=csv,noheader"),
+        "wheels": sorted(wheel.name for wheel in wheels.glob("*.whl")),
+    }
 
 
 def unpack_wheels(wheels: Path, site: Path) -> None:
@@ -158,18 +190,40 @@ def unpack_wheels(wheels: Path, site: Path) -> None:
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: gradsift\nVersion: {found[1]}\n")
 
 
+def make_environment(site: Path, results: Path, on: str) -> dict[str, str]:
+    """Return the variables under which interpreters are tried and steps run."""
+    path = filter(None, [str(HOME / "src"), str(site), os.getenv("PYTHONPATH")])
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever the machine has
+        "GRADSIFT_GPU_FIGURES": str(results),
+        "GRADSIFT_GPU_TESTS_ON": "cpu" if on == "cpu" else "cuda:0",
+    }  # fmt: skip
+
+
 def write_down(results: Path, **entry: object) -> None:
-    """Append a line to the results."""
+    """Append a line to the results, after one that was cut short too."""
+    whole = not results.exists() or results.read_bytes()[-1:] in (b"", b"\n")
     with results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
 
 
-def finished(results: Path) -> dict[str, str]:
-    """Return how each step ended that was not cut short."""
-    lines = results.read_text("utf-8").splitlines() if results.exists() else []
-    entries = [json.loads(line) for line in lines]
-    ended = {entry["step"]: entry["status"] for entry in entries if "status" in entry}
-    return {name: status for name, status in ended.items() if status in ("passed", "failed")}
+def finished(results: Path, machine: dict[str, Any]) -> set[str]:
+    """Return the steps that passed with this revision on these cards."""
+    passed, same = set[str](), False
+    text = results.read_text("utf-8", errors="replace") if results.exists() else ""
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut short
+            continue
+        if "machine" in entry:
+            same = all(entry["machine"].get(name) == machine[name] for name in DECISIVE)
+        elif same and "status" in entry:
+            passed.discard(entry["step"])
+            if entry["status"] == "passed":
+                passed.add(entry["step"])
+    return passed
 
 
 def run_step(python: str, step: Step, limit: float, log: Path, environment: dict[str, str]) -> str:
@@ -194,27 +248,36 @@ def run_step(python: str, step: Step, limit: float, log: Path, environment: dict
 def run_steps(
     python: str, steps: Sequence[Step], folder: Path, limit: float, environment: dict[str, str]
 ) -> bool:
-    """Run the steps within `limit` seconds; return whether every one passed."""
+    """Run the steps within `limit` seconds; return whether all that can pass here did."""
     started, results, log = time.monotonic(), folder / RESULTS, folder / LOG
-    all_passed = True
+    fine = True
     for step in steps:
         begun, left = time.monotonic(), limit - (time.monotonic() - started)
-        allowed, start = min(step.limit, left), log.stat().st_size if log.exists() else 0
-        if left < min(LEAST, step.limit):
+        start, said = log.stat().st_size if log.exists() else 0, []
+        if left < step.limit / 2:  # it would be cut off
             status = "not begun"
         else:
-            status = run_step(python, step, allowed, log, environment)
-        seconds, said = round(time.monotonic() - begun, 1), []
-        if status != "not begun":
+            status = run_step(python, step, min(step.limit, left), log, environment)
             with log.open(encoding="utf-8", errors="replace") as file:
                 file.seek(start)
                 said = [line for line in file.read().splitlines() if re.search(r"\w", line)]
-        write_down(results, step=step.name, status=status, seconds=seconds, said=said[-1:])
-        sys.stdout.write(f"{step.name}: {status}, {seconds:.0f} s{''.join(said[-1:]) and ': '}")
-        sys.stdout.write("\n  ".join(said[-1:] if status == "passed" else said[-15:]) + "\n")
+        skipped = [line for line in said if line.startswith("SKIPPED")]
+        if status == "passed" and skipped and not re.search(r"\d passed", said[-1]):
+            status = "skipped"
+        seconds, last = round(time.monotonic() - begun, 1), said[-1:]
+        facts = {"skipped": skipped} if skipped else {}
+        write_down(results, step=step.name, status=status, seconds=seconds, said=last, **facts)
+        sys.stdout.write(f"{step.name}: {status}, {seconds:.0f} s{': ' if last else ''}")
+        shown = {"passed": last, "skipped": skipped}.get(status, said[-15:])
+        sys.stdout.write("\n  ".join(shown) + "\n")
         sys.stdout.flush()
-        all_passed &= status == "passed"
-    return all_passed
+        fine &= status in ("passed", "skipped")
+    return fine
+
+
+def end_by_exception(number: int, frame: object) -> None:
+    """Leave at a signal through every `finally`: the step that runs ends too."""
+    sys.exit(f"ended by {signal.Signals(number).name}")
 
 
 def main() -> None:
@@ -226,33 +289,25 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, default=HOME / "wheels")
     parser.add_argument("--on", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_by_exception)
     started, results = time.monotonic(), given.folder.absolute() / RESULTS
     results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
+        steps = plan_steps(Path(scratch), results, given.on)
+        if unknown := set(given.names) - {step.name for step in steps}:
+            parser.error(f"no step {', '.join(unknown)}; {', '.join(s.name for s in steps)}")
         site = Path(scratch) / "site"
         unpack_wheels(given.wheels, site)
-        path = os.pathsep.join(
-            filter(None, [str(HOME / "src"), str(site), os.getenv("PYTHONPATH")])
-        )
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever the machine has
-            "GRADSIFT_GPU_FIGURES": str(results),
-            "GRADSIFT_GPU_TESTS_ON": "cpu" if given.on == "cpu" else "cuda:0",
-        }  # fmt: skip
-        machine = find_python(environment, given.on)
-        machine |= {"driver": ask_driver(), "wheels": [w.name for w in given.wheels.glob("*.whl")]}
+        environment = make_environment(site, results, given.on)
+        machine = describe_machine(environment, given.on, given.wheels)
+        done = finished(results, machine)
         write_down(results, machine=machine)
         sys.stdout.write(f"{json.dumps(machine)}\n")
-        steps = plan_steps(Path(scratch), results, given.on)
-        unknown = set(given.names) - {step.name for step in steps}
-        if unknown:
-            parser.error(f"no step {', '.join(unknown)}; {', '.join(s.name for s in steps)}")
-        done = finished(results)
         todo = [s for s in steps if (s.name in given.names if given.names else s.name not in done)]
         left = given.limit - (time.monotonic() - started)
-        passed = run_steps(machine["executable"], todo, results.parent, left, environment)
-    sys.exit(0 if passed and "failed" not in finished(results).values() else 1)
+        fine = run_steps(machine["executable"], todo, results.parent, left, environment)
+    sys.exit(0 if fine else 1)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,10 @@ def forward(scene: Scene, watch: Watch) -> None:
 
 
 def hessian(scene: Scene, watch: Watch) -> None:
-    """Products in two batches with a vector from the host, which is copied once; and on the GPU."""
+    """Products with a vector from the host, which is copied once; and with one on the GPU.
+
+    There it asks, before its first batch and once for all, on which blocks the vector lies.
+    """
     weights = np.full(len(EXAMPLES), 1 / len(EXAMPLES))
     operator = Hessian(scene.model, EXAMPLES, weights, TWO)
     vector = torch.ones(1, operator.size)
@@ -196,7 +199,9 @@ def hessian(scene: Scene, watch: Watch) -> None:
     if scene.tokens == TWO:
         vector = torch.ones(1, operator.size, device=scene.device)
         expect(operator(vector), scene.device, scene.dtype, 1, operator.size)
-        watch.take()  # before its first batch it asks on which blocks the vector lies
+        # fake tensors are asked for the entries of a list one by one
+        place = "_local_scalar_dense in gradsift.gradients.hessian.Hessian.__call__"
+        assert watch.take() == {place: len(operator.slices)}
 
 
 def training_steps(scene: Scene, watch: Watch) -> None:

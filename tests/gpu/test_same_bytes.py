@@ -56,9 +56,10 @@ def measure(base: Path, write: Write, folder: Path, device: torch.device, fixed:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return a hash of everything that was trained and measured, by file."""
-    parts = ("warmup", "targets", "coordinates", "scores")
-    paths = [path for part in parts for path in (folder / part).rglob("*.safetensors")]
+    """Return a hash of all that was trained, measured, scored and picked, by file."""
+    patterns = [f"{part}/**/*.safetensors" for part in ("warmup", "targets", "coordinates")]
+    patterns += ["scores/*.parquet", "selected/*.parquet", "selected/*.jsonl"]
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
@@ -78,7 +79,7 @@ def test_two_runs_leave_the_same_bytes(
     )
     expected = digests(one)
     kinds = {name.partition("/")[0] for name in expected}
-    assert {"warmup", "targets", "coordinates"} <= kinds
+    assert kinds == {"warmup", "targets", "coordinates", "scores", "selected"}
     assert digests(other) == expected
     # without it they may differ; by how much is a figure, not a law
     found = [coordinates(folder) for folder in (one, free)]

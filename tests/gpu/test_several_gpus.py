@@ -104,7 +104,8 @@ def work():
     base = tiny_models.build("llama").to(device)
     model = attach_lora(base, LoraConfig(rank=3, alpha=6, dropout=0.0), seed=1)
     train(model, tiny_models.examples(16), WarmupConfig(batch_size=16), steps=2, seed=0)
-    print("trained", rank, flush=True)
+    sys.stdout.write(f"trained {rank}\\n")  # at once: the other writes too
+    sys.stdout.flush()
     if rank == int(sys.argv[3]):
         raise RuntimeError(f"something broke in process {rank}")
 

@@ -218,6 +218,40 @@ def test_a_fault_in_one_process_ends_a_launch(rank: int, tmp_path: Path) -> None
     assert "gradsift: found wrong here\n" in done.stderr
 
 
+@pytest.mark.slow
+def test_processes_train_together_again_and_again(tmp_path: Path) -> None:
+    """What one training leaves keeps the next neither from joining them nor from its result."""
+    script = tmp_path / "trainings.py"
+    script.write_text(
+        "import os, sys, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import tiny_models\n"
+        "from gradsift.config import LoraConfig, WarmupConfig\n"
+        "from gradsift.models.lora import attach_lora\n"
+        "from gradsift.models.training import train\n"
+        "rank = os.environ.get('RANK')\n"
+        "if rank:\n"
+        "    dist.init_process_group('gloo')\n"
+        "settings = WarmupConfig(batch_size=4, learning_rate=1e-2)\n"
+        "for seed in (0, 1):\n"
+        "    base = tiny_models.build('llama')\n"
+        "    model = attach_lora(base, LoraConfig(rank=2, dropout=0.0), seed)\n"
+        "    train(model, tiny_models.examples(8), settings, steps=3, seed=seed, progress=False)\n"
+        "    trained = [p.detach() for p in model.parameters() if p.requires_grad]\n"
+        "    size = sum(p.double().abs().sum().item() for p in trained)\n"
+        "    with open(f'{sys.argv[1]}-{rank}', 'a') as file:\n"
+        "        print(size, file=file)\n"
+        "if rank:\n"
+        "    dist.barrier()\n"
+    )
+    ran(script, tmp_path / "of")
+    ran("-m", "torch.distributed.run", "--nproc-per-node", "2", script, tmp_path / "of")
+    alone, *two = ((tmp_path / f"of-{rank}").read_text().split() for rank in (None, 0, 1))
+    assert two[0] == two[1]
+    for one, other in zip(alone, two[0], strict=True):
+        assert float(one) == pytest.approx(float(other), rel=1e-5)
+
+
 @has_ray
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run(alone: None, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from functools import cache
 
 from threadpoolctl import ThreadpoolController
 
-# read by cuBLAS and by the flash_attn package when they are first used
-_GPU_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+from gradsift.errors import ConfigError
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # PyTorch reads it once, when it first calls cuBLAS
 
 
 def use_deterministic_kernels() -> None:
@@ -19,11 +20,20 @@ def use_deterministic_kernels() -> None:
     It then chooses among its attention kernels by that, and an operation that has none raises a
     `RuntimeError` that names it. On a CPU all that gradsift does adds up in a fixed order anyway.
     Source: PyTorch's notes on reproducibility.
+
+    Raises:
+        ConfigError: If the GPU was used before, so that this may come too late.
     """
     import torch
 
-    for name, value in _GPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    if _WORKSPACE not in os.environ and torch.cuda.is_initialized():
+        raise ConfigError(
+            "engine.deterministic=true comes too late: this process has used the GPU already, and "
+            f"cuBLAS takes {_WORKSPACE} only before; start a new process, or set "
+            f"{_WORKSPACE}=:4096:8 in the environment before the GPU is first used"
+        )
+    os.environ.setdefault(_WORKSPACE, ":4096:8")  # :16:8 is deterministic too
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # for the flash_attn package
     torch.use_deterministic_algorithms(True)
     # it would only cost time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

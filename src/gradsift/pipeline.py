@@ -183,8 +183,8 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
     from gradsift.models.loading import load_encoder
 
     config = stages.inputs.config
-    load, columns = partial(load_encoder, config.model, config.data), config.data.columns
-    sets = data_sets(config.data)
+    load = partial(load_encoder, config.model, config.data, config.engine)
+    sets, columns = data_sets(config.data), config.data.columns
     if folder.find_fault([stages.inputs.pool_stage]):
         check_first_rows(sets, columns)
         _check_count(config)

@@ -151,30 +151,105 @@ def test_a_launcher_alone_makes_no_company(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_executor(EngineConfig()) == Local()
 
 
-@pytest.mark.parametrize(("num_gpus", "backend"), [(0, "gloo"), (1, "nccl"), (2, "nccl")])
-def test_a_launched_process_takes_its_gpu_before_it_joins_the_others(
-    monkeypatch: pytest.MonkeyPatch, num_gpus: int, backend: str
-) -> None:
-    """The second process: of two GPUs it takes the second; if it sees only one, that is its own."""
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The first of two processes that a launcher began; returned is what it does with the other."""
     import torch
 
     done: list[str] = []
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(f"GPU {device}"))
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda kind, timeout: done.append(kind)
     )
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda received: None)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    for name in ("broadcast_object_list", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name: done.append(name))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "backend"), [(0, "gloo"), (1, "cpu:gloo,cuda:nccl"), (2, "cpu:gloo,cuda:nccl")]
+)
+def test_launched_processes_join_without_opening_a_gpu(
+    launched: list[str], monkeypatch: pytest.MonkeyPatch, num_gpus: int, backend: str
+) -> None:
+    """What they send each other goes over gloo; whether a GPU is wanted, the settings say later."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     with launched_processes() as runs_command:
-        assert not runs_command
-    assert done[:-1] == (["GPU 1"] if num_gpus == 2 else [])
-    assert done[-1].endswith(backend)
+        assert runs_command
+    assert launched == [backend, "broadcast_object_list", "barrier", "destroy_process_group"]
+
+
+@pytest.mark.parametrize("fault", [RunError("found wrong"), SystemExit(2), KeyboardInterrupt()])
+def test_a_launched_process_waits_for_no_other_after_a_fault(
+    launched: list[str], fault: BaseException
+) -> None:
+    """They may wait for it elsewhere; it is to exit, and to tell why first."""
+    with pytest.raises(type(fault)), launched_processes():
+        raise fault
+    assert launched == ["gloo"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_in_one_process_ends_a_launch(rank: int, tmp_path: Path) -> None:
+    script = tmp_path / "fault.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from gradsift.cli import app\n"
+        "from gradsift.errors import RunError\n"
+        "from gradsift.executors.torchrun import Torchrun\n"
+        "def work():\n"
+        f"    if dist.get_rank() == {rank}:\n"
+        "        raise RunError('found wrong here')\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "app.app = lambda: Torchrun().train(work)\n"
+        "app.main()\n"
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *command], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode
+    assert "gradsift: found wrong here\n" in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_train_together_again_and_again(tmp_path: Path) -> None:
+    """What one training leaves keeps the next neither from joining them nor from its result."""
+    script = tmp_path / "trainings.py"
+    script.write_text(
+        "import os, sys, torch.distributed as dist\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import tiny_models\n"
+        "from gradsift.config import LoraConfig, WarmupConfig\n"
+        "from gradsift.models.lora import attach_lora\n"
+        "from gradsift.models.training import train\n"
+        "rank = os.environ.get('RANK')\n"
+        "if rank:\n"
+        "    dist.init_process_group('gloo')\n"
+        "settings = WarmupConfig(batch_size=4, learning_rate=1e-2)\n"
+        "for seed in (0, 1):\n"
+        "    base = tiny_models.build('llama')\n"
+        "    model = attach_lora(base, LoraConfig(rank=2, dropout=0.0), seed)\n"
+        "    train(model, tiny_models.examples(8), settings, steps=3, seed=seed, progress=False)\n"
+        "    trained = [p.detach() for p in model.parameters() if p.requires_grad]\n"
+        "    size = sum(p.double().abs().sum().item() for p in trained)\n"
+        "    with open(f'{sys.argv[1]}-{rank}', 'a') as file:\n"
+        "        print(size, file=file)\n"
+        "if rank:\n"
+        "    dist.barrier()\n"
+    )
+    ran(script, tmp_path / "of")
+    ran("-m", "torch.distributed.run", "--nproc-per-node", "2", script, tmp_path / "of")
+    alone, *two = ((tmp_path / f"of-{rank}").read_text().split() for rank in (None, 0, 1))
+    assert two[0] == two[1]
+    for one, other in zip(alone, two[0], strict=True):
+        assert float(one) == pytest.approx(float(other), rel=1e-5)
 
 
 @has_ray
@@ -207,6 +282,34 @@ def test_workers_that_always_die_end_the_run(alone: None, tmp_path: Path) -> Non
         assert message.startswith("workers of the Ray cluster died 4 times at the same work; ")
         assert "/tmp/ray/session_latest/logs" in message
         assert "dmesg" in message
+
+
+@has_ray
+@pytest.mark.slow
+def test_a_training_is_not_tried_again_after_a_fault_of_the_user(
+    alone: None, tmp_path: Path
+) -> None:
+    """With the others waiting for the one that found it."""
+    code = (
+        "import sys\n"
+        "from gradsift.config import EngineConfig\n"
+        "from gradsift.errors import ModelError\n"
+        "from gradsift.executors.choice import choose_executor\n"
+        "path = sys.argv[1]\n"
+        "def work():\n"
+        "    import torch.distributed as dist\n"
+        "    open(path, 'a').write(str(dist.get_rank()))\n"
+        "    if dist.get_rank() == 1:\n"
+        "        raise ModelError('found wrong: here')\n"
+        "    dist.barrier()\n"
+        "try:\n"
+        "    choose_executor(EngineConfig(executor='ray', train_workers=2)).train(work)\n"
+        "except ModelError as error:\n"
+        "    print('told:', error)\n"
+    )
+    done = ran("-c", code, tmp_path / "begun")
+    assert "told: found wrong: here\n" in done.stdout
+    assert sorted((tmp_path / "begun").read_text()) == ["0", "1"]
 
 
 @has_ray

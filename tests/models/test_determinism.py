@@ -16,10 +16,14 @@ from transformers import masking_utils
 import tiny_models
 from conftest import Write, configure
 from gradsift.config import ModelConfig
+from gradsift.determinism import use_deterministic_kernels
+from gradsift.errors import ConfigError
 from gradsift.models.batches import Batch
 from gradsift.models.cache import ModelCache
 from gradsift.models.losses import label_logits
-from gradsift.pipeline import run
+from gradsift.pipeline import encode, run
+from gradsift.runs.opening import open_run
+from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
 
@@ -27,8 +31,9 @@ Rows = list[dict[str, Any]]
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
-        monkeypatch.setenv(name, "")  # so that what is set now is taken away again
-        del os.environ[name]
+        monkeypatch.setenv(name, "0")  # so that what is set now is taken away again
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # tests marked `gpu` may have
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -44,6 +49,35 @@ def test_deterministic_kernels_are_on_wherever_the_model_is_loaded(base: Path) -
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
+@pytest.mark.usefixtures("restored")
+def test_deterministic_kernels_after_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuBLAS found in the environment at its first call stays."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    told = "comes too late: .* start a new process, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the"
+    with pytest.raises(ConfigError, match=told):
+        use_deterministic_kernels()
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    use_deterministic_kernels()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_they_are_on_before_a_method_takes_a_device(
+    base: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path, wanted: bool
+) -> None:
+    """An encoder of `embed`, say, which is no model of the cache."""
+    pool, target = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
+    config = configure(base, pool, {"t": target}, engine={"deterministic": wanted})
+    with open_run(tmp_path / "run") as folder:
+        stages = RunStages.of(config)
+        folder.prepare(stages)
+        encode(stages, folder, strict=False)
+    assert torch.are_deterministic_algorithms_enabled() == wanted
 
 
 @pytest.mark.usefixtures("restored")

@@ -125,7 +125,7 @@ def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
     specs = {layout.test_set(name): sources for name, sources in settings.tests.items()}
     identity, trusted = job.inputs.model_identity, config.model.trust_remote_code
     stages = encoding_stages(config.data, identity, trusted, specs, layout.TESTS)
-    load = partial(load_encoder, config.model, config.data)
+    load = partial(load_encoder, config.model, config.data, config.engine)
     encode_sets(specs, stages, job.folder, load, config.data.columns)
     result = {}
     for name, stage in zip(settings.tests, stages.values(), strict=True):

@@ -8,6 +8,6 @@ PUBLIC = {
     "base": ("Executor",),
     "choice": ("choose_executor",),
     "environment": ("set_environment",),
-    "processes": ("decided_by_first", "is_first"),
+    "processes": ("decided_by_first", "first_claim", "is_distributed", "is_first"),
     "torchrun": ("launched_processes",),
 }

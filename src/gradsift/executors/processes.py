@@ -30,6 +30,19 @@ def decided_by_first(decide: Callable[[], T]) -> T:
     return decided[0]
 
 
+def first_claim(thing: str) -> str | None:
+    """Claim something for this process; return the rank of another that has claimed it before.
+
+    This process has joined others; none waits for another here.
+    """
+    from torch import distributed
+
+    rank = str(distributed.get_rank())
+    store = distributed.distributed_c10d._get_default_store()
+    owner = store.compare_set(f"gradsift/{thing}", "", rank).decode()  # set if nobody's yet
+    return None if owner == rank else owner
+
+
 def is_distributed() -> bool:
     """Return whether this process has joined others; torch is there by then."""
     distributed = sys.modules.get("torch.distributed")

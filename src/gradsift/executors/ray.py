@@ -21,11 +21,11 @@ from gradsift.executors.ray_worker import (
     DEATHS,
     Actor,
     Begun,
+    Failure,
     raise_failure,
     run_and_catch,
     too_many_died,
     train_loop,
-    user_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class RayCluster:
             Actor,
             fn_constructor_args=(
                 str(Path.cwd()),
-                _begin_counting(),
+                _beside_driver(Begun),
                 ray.put((open_worker, list(tasks))),
             ),
             batch_size=1,
@@ -147,6 +147,7 @@ class RayCluster:
             GradsiftError: As the work does.
             RunError: If machines died again and again.
         """
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -155,10 +156,10 @@ class RayCluster:
             logger.warning(
                 "training waits for %d workers; there is room for %d", self.train_workers, count
             )
-        gpus = share["num_gpus"]
+        gpus, failure = share["num_gpus"], _beside_driver(Failure)
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"folder": str(Path.cwd()), "work": work},
+            train_loop_config={"folder": str(Path.cwd()), "work": work, "failure": failure},
             torch_config=TorchConfig(None if gpus else "gloo", timeout_s=_COLLECTIVE_TIMEOUT),
             scaling_config=ScalingConfig(
                 num_workers=self.train_workers,
@@ -171,10 +172,11 @@ class RayCluster:
             ),
         )
         try:
-            raise_failure({"failure": trainer.fit().return_value})
+            trainer.fit()
         except TrainingFailedError as error:
-            raise_failure({"failure": user_error(error)})
+            raise_failure({"failure": ray.get(failure.get.remote())})
             raise RunError(f"the training failed on the cluster: {error}") from error
+        raise_failure({"failure": ray.get(failure.get.remote())})
 
     def _connect(self, workers: int | None) -> tuple[dict[str, Any], int]:
         """Return the resources that each worker takes, and for how many workers there is room.
@@ -228,8 +230,8 @@ def _usable_machines() -> list[dict[str, float]]:
     return [resources for resources in alive if resources.get("CPU", 0) >= 1]
 
 
-def _begin_counting() -> Any:
-    """Return the process that counts how often tasks were begun: beside the driver, to outlive all.
+def _beside_driver(kind: type) -> Any:
+    """Return a process that keeps something of this kind beside the driver, to outlive the workers.
 
     It ends when nobody holds it any more.
     """
@@ -237,7 +239,7 @@ def _begin_counting() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Begun).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _deaths() -> tuple[type[Exception], ...]:

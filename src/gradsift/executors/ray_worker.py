@@ -100,29 +100,42 @@ def raise_failure(outcome: dict[str, Any]) -> None:
         raise getattr(gradsift.errors, name)(message)
 
 
+class Failure:
+    """The first fault of a training that a user can mend, kept through Ray Train's retries."""
+
+    def __init__(self) -> None:
+        self._failure: str | None = None
+
+    def keep(self, failure: str) -> None:
+        """Keep it, unless there is one already."""
+        self._failure = self._failure or failure
+
+    def get(self) -> str | None:
+        """Return it, if there is one."""
+        return self._failure
+
+
 class _FailureError(Exception):
     """Ends all processes of a training: those that found nothing wrong would wait for the one."""
 
 
-def train_loop(config: dict[str, Any]) -> str | None:
-    """Do one process's part of a training, and return what went wrong.
+def train_loop(config: dict[str, Any]) -> None:
+    """Do one process's part of a training; what goes wrong is kept in `failure`.
 
     Raises:
-        _FailureError: In its place, if there are other processes.
+        _FailureError: If something did, and there are other processes. Ray Train then tries again,
+            which ends at once.
     """
+    import ray
+
+    kept: Any = config["failure"]
+    if ray.get(kept.get.remote()):
+        return
     failure = run_and_catch(config["folder"], config["work"])["failure"]
-    if failure and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise _FailureError(failure)
-    return failure
-
-
-def user_error(error: Any) -> str | None:
-    """Return what a user can mend, if that is what ended a training."""
-    for found in getattr(error, "worker_failures", {}).values():
-        cause = getattr(found, "cause", found)
-        if isinstance(cause, _FailureError):
-            return str(cause)
-    return None
+    if failure:
+        ray.get(kept.keep.remote(failure))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise _FailureError(failure)
 
 
 def _log_to_terminal() -> None:

@@ -50,25 +50,26 @@ def launched_processes() -> Iterator[bool]:
         return
     import torch.distributed as dist
 
-    _take_own_gpu()
+    # What is sent here, and barriers, go over gloo. NCCL's communicator is made at the first
+    # collective of tensors on a GPU, and is on theirs: no GPU has to be the current one before
+    # `use_device` takes it, and on the CPU none is opened.
     backend = "gloo" if not _has_gpu() else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
-    try:
-        if dist.get_rank() == 0:
-            try:
-                yield True
-            except SystemExit as stop:  # how Typer ends
-                if stop.code:
-                    raise
-            # after a fault nothing is sent: the others may wait elsewhere; the launcher ends them
-            _send(None)
-        else:
-            while (work := _receive()) is not None:
-                work()
-            yield False
-        dist.barrier()  # none may close its connections while another still reads from them
-    finally:
-        dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        try:
+            yield True
+        except SystemExit as stop:  # how Typer ends
+            if stop.code:
+                raise
+        _send(None)
+    else:
+        while (work := _receive()) is not None:
+            work()
+        yield False
+    dist.barrier()  # none may close its connections while another still reads from them
+    # After a fault nothing is sent and nothing destroyed: the others may wait elsewhere, and this
+    # process for them, before its message is out. It exits, and the launcher ends the others.
+    dist.destroy_process_group()
 
 
 def _share(open_worker: Callable[[], Any], tasks: Sequence[Any]) -> None:
@@ -110,16 +111,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _take_own_gpu() -> None:
-    """Make the GPU of this process's number on its machine the current one.
-
-    NCCL takes the current one, as does whatever says `cuda` without a number. Where every process
-    sees a GPU of its own alone, it is that already.
-    """
-    import torch
-
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if rank < torch.cuda.device_count():
-        torch.cuda.set_device(rank)

@@ -13,6 +13,7 @@ import numpy as np
 from gradsift.config import Config, WarmupConfig
 from gradsift.data.conversations import text_of
 from gradsift.data.encoded import EncodedSet
+from gradsift.determinism import use_deterministic_kernels
 from gradsift.errors import ModelError
 from gradsift.executors.base import Executor
 from gradsift.executors.choice import choose_executor
@@ -192,10 +193,16 @@ class Job:
 
 
 def open_job(inputs: Inputs, folder: Run, models: ModelCache | None = None) -> Job:
-    """Return the job of a run whose pool and targets are encoded."""
+    """Return the job of a run whose pool and targets are encoded.
+
+    Raises:
+        ConfigError: If its kernels are to be deterministic and the GPU was used before.
+    """
     from gradsift.models.cache import ModelCache
 
     config = inputs.config
+    if config.engine.deterministic:
+        use_deterministic_kernels()  # before anything here computes on a GPU, encoders too
     pool = EncodedSet(folder.path / layout.encoded(layout.POOL))
     targets = {
         name: EncodedSet(folder.path / layout.encoded(layout.target_set(name)))

@@ -41,6 +41,7 @@ class ModelCache:
 
         Raises:
             ModelError: As `load_base`.
+            ConfigError: As `use_deterministic_kernels`.
         """
         if self._model is None:
             if self._deterministic:

@@ -12,13 +12,14 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.environment import patch_environment
 from torch import nn
 from transformers import TrainingArguments
 
 from gradsift.config import ModelConfig
 from gradsift.errors import ModelError
+from gradsift.executors.processes import first_claim, is_distributed
 
 
 def resolve_device(config: ModelConfig) -> torch.device:
@@ -82,7 +83,8 @@ def use_device(config: ModelConfig) -> torch.device:
     """Return the device asked for, made the current one: `cuda` without a number is then this one.
 
     Raises:
-        ModelError: As `resolve_device`, or if the GPU cannot be opened.
+        ModelError: As `resolve_device`, if the GPU cannot be opened, or if another of the processes
+            that work together has it.
     """
     device = resolve_device(config)
     if device.type == "cuda":
@@ -91,18 +93,48 @@ def use_device(config: ModelConfig) -> torch.device:
         except RuntimeError as error:  # busy, or broken
             reason = str(error).partition("\n")[0]
             raise ModelError(f"cannot use the device {str(device)!r}: {reason}") from error
+        _refuse_shared(device)
     return device
+
+
+def _refuse_shared(device: torch.device) -> None:
+    """Make sure that no other process of the launch has this GPU: all may see the same one alone.
+
+    Raises:
+        ModelError: If one has.
+    """
+    if not is_distributed():
+        return
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    if (owner := first_claim(gpu)) is not None:
+        raise ModelError(
+            f"cannot use the device {str(device)!r}: the process of rank {owner} has this GPU "
+            f"({gpu}) already, and two cannot share one; launch one process for each GPU, or set "
+            "model.device=cpu"
+        )
 
 
 @contextmanager
 def kept_in_place(model: nn.Module) -> Iterator[None]:
-    """Make sure that what is done with a model leaves its parameters on their devices.
+    """Make sure that a training leaves the model on its devices, and accelerate to its user.
+
+    What accelerate knows of the process (processes, precision, accumulated gradients) is the
+    training's own meanwhile: a user's `Accelerator` is as it was before.
 
     Raises:
-        ModelError: If one has moved.
+        ModelError: If a parameter has moved.
     """
     before = [parameter.device for parameter in model.parameters()]
-    yield
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, values in zip(states, kept, strict=True):
+            state.clear()
+            state.update(values)
     after = [parameter.device for parameter in model.parameters()]
     if after != before:
         [old, new] = (", ".join(sorted({str(d) for d in devices})) for devices in (before, after))
@@ -130,7 +162,6 @@ class PlacedArguments(TrainingArguments):
     @cached_property
     def _setup_devices(self) -> torch.device:
         device = self._model_device
-        AcceleratorState._reset_state(reset_partial_state=True)
         with patch_environment(accelerate_torch_device=device):
             state = PartialState(cpu=self.use_cpu)
         if state.use_distributed and device.type == "cuda":

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gradsift.config import DataConfig, ModelConfig
+from gradsift.config import DataConfig, EngineConfig, ModelConfig
 from gradsift.data.encoding import Encoder
 from gradsift.errors import ModelError, shorten
 from gradsift.models.devices import resolve_device, use_device
@@ -42,13 +42,14 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if recent else torch.float16
 
 
-def load_encoder(model: ModelConfig, data: DataConfig) -> Encoder:
+def load_encoder(model: ModelConfig, data: DataConfig, engine: EngineConfig) -> Encoder:
     """Return the encoder for a model; examples are cut to what settings and model allow.
 
     Raises:
         ModelError: If there is no such device, configuration or tokenizer.
     """
-    resolve_device(model)  # before the work, not after it
+    if engine.executor == "local":  # a cluster's devices are not this machine's
+        resolve_device(model)  # before the work, not after it
     sizes, length = known_sizes(model), data.max_length
     if sizes.positions is not None and sizes.positions < length:
         length = sizes.positions

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
 from gradsift.errors import ModelError
-from gradsift.models.batches import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,10 +48,9 @@ def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.Pe
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
-    device = device_of(base)
-    # without a list it would open every GPU that there is
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    # PEFT draws the matrices on the CPU: no GPU is opened for it, nor its generator changed
+    with torch.device("cpu"), torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
         try:
             model = peft.get_peft_model(base, adapter)
         except (ValueError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from rich.console import Console
 from torch import nn
@@ -25,6 +26,8 @@ from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis
 from gradsift.gradients.projection import Projections, project
 from gradsift.methods.job import Job
+from gradsift.models import cache
+from gradsift.models.loading import load_base
 from gradsift.pipeline import encode
 from gradsift.runs.opening import open_run
 from gradsift.sections import merge
@@ -56,10 +59,10 @@ def job(
 def check(job: Job, adapter: Path) -> Check:
     """Return what checks the batches of that model with other settings."""
 
-    def run(**sections: Any) -> BatchEffect:
+    def run(batch_tokens: int = 400, **sections: Any) -> BatchEffect:
         config = Config.build(merge(job.config.model_dump(), sections))
         own = replace(job, inputs=replace(job.inputs, config=config))
-        return measure_batch_effect(own, adapter, batch_tokens=400)
+        return measure_batch_effect(own, adapter, batch_tokens)
 
     return run
 
@@ -106,6 +109,40 @@ def test_a_fault_that_depends_on_batch_mates_is_found(
     assert every[-1] > every[0]
     assert (alone, together) == (1, (every, 400))
     assert (even, odd) == (every[::2], every[1::2])
+
+
+def test_a_batch_that_they_do_not_fill_has_others_in_it(
+    check: Check, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def see(
+        model: nn.Module, examples: Sequence[Encoded], max_tokens: int, basis: Basis
+    ) -> Projections:
+        seen.append(examples)
+        return project(model, examples, max_tokens, basis)
+
+    monkeypatch.setattr(batch_effect, "project", see)
+    total = sum(job.pool.column("num_tokens").to_pylist())
+    assert check(batch_tokens=total // 2).tried[0].score < 1e-5
+    alone, together, *_ = seen
+    assert [e.input_ids.tolist() for e in together[:16]] == [e.input_ids.tolist() for e in alone]
+    sizes = [len(example.input_ids) for example in together]
+    assert total // 2 - max(sizes) <= sum(sizes) <= total // 2
+
+
+def test_a_setting_for_which_there_is_no_room_is_named(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(config: ModelConfig) -> object:
+        if config.attention == "eager":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return load_base(config)
+
+    monkeypatch.setattr(cache, "load_base", load)
+    effect = check()
+    assert names(effect) == [("float32", "sdpa")]
+    assert "Tried to allocate 1 GiB" in effect.not_tried["float32, eager"]
 
 
 def test_what_cannot_be_tried_is_named_with_the_reason(
@@ -182,6 +219,7 @@ def test_a_row_is_printed_for_each_setting_then_reasons_and_the_advice(
         assert text in out
 
 
+@pytest.mark.slow
 def test_plan_checks_at_the_adapter_that_it_tries_with(
     arguments: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,8 @@
 In exact arithmetic an example's gradient knows nothing of padding and batch mates. In floating
 point a matrix product of another shape adds up in another order, so that its rounding differs, and
 in bfloat16 one sees it in the scores. How far is measured on a few pool examples: each alone, all
-together in batches of the run's size, and every second of them together.
+together in batches of the run's size (with others, where they do not fill one), and every second of
+them together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gradsift.gradients.gram import fitting_gram
 from gradsift.gradients.projection import Projections, project
 from gradsift.gradients.subspace import Subspace, fit_subspace
 from gradsift.methods.job import Job
-from gradsift.models.batch_size import within_memory
+from gradsift.models.batch_size import is_out_of_memory, within_memory
 from gradsift.models.batches import lengths_of
 from gradsift.models.cache import ModelCache
 from gradsift.scores.alignment import Alignment
@@ -101,7 +102,9 @@ def measure_batch_effect(job: Job, adapter: Path, batch_tokens: int) -> BatchEff
     for settings in _alternatives(job.config.model, own):
         try:
             tried.append(trial.measure(settings))
-        except GradsiftError as error:
+        except (GradsiftError, RuntimeError) as error:
+            if not isinstance(error, GradsiftError) and not _is_of_setting(error):
+                raise
             not_tried[f"{settings.dtype}, {settings.attention}"] = str(error)
     return BatchEffect(len(trial.pool), tuple(tried), not_tried, advise(tried))
 
@@ -115,6 +118,11 @@ def _alternatives(model: ModelConfig, own: Movement) -> Iterator[ModelConfig]:
         # kernels of flash attention have no float32
         attention = "sdpa" if "flash" in own.attention else own.attention
         yield model.model_copy(update={"dtype": "float32", "attention": attention})
+
+
+def _is_of_setting(error: RuntimeError) -> bool:
+    """Return whether memory ran out, or a kernel has no deterministic form: another may do."""
+    return is_out_of_memory(error) or "deterministic" in str(error)
 
 
 def advise(tried: Sequence[Movement]) -> str:
@@ -175,13 +183,15 @@ class _Target:
 class _Trial:
     """The examples and all that is the same in every setting of the model.
 
-    `pool`: different examples from the shortest to the longest, so that batches are padded.
+    `pool`: different examples from the shortest to the longest, so that batches are padded;
+    `mates`: others that fill a batch of the run's size with them.
     """
 
     config: Config
     adapter: Path
     batch_tokens: int
     pool: Sequence[Encoded]
+    mates: Sequence[Encoded]
     targets: Sequence[_Target]
 
     @classmethod
@@ -192,8 +202,11 @@ class _Trial:
         by_length = drawn[np.argsort(lengths[drawn], kind="stable")]
         places = np.linspace(0, len(drawn) - 1, min(len(drawn), _POOL_EXAMPLES)).astype(int)
         pool, _ = distinct_examples(job.pool, by_length[places])
+        others = np.setdiff1d(drawn, by_length[places])
+        filled = np.cumsum(lengths[others]) + lengths[by_length[places]].sum()
+        mates = job.pool.examples(others[: np.searchsorted(filled, batch_tokens)])
         targets = [_Target.of(own, job.tasks(name)) for name, own in job.targets.items()]
-        return cls(job.config, adapter, batch_tokens, pool, targets)
+        return cls(job.config, adapter, batch_tokens, pool, mates, targets)
 
     def measure(self, settings: ModelConfig) -> Movement:
         """Return how far things move in one setting of the model, which is loaded for it.
@@ -210,7 +223,7 @@ class _Trial:
             for own, subspace in zip(self.targets, subspaces, strict=True)
         ]
         basis = fitting_basis(model, parts, self.config.engine)
-        work = partial(_compose, partial(project, model, basis=basis), self.pool)
+        work = partial(_compose, partial(project, model, basis=basis), self.pool, self.mates)
         (rows, norms, seconds), _ = within_memory(work, self.batch_tokens, lengths_of(self.pool))
         if not np.isfinite(rows).all():
             raise NumericsError(
@@ -267,18 +280,22 @@ def _relative_difference(rows: Rows) -> float:
 
 
 def _compose(
-    run: Callable[[Sequence[Encoded], int], Projections], pool: Sequence[Encoded], max_tokens: int
+    run: Callable[[Sequence[Encoded], int], Projections],
+    pool: Sequence[Encoded],
+    mates: Sequence[Encoded],
+    max_tokens: int,
 ) -> tuple[Rows, Norms, float]:
-    """Return coordinates and norms of the examples alone, all together, every second together.
+    """Return coordinates and norms of the examples alone, with all mates, every second together.
 
-    And the seconds that all together took.
+    And the seconds that those with all mates took.
     """
-    coordinates, norms, seconds, every = [], [], [], list(range(len(pool)))
-    halves = [half for half in (every[::2], every[1::2]) if half]
-    for groups, tokens in (([every], 1), ([every], max_tokens), (halves, max_tokens)):
+    coordinates, norms, seconds, examples = [], [], [], [*pool, *mates]
+    own, everything = range(len(pool)), range(len(examples))
+    halves = [half for half in (own[::2], own[1::2]) if half]
+    for groups, tokens in (([own], 1), ([everything], max_tokens), (halves, max_tokens)):
         started = time.perf_counter()
-        found = [run([pool[i] for i in rows], tokens) for rows in groups]
-        order = np.argsort(np.concatenate(groups))
+        found = [run([examples[i] for i in rows], tokens) for rows in groups]
+        order = np.argsort(np.concatenate(groups))[: len(pool)]
         coordinates.append(
             np.concatenate([part.coordinates.cpu().numpy() for part in found])[order]
         )

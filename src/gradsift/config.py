@@ -243,7 +243,7 @@ class EngineConfig(Section):
         "auto", "bytes for target gradients and bases; auto: half of what the device has free"
     )
     deterministic: bool = setting(
-        False, "on a GPU the same bits again, with slower kernels; a CPU gives them anyway"
+        False, "on a GPU only kernels that give the same bits again; on a CPU all do"
     )
     window: Count = setting(1024, "consecutive examples among which batches are formed")
     shard_size: Count = setting(

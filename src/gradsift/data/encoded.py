@@ -111,6 +111,8 @@ class EncodedSet:
 
     def examples(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
         """Return the tokens of some rows, in the order asked for."""
+        if not len(rows):
+            return []
         table = self.take(rows, ["input_ids", "supervised", "truncated"])
         lists = table["input_ids"].combine_chunks(), table["supervised"].combine_chunks()
         ends = (lists[0].offsets.to_numpy() - lists[0].offsets[0].as_py())[1:-1]

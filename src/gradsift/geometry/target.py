@@ -28,11 +28,12 @@ from gradsift.gradients.hessian import (
     measure_coupling,
     sines,
 )
+from gradsift.gradients.lanczos import lanczos_bytes
 from gradsift.gradients.memory import memory_budget
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.subspace import Subspace, describe, fit_subspace
-from gradsift.models.batch_size import start_tokens
-from gradsift.models.batches import device_of
+from gradsift.models.batch_size import start_tokens, within_memory
+from gradsift.models.batches import device_of, lengths_of
 from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,10 @@ def measure_target(
         NumericsError: If a gradient is not finite, or none differs from zero.
         ConfigError: If so many eigenvectors cannot be looked for.
     """
-    rank, engine, device = config.gist.rank, config.engine, device_of(model)
+    rank, engine = config.gist.rank, config.engine
     num_parameters = sum(map(prod, blocks(model).values()))
-    check_eigenvectors(settings.eigenvectors, num_parameters, memory_budget(engine, device))
+    memory = memory_budget(engine, device_of(model))
+    check_eigenvectors(settings.eigenvectors, num_parameters, memory)
     rng = np.random.default_rng(settings.seed)
     count = min(settings.examples, len(target))
     rows = np.sort(rng.choice(len(target), size=count, replace=False))
@@ -65,9 +67,9 @@ def measure_target(
     examples, inverse = distinct_examples(target, rows)
     subspace = _fit(model, examples, inverse, rank, engine)
     weights = np.bincount(inverse, minlength=len(examples)) / len(inverse)
-    hessian = Hessian(model, examples, weights, min(_TOKENS, start_tokens(engine, device)))
+    kept = lanczos_bytes(settings.eigenvectors, num_parameters)
+    hessian = _fitting_hessian(model, examples, weights, engine, kept if kept <= memory else 0)
     logger.info("%s: looking for %d eigenvectors of the Hessian", name, settings.eigenvectors)
-    memory = memory_budget(engine, device)
     pairs = leading_eigenpairs(hessian, settings.eigenvectors, settings.seed, memory)
     # after them, so that it is not in memory beside the vectors of Lanczos' method
     merged = merge_rows(subspace.combination, inverse, len(examples))
@@ -77,6 +79,31 @@ def measure_target(
     if coupling:
         found["coupling"] = {"num_examples": count} | _couple(hessian, name, settings)
     return found
+
+
+def _fitting_hessian(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    weights: Float[np.ndarray, " example"],
+    engine: EngineConfig,
+    kept: int,
+) -> Hessian:
+    """Return the Hessian in batches that fit: on a GPU a product is tried beside `kept` bytes.
+
+    Raises:
+        ModelError: If a single example does not fit.
+    """
+    device = device_of(model)
+
+    def build(max_tokens: int) -> Hessian:
+        hessian = Hessian(model, examples, weights, max_tokens)
+        if device.type == "cuda":
+            beside = torch.empty(kept, dtype=torch.uint8, device=device)
+            hessian(torch.ones(1, hessian.size, device=device))
+            del beside
+        return hessian
+
+    return within_memory(build, min(_TOKENS, start_tokens(engine, device)), lengths_of(examples))[0]
 
 
 def _fit(

@@ -18,6 +18,7 @@ PUBLIC = {
         "measure_coupling",
         "sines",
     ),
+    "lanczos": ("lanczos_bytes",),
     "memory": ("memory_budget",),
     "per_example": ("blocks", "gradient_rows"),
     "projection": ("Projections", "project"),

@@ -58,10 +58,10 @@ def largest_eigenpairs(
     `multiply` returns H v for a v on `device`, where the vectors are kept; those returned lie on
     the CPU. For each, ‖H v - θ v‖ ≤ 1 % of |θ|, or 3e-5 of the largest |θ|: so much may float32
     products be wrong, and smaller eigenvalues cannot be told from one another or from zero. As with
-    any method that stops there, an eigenvalue can be passed over for the next, where they are near
-    each other. Of an eigenvalue that is repeated the further vectors are found where the Lanczos
-    vectors span a space that H maps into itself (it is of low rank, say), else only as rounding
-    brings them in.
+    any method that stops there, of eigenvalues that are near each other some can be passed over for
+    the next, even if that is much smaller. Of an eigenvalue that is repeated the further vectors
+    are found where the Lanczos vectors span a space that H maps into itself (it is of low rank,
+    say), else only as rounding brings them in.
 
     >>> matrix = torch.diag(torch.tensor([1.0, -3.0, 2.0]))
     >>> largest_eigenpairs(lambda v: matrix @ v, 3, 2, 0, matrix.device)[0].round(4).tolist()

@@ -6,7 +6,13 @@ May import: `data` and what is beneath it.
 
 PUBLIC = {
     "adapters": ("save_adapter",),
-    "batch_size": ("find_batch_tokens", "probe", "start_tokens", "within_memory"),
+    "batch_size": (
+        "find_batch_tokens",
+        "is_out_of_memory",
+        "probe",
+        "start_tokens",
+        "within_memory",
+    ),
     "batches": (
         "Batch",
         "MAX_EXAMPLES",

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 import gradsift
+import tiny_models
 from conftest import Write
+from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.encoding import Encoded
+from gradsift.errors import NumericsError
+from gradsift.methods.job import Job
 from gradsift.pipeline import RunResult
+from gradsift.trials import Trials
 
 Rows = list[dict[str, Any]]
 Arguments = dict[str, Any]
@@ -107,6 +120,51 @@ def test_whole_gradients_that_wait_for_their_projection_count_as_memory(
     given["settings"]["engine"] = {"window": window, "shard_size": window}
     parameters = 2 * 2 * (64 + 48 + 48 + 64)  # of 2 layers at rank 2: q, k, v and o
     assert gradsift.plan(**given, method="less").host_memory - beside == held * 4 * parameters
+
+
+class FewExamples(EncodedSet):
+    """A pool in memory."""
+
+    def __init__(self, given: list[Encoded]) -> None:
+        self._given = given
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def examples(self, rows: Sequence[int] | np.ndarray) -> list[Encoded]:
+        return [self._given[row] for row in rows]
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        return pa.table({"num_tokens": [len(example.input_ids) for example in self._given]})
+
+
+@pytest.mark.parametrize(("num_pool", "skipped"), [(1, 0), (3, 2), (3, 3)])
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_the_speed_of_a_training_is_found_on_a_pool_smaller_than_a_batch(
+    num_pool: int, skipped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, set_up, calls = [0.0], [9.0, 2.0, 2.3], []
+
+    def train(model: object, examples: list[Encoded], settings: object, **_: object) -> None:
+        num_tokens = sum(len(example.input_ids) for example in examples)
+        clock[0] += set_up[len(calls)] + 0.01 * num_tokens
+        calls.append(num_tokens)
+        if len(calls) <= skipped:  # as in float16, when a first step is too large
+            raise NumericsError("every step was skipped")
+
+    monkeypatch.setattr("gradsift.models.training.train", train)
+    monkeypatch.setattr("gradsift.trials.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    config = SimpleNamespace(warmup=WarmupConfig(), lora=LoraConfig())
+    models = SimpleNamespace(with_fresh_adapter=lambda *_: nullcontext(model))
+    pool, model = FewExamples(tiny_models.examples(num_pool)), tiny_models.adapted("llama")
+    trials = Trials(Mock(Job, config=config, pool=pool, models=models, targets={}), tmp_path)
+    if skipped == len(set_up):
+        with pytest.raises(NumericsError, match="every step was skipped"):
+            _ = trials._training
+        return
+    first, per_token = trials._training
+    assert first == pytest.approx(2.0 + 0.01 * calls[0])
+    assert per_token == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["bm25", "length", "random"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
@@ -18,6 +19,7 @@ import numpy as np
 from gradsift.config import EngineConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
+from gradsift.errors import NumericsError
 from gradsift.gradients.subspace import fit_subspace
 from gradsift.methods.job import Job
 from gradsift.methods.less import adam_direction
@@ -147,14 +149,20 @@ class Trials:
             tokens = first_tokens(warmup.micro_batch_tokens, device_of(model))
             micro = _num_examples(pool, tokens, warmup.batch_size)
             settings = warmup.model_copy(update={"batch_size": micro})
-            first, rest = (pool.examples(rows[: micro * n]) for n in (1, 1 + _TRAIN_BATCHES))
+            # a small pool goes round, as in a training of several epochs
+            rows = np.resize(rows, micro * (1 + _TRAIN_BATCHES))
+            first, rest = pool.examples(rows[:micro]), pool.examples(rows)
             for examples in (first, first, rest):  # the first time pays for what is set up once
                 started = time.perf_counter()
                 steps = steps_per_epoch(len(examples), settings)
-                train(model, examples, settings, steps=steps, seed=0, label="trying the warm-up")
+                # in float16 a first step may be skipped; what is wrong shows in the rest too
+                with nullcontext() if examples is rest else suppress(NumericsError):
+                    train(
+                        model, examples, settings, steps=steps, seed=0, label="trying the warm-up"
+                    )
                 took.append(time.perf_counter() - started)
             save_adapter(model, self._scratch / "adapter")
-        further = max(1, _num_tokens(rest) - _num_tokens(first))
+        further = _num_tokens(rest) - _num_tokens(first)
         return took[1], max(took[2] - took[1], 0) / further
 
     def _train(self, work: Work) -> float:

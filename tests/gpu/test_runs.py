@@ -67,20 +67,25 @@ def test_select_evaluate_and_geometry_stay_on_the_device_asked_for(
     dtype: str,
 ) -> None:
     dtype = "bfloat16" if device.type == "cpu" and dtype == "float16" else dtype  # hours there
-    config = configure(base, files["pool"], {"t": files["t"]}, model=place(device, dtype))
+    # the gradients of this model are large: in float16 the first six steps or so are skipped
+    in_float16 = dtype == "float16"
+    warmup, steps = ({"epochs": 4}, {"steps": 16}) if in_float16 else ({}, {})
+    config = configure(
+        base, files["pool"], {"t": files["t"]}, model=place(device, dtype), warmup=warmup
+    )
     result = run(config, tmp_path / "run")
     assert np.isfinite(scores(result)).all()
     assert trained_on == [device]
     tests = {"t": str(write("test.jsonl", make_examples("sql", 6, seed=3)))}
     found = gradsift.evaluate(
         tmp_path / "run", tests=tests, methods=["gist", "length"], seeds=2, random_seeds=3,
-        fine_tuning=TRAINING,
+        fine_tuning=TRAINING | steps,
     )  # fmt: skip
     assert [row.method for row in found.rows] == ["base", "random", "gist", "length"]
     assert len(trained_on) == 1 + 3 + 2 + 2
     assert set(trained_on) == {device}
     by_method = {row.method: row for row in found.rows}
-    if dtype != "float16":  # there the scaler may skip steps as few as these
+    if not in_float16:
         assert by_method["random"].loss < by_method["base"].loss
     measured = gradsift.measure_geometry(tmp_path / "run", examples=4, eigenvectors=2, probes=3)
     eigenvalues = measured["t"]["places"]["epoch-1"]["hessian"]["eigenvalues"]

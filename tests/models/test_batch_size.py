@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import tiny_models
 from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
 from gradsift.gradients.memory import memory_budget
+from gradsift.models import batches
 from gradsift.models.batch_size import probe, start_tokens, within_memory
-from gradsift.models.batches import lengths_of, prefetch
+from gradsift.models.batches import lengths_of, make_batches, prefetch
 
 CPU = torch.device("cpu")
 
@@ -43,7 +45,9 @@ def test_work_that_does_not_fit_is_done_again_with_half_the_tokens(
 
 def test_what_never_fits_is_an_error_that_says_what_to_change() -> None:
     tried: list[int] = []
-    message = r"one example per batch, the longest of 20 tokens; lower data.max_length, .*2.00 GiB"
+    message = (
+        r"the longest of 20 tokens; lower data.max_length, lora.rank or engine.memory, .*2.00 GiB"
+    )
     with pytest.raises(ModelError, match=message):
         within_memory(fails_above(0, tried), 100, np.array([20, 5]))
     assert tried == [100, 50, 25, 12, 6]
@@ -74,16 +78,22 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         within_memory(broken, 100, np.array([20]))
 
 
-def test_the_probe_tries_the_longest_and_the_shortest() -> None:
-    batches = []
+def test_the_probe_tries_the_longest_and_the_shortest(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tried = []
 
     def measure(examples: list, tokens: int) -> None:
-        batches.append((tokens, len(examples), len(examples[0].input_ids) - 1))
+        tried.append((tokens, len(examples), len(examples[0].input_ids) - 1))
         if tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     assert probe(measure, np.array([30, 4, 12]), 512) == 128
-    assert batches == [(512, 17, 30), (256, 8, 30), (128, 4, 30), (128, 128, 1)]
+    assert tried == [(512, 17, 30), (256, 8, 30), (128, 4, 30), (128, 128, 1)]
+    said = [(r.levelname, r.message) for r in caplog.records]  # a search is expected to halve
+    assert said == [
+        ("INFO", f"out of memory; going on with batches of {tokens} tokens")
+        for tokens in (256, 128)
+    ]
 
 
 @pytest.mark.slow
@@ -136,6 +146,29 @@ def test_items_are_made_ahead_on_another_thread_and_errors_come_through() -> Non
     coming = prefetch(iter(range(100)))
     assert next(coming) == 0
     coming.close()  # and nothing hangs
+
+
+def test_batches_are_copied_on_the_stream_of_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, copied = threading.local(), []
+    place = torch.device("cuda", 1)
+
+    @contextmanager
+    def stream(wanted: str) -> Iterator[None]:
+        chosen.stream = wanted
+        yield
+        del chosen.stream
+
+    def copy(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        copied.append((getattr(chosen, "stream", "default"), threading.current_thread(), device))
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{chosen.stream} on {device}")
+    monkeypatch.setattr(batches, "to_device", copy)
+    with stream("side"):
+        [*_] = make_batches(tiny_models.examples(2), [np.array([0]), np.array([1])], place)
+    assert {(where, device) for where, _, device in copied} == {("side on cuda:1", place)}
+    assert threading.current_thread() not in {thread for _, thread, _ in copied}
 
 
 def test_what_is_set_is_taken_and_auto_is_worked_out() -> None:

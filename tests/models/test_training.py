@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 import reference
 import tiny_models
 from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.errors import NumericsError
+from gradsift.models import training
 from gradsift.models.batches import Batch
 from gradsift.models.forward import run_forward
 from gradsift.models.lora import attach_lora
+from gradsift.models.losses import token_losses
 from gradsift.models.training import steps_per_epoch, train
 
 
@@ -42,6 +51,67 @@ def test_a_step_is_adamw_on_the_mean_over_all_tokens(micro_batch_tokens: int) ->
         if parameter.requires_grad:
             other = dict(expected.named_parameters())[name]
             torch.testing.assert_close(parameter, other, rtol=2e-3, atol=2e-5)
+
+
+@pytest.fixture
+def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have a CPU scale losses as a GPU does in float16; so many first gradients are infinite."""
+    plain_arguments, plain_losses, plain = training._arguments, token_losses, Accelerator.__init__
+
+    def in_float16(*given: Any) -> Any:
+        arguments = plain_arguments(*given)
+        arguments.fp16 = True
+        return arguments
+
+    def scaled(accelerator: Accelerator, *given: Any, **named: Any) -> None:
+        plain(accelerator, *given, **named)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def install(num_steps: int) -> None:
+        steps = iter(range(num_steps))
+
+        def losses(logits: Tensor, labels: Tensor) -> Tensor:
+            found = plain_losses(logits, labels)
+            if next(steps, None) is not None:
+                found.register_hook(lambda gradient: gradient * math.inf)
+            return found
+
+        monkeypatch.setattr(training, "token_losses", losses)
+
+    monkeypatch.setattr(training, "_arguments", in_float16)
+    monkeypatch.setattr(Accelerator, "__init__", scaled)
+    return install
+
+
+def trained_in_float16(steps: int) -> torch.nn.Module:
+    model = attach_lora(tiny_models.build("llama"), LoraConfig(rank=3), seed=1)
+    settings = WarmupConfig(batch_size=4, learning_rate=1e-2, warmup_ratio=0.0)
+    train(model, tiny_models.examples(4), settings, steps=steps, seed=0)
+    return model
+
+
+def test_a_training_that_never_steps_is_an_error(overflow: Callable[[int], None]) -> None:
+    overflow(3)
+    message = "warm-up: 3 of 3 optimizer steps were skipped, .* use model.dtype=bfloat16 or float32"
+    with pytest.raises(NumericsError, match=message):
+        trained_in_float16(steps=3)
+
+
+@pytest.mark.parametrize(("steps", "level"), [(3, "WARNING"), (20, "INFO"), (2, None)])
+def test_skipped_steps_are_told_and_loudly_if_they_are_many(
+    steps: int,
+    level: str | None,
+    overflow: Callable[[int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    num_skipped = 2 if level else 0
+    overflow(num_skipped)
+    model = trained_in_float16(steps)
+    assert any(p.count_nonzero() for name, p in model.named_parameters() if "lora_B" in name)
+    said = [(r.levelname, r.message) for r in caplog.records if "skipped" in r.message]
+    assert [found for found, _ in said] == ([level] if level else [])
+    assert all(f"2 of {steps} optimizer steps" in message for _, message in said)
 
 
 def test_steps_of_an_epoch_round_up() -> None:

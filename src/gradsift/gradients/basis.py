@@ -37,7 +37,7 @@ Shapes = Mapping[str, tuple[int, int]]
 class Basis:
     """`basis[name]` is one block of it, (direction, parameter), on the device.
 
-    A block is valid until the next but one is asked for: offloaded blocks share two buffers.
+    A block is valid until the next is asked for: offloaded blocks share two buffers.
     """
 
     def __init__(

@@ -26,6 +26,7 @@ RunBatches = Callable[[Sequence[Encoded], int], object]
 # is looked for, from here downwards.
 _CPU_TOKENS = 2048
 _GPU_TOKENS = 32768
+_ADVICE = "lower data.max_length, lora.rank or engine.memory, or quantize the model"
 # of CUDA, its allocator and its matrix library, and of the CPU
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
@@ -51,41 +52,38 @@ def find_batch_tokens(
     return max_tokens
 
 
-def probe(
-    measure: RunBatches,
-    lengths: Int[np.ndarray, " example"],
-    max_tokens: int,
-    relieve: Callable[[], bool] = lambda: False,
-) -> int:
+def probe(measure: RunBatches, lengths: Int[np.ndarray, " example"], max_tokens: int) -> int:
     """Return the most tokens per batch, halving from `max_tokens`, with which the worst fits.
 
     The worst in activations and logits is a batch of the longest examples with a label at every
-    token, the worst in gradients one of as many examples as a batch may have. `relieve`: as in
-    `within_memory`.
+    token, the worst in gradients one of as many examples as a batch may have.
     """
 
     def run_worst(tokens: int) -> None:
         longest = int(lengths.max())
         for length in (longest, min(longest, max(1, tokens // MAX_EXAMPLES))):
-            supervised = np.arange(length + 1) > 0
-            example = Encoded(np.zeros(length + 1, np.int32), supervised)
-            count = min(max(1, tokens // length), MAX_EXAMPLES)
-            measure([example] * count, tokens)
+            measure(worst_examples(length, min(max(1, tokens // length), MAX_EXAMPLES)), tokens)
 
-    return within_memory(run_worst, max_tokens, lengths, relieve)[1]
+    return within_memory(run_worst, max_tokens, lengths, level=logging.INFO)[1]
+
+
+def worst_examples(length: int, count: int) -> list[Encoded]:
+    """Return so many examples of which `length` tokens enter the model, a label after each."""
+    return [Encoded(np.zeros(length + 1, np.int32), np.arange(length + 1) > 0)] * count
 
 
 def within_memory(
     work: Callable[[int], T],
     max_tokens: int,
     lengths: Int[np.ndarray, " example"],
-    relieve: Callable[[], bool] = lambda: False,
+    relieve: Callable[[], str] = lambda: _ADVICE,
+    level: int = logging.WARNING,
 ) -> tuple[T, int]:
     """Return what `work(max_tokens)` gives, and the tokens per batch with which it did.
 
     When memory runs out, all that `work` does is done again with half the tokens per batch, down
-    to batches of one example each; then `relieve` says whether it found another way to take less,
-    and all begins anew.
+    to batches of one example each. Then `relieve` finds another way to take less, and all begins
+    anew, or says what the user can change. `level`: of the log, lower where this is a search.
 
     Raises:
         ModelError: If not even they fit.
@@ -101,15 +99,14 @@ def within_memory(
         clear_device_cache(garbage_collection=True)
         if max_tokens >= 2 * lengths.min():
             max_tokens //= 2
-            logger.warning("out of memory; going on with batches of %d tokens", max_tokens)
-        elif relieve():
-            max_tokens = first
-        else:
+            logger.log(level, "out of memory; going on with batches of %d tokens", max_tokens)
+        elif advice := relieve():
             raise ModelError(
                 f"out of memory with one example per batch, the longest of {lengths.max()} tokens; "
-                f"lower data.max_length, lora.rank or (but for a training) engine.memory, or "
-                f"quantize the model ({cause})"
+                f"{advice} ({cause})"
             )
+        else:
+            max_tokens = first
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -7,9 +7,11 @@ while the device works.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -129,10 +131,26 @@ def make_batches(
 
     Whoever shows progress is told of each when the next one is asked for.
     """
-    batches = prefetch(Batch.of([examples[i] for i in group], device, whole) for group in groups)
+    on_stream = _stream_of_caller(device)
+
+    def lay_out(group: np.ndarray) -> Batch:
+        with on_stream():
+            return Batch.of([examples[i] for i in group], device, whole)
+
+    batches = prefetch(map(lay_out, groups))
     for group, batch in zip(groups, batches, strict=True):
         yield batch
         count_batch(len(group), sum(len(examples[i].input_ids) for i in group))
+
+
+def _stream_of_caller(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return what makes the stream that is current here current elsewhere: threads have their own.
+
+    Copied on another stream, a batch might be used before it has arrived.
+    """
+    if device.type != "cuda":
+        return nullcontext
+    return partial(torch.cuda.stream, torch.cuda.current_stream(device))
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,29 +37,48 @@ def label_logits(
     head = getattr(model, "module", model).get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(trim)
     try:
-        with _nothing_packed():
+        with nothing_packed():
             logits = model(input_ids=batch.input_ids, use_cache=False).logits
     finally:
         handle.remove()
     return logits.flatten(0, -2)
 
 
+class _Inside(threading.local):
+    """Whether this thread is within `nothing_packed`."""
+
+    here = False
+
+
+_inside = _Inside()
+
+
 @contextmanager
-def _nothing_packed() -> Iterator[None]:
+def nothing_packed() -> Iterator[None]:
     """Answer for transformers whether several sequences share a row: in our batches none do.
 
     It would look into the positions of every batch, and with flash attention of every layer, and
-    wait for the device each time.
+    wait for the device each time. Other threads, where rows may be shared, get its own answers.
     """
-    found = masking_utils.find_packed_sequence_indices
-    is_packed = modeling_flash_attention_utils._is_packed_sequence
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: False
+    _stand_in()
+    before, _inside.here = _inside.here, True
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
-        modeling_flash_attention_utils._is_packed_sequence = is_packed
+        _inside.here = before
+
+
+@cache
+def _stand_in() -> None:
+    """Put both lookups behind the flag, once and for good; twice would do no harm."""
+    find = masking_utils.find_packed_sequence_indices
+    is_packed = modeling_flash_attention_utils._is_packed_sequence
+    masking_utils.find_packed_sequence_indices = lambda position_ids: (
+        None if _inside.here else find(position_ids)
+    )
+    modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: (
+        False if _inside.here else is_packed(position_ids, batch_size)
+    )
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -20,8 +21,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradsift.errors import ModelError
-from gradsift.models.batch_size import RunBatches, is_out_of_memory, probe, within_memory
+from gradsift.models.batch_size import (
+    RunBatches,
+    is_out_of_memory,
+    within_memory,
+    worst_examples,
+)
 from gradsift.models.batches import device_of
+from gradsift.models.losses import nothing_packed
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +96,14 @@ class MicroBatches:
         trained = [p for p in self._model.parameters() if p.requires_grad]
         restore = _random_state(device_of(self._model))
 
-        def run_beside(examples: object, tokens: int) -> None:
+        def run_worst(tokens: int) -> None:
             held = [torch.empty_like(p) for p in trained for _ in range(3)]
-            run(examples, tokens)  # type: ignore[arg-type]
+            run(worst_examples(longest, max(1, tokens // longest)), tokens)
             self._model.zero_grad()
             del held
 
-        start = min(self.max_tokens, num_examples * longest)
-        self.max_tokens = probe(run_beside, np.array([longest]), start, self._relieve)
+        start, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])
+        _, self.max_tokens = within_memory(run_worst, start, lengths, self._relieve, logging.INFO)
         restore()
         self._agree()
         self.untried = False
@@ -150,12 +157,13 @@ class MicroBatches:
         if not off and not self._on:
             self._switch_on()
 
-    def _relieve(self) -> bool:
-        """Turn checkpointing on if that is left to us, and return whether it was."""
-        if self._on or self._wanted != "auto" or not self._switch_on():
-            return False
-        logger.warning("out of memory with one example; going on with gradient checkpointing")
-        return True
+    def _relieve(self) -> str:
+        """Turn checkpointing on if that is left to us, else return what the user can change."""
+        if not self._on and self._wanted == "auto" and self._switch_on():
+            logger.warning("out of memory with one example; going on with gradient checkpointing")
+            return ""
+        more = "set gradient_checkpointing to auto, " if self._wanted is False else ""
+        return f"{more}lower data.max_length or lora.rank, or quantize the model"
 
     def _switch_on(self) -> bool:
         """Turn checkpointing on in every layer that knows it, and return whether there is one.
@@ -165,13 +173,21 @@ class MicroBatches:
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = self._on = True  # type: ignore[assignment]
-                recompute = partial(checkpoint, use_reentrant=False)
+                recompute = partial(checkpoint, use_reentrant=False, context_fn=_contexts)
                 module._gradient_checkpointing_func = recompute  # type: ignore[assignment]
         return self._on
 
 
+def _contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """Return those of a layer's forward pass and of its second, which has a thread of its own."""
+    return nullcontext(), nothing_packed()
+
+
 def _can_be_tried(device: torch.device) -> bool:
-    """Return whether running out of memory is an error there; a CPU's process is killed."""
+    """Return whether running out of memory is an error there; a CPU's process is killed.
+
+    A function, so that tests try on a CPU.
+    """
     return device.type != "cpu"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from gradsift.models.devices import PlacedArguments, kept_in_place
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.models.micro_batches import MicroBatches
 from gradsift.progress import track
+
+logger = logging.getLogger(__name__)
+
+_USUALLY_SKIPPED = 0.1  # of a training's steps, until the scale of float16 is right
 
 
 @runtime_checkable
@@ -62,7 +67,7 @@ def train(  # noqa: PLR0913
     Raises:
         ModelError: If one example does not fit in memory, or the model has been moved to another
             device.
-        NumericsError: If the loss or its gradient stops being finite.
+        NumericsError: If the loss or its gradient stops being finite, or every step was skipped.
     """
     tracked = track(label, steps, "steps") if progress else nullcontext(lambda done: None)
     with tempfile.TemporaryDirectory() as scratch, tracked as advance, kept_in_place(model):
@@ -82,7 +87,25 @@ def train(  # noqa: PLR0913
             trainer.train()
         # mixed precision is wrapped around the forward pass; measuring is to be without
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    _check_skipped(trainer.optimizer, steps, label)  # type: ignore[arg-type]
     return watcher.log
+
+
+def _check_skipped(optimizer: torch.optim.Optimizer, steps: int, label: str) -> None:
+    """Tell how much of a training in float16 was lost; a few steps at its start always may be."""
+    # AdamW's own count: accelerate's `step_was_skipped` knows nothing of the fused one
+    made = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    if made == steps:
+        return
+    found = (
+        f"{label}: {steps - made} of {steps} optimizer steps were skipped, as their gradients were "
+        "not finite in float16"
+    )
+    advice = "use model.dtype=bfloat16 or float32"
+    if made == 0:
+        raise NumericsError(f"{found}: nothing was learned; {advice}, or more steps")
+    level = logging.WARNING if steps - made > _USUALLY_SKIPPED * steps else logging.INFO
+    logger.log(level, "%s; %s", found, advice)
 
 
 def _arguments(
@@ -109,7 +132,6 @@ def _arguments(
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # every block has its part in every loss
-        dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",
     )

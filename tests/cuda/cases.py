@@ -29,6 +29,7 @@ from watch import Watch
 import tiny_models
 from gradsift.config import EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
+from gradsift.geometry.target import _fitting_hessian
 from gradsift.gradients.basis import Basis, _combine_rows
 from gradsift.gradients.gram import fitting_gram, row_bytes
 from gradsift.gradients.hessian import Hessian
@@ -204,6 +205,16 @@ def hessian(scene: Scene, watch: Watch) -> None:
         assert watch.take() == {place: len(operator.slices)}
 
 
+def fitting_hessian(scene: Scene, watch: Watch) -> None:
+    """Products in fewer tokens per batch where those of all examples together do not fit."""
+    weights = np.full(len(EXAMPLES), 1 / len(EXAMPLES))
+    build = partial(_fitting_hessian, scene.model, EXAMPLES, weights, EngineConfig())
+    assert len(build(1000)._groups) == 1
+    watch.largest = 1 << 13
+    assert len(build(1000)._groups) > 1
+    watch.take()  # a trial asks on which blocks its vector lies
+
+
 def training_steps(scene: Scene, watch: Watch) -> None:
     """A warm-up of two steps: what the Trainer does between steps may wait, a step may not."""
     base = tiny_models.build(scene.family, dtype=scene.dtype).to(scene.device)
@@ -259,6 +270,7 @@ CONTAINED: dict[str, Callable[[Scene, Watch], None]] = {  # in others, but for w
     "gradient rows": rows,
     "basis sums": basis_sums,
     "probing": probing,
+    "fitting Hessian": fitting_hessian,
     "two targets, offloaded": partial(two_targets, offloaded=True),
 }
 

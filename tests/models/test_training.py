@@ -90,6 +90,23 @@ def trained_in_float16(steps: int) -> torch.nn.Module:
     return model
 
 
+def test_the_scale_of_float16_begins_low_enough_for_a_short_training(
+    overflow: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow(0)
+    seen: list[float] = []
+
+    def see(scaler: torch.amp.GradScaler, loss: Tensor) -> Tensor:
+        found = plain(scaler, loss)
+        seen.append(float(found.detach() / loss.detach()))
+        return found
+
+    plain = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", see)
+    trained_in_float16(steps=2)
+    assert seen == pytest.approx([1024.0, 1024.0])
+
+
 def test_a_training_that_never_steps_is_an_error(overflow: Callable[[int], None]) -> None:
     overflow(3)
     message = "warm-up: 3 of 3 optimizer steps were skipped, .* use model.dtype=bfloat16 or float32"

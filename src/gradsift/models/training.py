@@ -26,7 +26,9 @@ from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
 
-_USUALLY_SKIPPED = 0.1  # of a training's steps, until the scale of float16 is right
+# of losses in float16: from PyTorch's own, 65,536, a short training would skip every step
+_FIRST_SCALE = 1024.0
+_USUALLY_SKIPPED = 0.1  # of a training's steps, until that scale is right
 
 
 @runtime_checkable
@@ -81,6 +83,8 @@ def train(  # noqa: PLR0913
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
+        if (scaler := trainer.accelerator.scaler) is not None:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": _FIRST_SCALE})
         fitting = settings.micro_batch_tokens, settings.gradient_checkpointing
         with MicroBatches(model, *fitting, trainer.accelerator.num_processes) as fits:
             trainer.micro_batches = fits

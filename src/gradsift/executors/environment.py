@@ -15,6 +15,15 @@ ENVIRONMENT = {
 """What every process of a run is to have in its environment before torch is imported."""
 
 
+# set on the way, and read where a GPU is first used: `use_deterministic_kernels`
+_FROM_DRIVER = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+
+
+def worker_environment() -> dict[str, str]:
+    """Return what a process elsewhere is to have in its environment when it begins."""
+    return ENVIRONMENT | {name: os.environ[name] for name in _FROM_DRIVER if name in os.environ}
+
+
 def set_environment() -> None:
     """Set what is not set of the environment, and silence the warnings of libraries."""
     for name, value in ENVIRONMENT.items():

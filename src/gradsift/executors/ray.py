@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import RunError, check_installed
-from gradsift.executors.environment import ENVIRONMENT
+from gradsift.executors.environment import worker_environment
 from gradsift.executors.ray_worker import (
     DEATHS,
     Actor,
@@ -105,7 +105,7 @@ class RayCluster:
             ),
             batch_size=1,
             compute=pool,
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": worker_environment()},
             **share,
         )
         seen: dict[str, int] = {}
@@ -128,7 +128,7 @@ class RayCluster:
         share, _ = self._connect(self.workers)
         # tried again here: Ray has no limit for workers that it kills for want of memory
         task = ray.remote(run_and_catch).options(
-            max_retries=0, runtime_env={"env_vars": ENVIRONMENT}, **share
+            max_retries=0, runtime_env={"env_vars": worker_environment()}, **share
         )
         for _ in range(DEATHS):
             try:
@@ -168,7 +168,7 @@ class RayCluster:
             ),
             run_config=RunConfig(
                 failure_config=FailureConfig(max_failures=_TRAINING_FAILURES),
-                worker_runtime_env={"env_vars": ENVIRONMENT},
+                worker_runtime_env={"env_vars": worker_environment()},
             ),
         )
         try:

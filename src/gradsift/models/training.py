@@ -91,7 +91,8 @@ def train(  # noqa: PLR0913
             trainer.train()
         # mixed precision is wrapped around the forward pass; measuring is to be without
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    _check_skipped(trainer.optimizer, steps, label)  # type: ignore[arg-type]
+    if trainer.args.fp16:
+        _check_skipped(trainer.optimizer, steps, label)  # type: ignore[arg-type]
     return watcher.log
 
 

@@ -82,6 +82,7 @@ def test_they_are_on_before_a_method_takes_a_device(
     assert torch.are_deterministic_algorithms_enabled() == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("restored")
 def test_a_whole_run_finds_a_deterministic_kernel_for_all_it_does(
     base: Path, write: Write, pool_rows: Rows, target_rows: Rows, tmp_path: Path

@@ -288,6 +288,7 @@ def test_an_adapter_of_other_json_is_told(base: Path, adapter: Path, tmp_path: P
             load_adapter(load_base(on(base)), copy)
 
 
+@pytest.mark.slow
 def test_adapters_are_kept_the_same_bytes_whatever_the_hashes(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import tiny_models
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import PerExampleGradients
 from gradsift.models.batches import Batch
+from gradsift.models.last_layer import modules_after_attention
 
 EXPERTS = "qwen3_moe"
 ATTENTIONS = {
@@ -97,13 +98,14 @@ def test_neither_padding_nor_batch_mates_leak(family: str, attention: str) -> No
 def test_tokens_go_to_the_experts_they_go_to_alone() -> None:
     model, (short, long) = adapted(EXPERTS, "sdpa"), short_and_long()
     chosen: list[Tensor] = []
+    modules_after_attention(model)  # what is tried for it is not to be recorded
     for name, module in model.named_modules():
         if name.endswith("mlp.gate"):
             module.register_forward_hook(lambda _, inputs, output: chosen.append(output[2]))
     in_one_batch(model, [short])
     alone, chosen[:] = [indices.clone() for indices in chosen], []
     in_one_batch(model, [long, short])
-    for one, both in zip(alone, chosen, strict=True):
+    for one, both in zip(alone, chosen, strict=True):  # in the last layer, where labels are
         start = len(both) // 2
         assert torch.equal(both[start : start + len(one)], one)
         assert len(one.unique()) > 2  # not the same two experts for every token

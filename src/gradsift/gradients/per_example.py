@@ -1,21 +1,17 @@
 """Per-example gradients of LoRA weights: one forward and one backward pass for a whole batch.
 
-For `h = x Aᵀ` and `y = h Bᵀ`, the gradient of one example is a sum over its tokens,
-
-    ∇A = Σ_t a'_t x_tᵀ        ∇B = Σ_t b'_t h_tᵀ
-
-with a', b' the gradients that reach the outputs of A and B (Goodfellow, 2015, arXiv 1510.01799).
-Both are at hand while the backward pass is at that layer, so each gradient is formed there in the
-model's precision, given to the caller's function (what follows is float32 or better) and forgotten:
-no weight gradient and no whole row is ever formed.
+The gradient of one example is a sum over its tokens (Goodfellow, 2015, arXiv 1510.01799), formed
+while the backward pass is at that layer (`adapted_layers.py`), in the model's precision, given to
+the caller's function (what follows is float32 or better) and forgotten: no weight gradient and no
+whole row is ever formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
+from gradsift.gradients.adapted_layers import AdaptedLayer, Consume, SharedInput
 from gradsift.models.batches import (
     MAX_EXAMPLES,
     Batch,
@@ -33,12 +30,9 @@ from gradsift.models.batches import (
     plan_batches,
     to_device,
 )
-from gradsift.models.lora import LoraPair, lora_pairs
+from gradsift.models.last_layer import labelled_alone, modules_after_attention
+from gradsift.models.lora import adapted_layers, lora_pairs
 from gradsift.models.losses import label_logits, token_losses
-
-Consume = Callable[[str, Float[Tensor, "example out in"]], None]
-"""Takes one block's name and the gradients of all the batch's examples for it."""
-
 
 _FLOAT16_SCALE = 256.0
 
@@ -62,7 +56,7 @@ def gradient_scale(model: nn.Module) -> float:
 
 
 class PerExampleGradients:
-    """Hooks on a model's LoRA layers, attached while the context is open.
+    """A model whose LoRA layers hand out gradients, as long as the context is open.
 
     Each call runs one batch, hands every block's gradients, times `gradient_scale`, to `consume`
     during the backward pass, and returns each example's loss: the mean negative log-likelihood of
@@ -73,71 +67,86 @@ class PerExampleGradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the layers to attach hooks to.
+        """Remember the layers.
 
         Raises:
             ModelError: If a layer's gradient cannot be measured exactly.
         """
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ModelError(
-                "gradient checkpointing is on, every tap would fire twice; turn it off"
+                "gradient checkpointing is on, every layer would be run twice; turn it off"
             )
         self._model = model
-        self._pairs = lora_pairs(model)
+        self._layers = adapted_layers(model)
         self._scale = gradient_scale(model)
-        self._handles: list[Any] = []
-        self._seen: set[str] = set()
+        self._trimmed = modules_after_attention(model)
+        self._inside_trimmed = {
+            name
+            for name in self._layers
+            if any(f"{name}.".startswith(f"{m}.") for m in self._trimmed)
+        }
+        self._open: ExitStack | None = None
         self._batch: Batch | None = None
         self._consume: Consume = lambda name, gradient: None
+        self._seen: set[str] = set()
+        self._last: tuple[Tensor, Tensor, SharedInput] | None = None
 
     def __enter__(self) -> PerExampleGradients:
-        """Attach the hooks."""
-        pairs = self._pairs.items()
-        self._handles = [hook for name, pair in pairs for hook in self._register_hooks(name, pair)]
+        """Take over the forward passes of the adapted layers."""
+        self._open = ExitStack()
+        for name, layer in self._layers.items():
+            layer.forward = partial(self._forward, AdaptedLayer(name, layer))  # type: ignore[attr-defined]
+            self._open.callback(delattr, layer, "forward")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Give them back."""
+        assert self._open
+        self._open.close()
+        self._open = None
 
     def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " example"]:
         """Return the losses of the batch, having given every block's gradients to `consume`."""
-        assert self._handles, "use it as a context manager"
+        assert self._open, "use it as a context manager"
         self._batch, self._consume = batch, consume
         self._seen.clear()
-        with torch.enable_grad():
-            nll = token_losses(label_logits(self._model, batch), batch.labels) * batch.weights
+        with torch.enable_grad(), labelled_alone(self._trimmed, batch):
+            logits = label_logits(self._model, batch)
+            self._last = None
+            nll = token_losses(logits, batch.labels) * batch.weights
             (nll.sum() * self._scale).backward()
         return batch.by_example(nll.detach())
 
-    def _register_hooks(self, name: str, pair: LoraPair) -> Iterator[Any]:
-        for suffix, module in zip("AB", pair, strict=True):
-            yield module.register_forward_hook(partial(self._forward_hook, f"{name}.{suffix}"))
+    def _forward(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        if layer.name in self._seen:
+            raise ModelError(
+                f"cannot measure {layer.name}: it is used more than once in a forward pass"
+            )
+        self._seen.add(layer.name)
+        self._by_example(layer.name, x)
+        opened, shared = self._share(layer, x)
+        base_output = None
+        if layer.weight is None:
+            base_output = layer.base(opened if x.requires_grad else x)
+        return shared.run(layer, opened, base_output)
 
-    def _forward_hook(
-        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor:
-        layer_input = self._by_example(name, inputs[0].detach())
-        if name in self._seen:
-            raise ModelError(f"cannot measure {name}: it is used more than once in a forward pass")
-        self._seen.add(name)
-        if not output.requires_grad:  # the first adapted layer: autograd begins here
-            output = output.detach().requires_grad_()
-
-        def backward_hook(grad_output: Tensor) -> None:
-            each = self._by_example(name, grad_output)
-            gradient = torch.bmm(each.transpose(1, 2), layer_input.to(each.dtype))
-            self._consume(name, gradient)
-
-        output.register_hook(backward_hook)
-        return output
+    def _share(self, layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, SharedInput]:
+        """Return x, opened for this layer and those that read the same one right after it."""
+        if self._last and self._last[0] is x and self._last[2].layers[-1].merged == layer.merged:
+            return self._last[1:]
+        shared = SharedInput(self._by_example, self._consume)
+        opened = shared.open(x)
+        self._last = x, opened, shared
+        return opened, shared
 
     def _by_example(self, name: str, tensor: Tensor) -> Float[Tensor, "example token feature"]:
         """Return what passes a layer as (example, token, feature); some models fold tokens up."""
-        num_examples, num_tokens = self._batch.input_ids.shape  # type: ignore[union-attr]
+        batch = self._batch
+        assert batch
+        num_examples, num_tokens = batch.input_ids.shape
         features, others = tensor.shape[-1], tensor.shape[:-1]
+        if name in self._inside_trimmed:
+            return batch.spread(tensor.reshape(-1, features))
         if others.numel() != num_examples * num_tokens or (
             len(others) > 1 and others[0] != num_examples
         ):

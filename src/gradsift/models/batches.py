@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ T = TypeVar("T")
 _END = object()
 MAX_EXAMPLES = 512
 """The most examples in a batch: more very short ones would fit, but not their gradients."""
+
+
+# what a batch takes beside its tokens, as a share of the most tokens: below it, fewer are padded
+_OVERHEAD = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,51 @@ class Batch:
                 f"cannot keep logits to the labels: what enters the output head has shape "
                 f"{tuple(hidden.shape)}, expected (example, token, feature)"
             )
-        return hidden[self.rows, self.columns].unsqueeze(0)
+        return _AtPositions.apply(hidden.flatten(0, -2), self._positions).unsqueeze(0)  # type: ignore[union-attr]
+
+    def spread(
+        self, values: Float[Tensor, "label feature"]
+    ) -> Float[Tensor, "example token feature"]:
+        """Return what was found where there is a label in its place, zeros elsewhere."""
+        shape = self.input_ids.shape
+        return _Spread.apply(values, self._positions, shape.numel()).view(*shape, -1)  # type: ignore[union-attr]
+
+    @property
+    def _positions(self) -> Int[Tensor, " label"]:
+        return self.rows * self.input_ids.shape[1] + self.columns
 
     def by_example(self, values: Shaped[Tensor, " label"]) -> Shaped[Tensor, " example"]:
         """Return the sum over each example's labels; each has its own place, so in no new order."""
         table = torch.zeros(self.input_ids.shape, dtype=values.dtype, device=values.device)
         table[self.rows, self.columns] = values
         return table.sum(1)
+
+
+class _AtPositions(torch.autograd.Function):
+    """Rows at positions of which no two are equal; autograd's own would add up where they land."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.num_rows = len(rows)
+        return rows.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Spread.apply(grads[0], *ctx.saved_tensors, ctx.num_rows), None  # type: ignore[return-value]
+
+
+class _Spread(torch.autograd.Function):
+    """The opposite of `_AtPositions`: rows put where they came from, among zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(positions)
+        return rows.new_zeros(num_rows, rows.shape[1]).index_copy_(0, positions, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _AtPositions.apply(grads[0], *ctx.saved_tensors), None, None  # type: ignore[return-value]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -107,18 +149,27 @@ def plan_batches(
 ) -> list[np.ndarray]:
     """Return groups of indices, longest first, each of at most `max_tokens` once padded.
 
-    Examples of like length share a batch. One that is longer than the budget has its own.
+    Of all ways to cut the examples, sorted by length, that with the fewest padded tokens, each
+    batch counted as a few more. One that is longer than the budget has its own.
 
-    >>> [group.tolist() for group in plan_batches([3, 9, 2, 8], max_tokens=18)]
+    >>> [group.tolist() for group in plan_batches([3, 9, 3, 9], max_tokens=18)]
     [[1, 3], [0, 2]]
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    groups, start = [], 0
-    while start < len(order):
-        size = max(1, max_tokens // int(lengths[order[start]]))
-        groups.append(order[start : start + min(size, max_examples or size)])
-        start += len(groups[-1])
-    return groups
+    count, overhead = len(order), max_tokens * _OVERHEAD
+    costs, starts = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=int)
+    costs[0] = 0
+    for start, longest in enumerate(np.asarray(lengths)[order]):
+        most = min(max(1, max_tokens // int(longest)), max_examples or count, count - start)
+        stops = np.arange(start + 1, start + most + 1)
+        found = costs[start] + overhead + longest * np.arange(1, most + 1)
+        better = stops[found < costs[stops]]
+        costs[better], starts[better] = found[better - start - 1], start
+    groups, stop = [], count
+    while stop:
+        groups.append(order[starts[stop] : stop])
+        stop = starts[stop]
+    return groups[::-1]
 
 
 def make_batches(

@@ -33,6 +33,11 @@ class LoraPair(NamedTuple):
     a: nn.Linear
     b: nn.Linear
 
+    @classmethod
+    def of(cls, layer: LoraLayer) -> LoraPair:
+        """Return those of a layer that `adapted_layers` has found."""
+        return cls(*(matrices[_ADAPTER] for matrices in (layer.lora_A, layer.lora_B)))  # type: ignore[arg-type]
+
 
 def attach_lora(base: PreTrainedModel, config: LoraConfig, seed: int) -> peft.PeftModel:
     """Return the base model with a fresh, trainable adapter; same seed, same weights.
@@ -67,9 +72,23 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
     """Return the A and B matrices of every adapted layer, by the layer's name in the base model.
 
     Raises:
+        ModelError: As `adapted_layers`.
+    """
+    return {name: LoraPair.of(layer) for name, layer in adapted_layers(model).items()}
+
+
+def scaling(layer: LoraLayer) -> float:
+    """Return by what B A is multiplied."""
+    return layer.scaling[_ADAPTER]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return every adapted layer by its name in the base model.
+
+    Raises:
         ModelError: Naming the first layer whose gradient cannot be measured exactly.
     """
-    pairs, head = {}, model.get_output_embeddings()  # type: ignore[operator]
+    layers, head = {}, model.get_output_embeddings()  # type: ignore[operator]
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -89,10 +108,10 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
             raise ModelError(f"cannot measure {short}: its adapter is {variant}, not plain LoRA")
         if a.bias is not None or b.bias is not None:
             raise ModelError(f"cannot measure {short}: its LoRA matrices have biases (lora_bias)")
-        pairs[short] = LoraPair(a, b)
-    if not pairs:
+        layers[short] = layer
+    if not layers:
         raise ModelError("the model has no LoRA layer")
-    return pairs
+    return layers
 
 
 def _matrix(matrices: Mapping[str, nn.Module] | nn.ModuleDict) -> nn.Linear | None:

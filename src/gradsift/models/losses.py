@@ -89,21 +89,22 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        normalisers = torch.cat([piece.float().logsumexp(-1) for piece in _pieces(logits)])
-        ctx.save_for_backward(logits, labels, normalisers)
-        return normalisers - logits.gather(1, labels[:, None])[:, 0].float()
+        ctx.save_for_backward(logits, labels)
+        pieces = zip(_pieces(logits), _pieces(labels, like=logits), strict=True)
+        return torch.cat([
+            nn.functional.cross_entropy(piece.float(), label, reduction="none")
+            for piece, label in pieces
+        ])
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
-        logits, labels, normalisers = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         inner = torch.empty_like(logits)
-        parts = (_pieces(tensor, like=logits) for tensor in (logits, inner, labels, normalisers))
-        for piece, into, label, normaliser, scale in zip(
-            *parts, _pieces(outer[0], like=logits), strict=True
-        ):
-            softmax = (piece.float() - normaliser[:, None]).exp_()
+        parts = (_pieces(tensor, like=logits) for tensor in (logits, inner, labels, outer[0]))
+        for piece, into, label, scale in zip(*parts, strict=True):
+            softmax = piece.softmax(-1, dtype=torch.float32)
             softmax[torch.arange(len(label), device=label.device), label] -= 1
-            into.copy_(softmax.mul_(scale[:, None]))
+            torch.mul(softmax, scale[:, None], out=into)
         return inner, None
 
 

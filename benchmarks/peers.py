@@ -7,9 +7,9 @@ with an error. Seconds are those of the pass alone: no importing, no loading, no
 Each peer runs in a virtual environment of its own, made here on top of this one's packages.
 
 What each does that another does not: gradsift returns every loss too and writes nothing here;
-bergson writes scores and losses to disk as it goes, as `bergson score` does; dattri-llm writes scores
-in the end. None projects. Settings and why: in `peers_bergson.py` and `peers_dattri.py`; tokens per
-batch were tried (docs/performance.md).
+bergson writes scores and losses to disk as it goes, as `bergson score` does; dattri-llm writes
+scores in the end. None projects. Settings and why: in `peers_bergson.py` and `peers_dattri.py`;
+tokens per batch were tried (docs/performance.md).
 
     python benchmarks/peers.py --folder runs/peers
     python benchmarks/peers.py --shape base --rank 16 --repeats 1

@@ -140,10 +140,12 @@ def build_basis(
     targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
     max_tokens: int,
     memory: int,
+    kept: int | None = None,
 ) -> Basis:
     """Return combinationᵀ G of each target, one below the other, block by block.
 
-    `targets`: examples, and a combination (query × rank) of their gradients.
+    `targets`: examples, and a combination (query × rank) of their gradients. `memory`: bytes that
+    it may take, of which it may keep `kept`.
 
     With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
     Added up in float32, in parts, each a pass over the targets and as large as what is kept so far
@@ -157,7 +159,8 @@ def build_basis(
     dtype = _dtype_kept(model)
     # on a GPU only as much stays free for sums: what waits in host memory is brought for each batch
     sums = memory // 4 if device.type == "cpu" else _largest_sums(shapes, rank)
-    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, max(0, memory - sums))
+    most = max(0, min(memory - sums, memory if kept is None else kept))
+    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, most)
     done: dict[str, Tensor] = {}
     while len(done) < len(shapes):
         here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
@@ -239,5 +242,6 @@ def fitting_basis(
     rank = sum(combination.shape[1] for _, combination in targets)
     lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
     whole = whole_bytes(shapes, rank, _dtype_kept(model).itemsize)
-    memory = basis_memory(config, model, tokens, whole)
-    return within_memory(partial(build_basis, model, targets, memory=memory), tokens, lengths)[0]
+    memory, kept = basis_memory(config, model, tokens, whole)
+    work = partial(build_basis, model, targets, memory=memory, kept=kept)
+    return within_memory(work, tokens, lengths)[0]

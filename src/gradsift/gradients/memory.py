@@ -44,31 +44,35 @@ def free_memory(device: torch.device) -> int:
     return host_memory()
 
 
-def basis_memory(config: Config, model: nn.Module, tokens: int, whole: int) -> int:
-    """Return how many bytes a basis may take on the model's device with what it is added up in.
+def basis_memory(config: Config, model: nn.Module, tokens: int, whole: int) -> tuple[int, int]:
+    """Return the bytes that a basis may take of the model's device while it is made, and then.
 
     On a GPU beside a batch of so many `tokens`, which is tried. `whole`: the bytes wanted.
     """
     device = device_of(model)
+    budget = memory_budget(config.engine, device)
     if device.type != "cuda":
-        return memory_budget(config.engine, device)
+        return budget, budget
     longest = config.data.max_length
     batch = _batch_memory(model, longest, max(tokens, longest))
     if batch is None:  # perhaps nothing is as long as may be
-        return memory_budget(config.engine, device)
+        return budget, budget
     return room_for_basis(free_memory(device), batch, whole, config.engine.memory)
 
 
-def room_for_basis(free: int, batch: int, whole: int, bound: int | Literal["auto"] = "auto") -> int:
-    """Return how many of the `free` bytes of a GPU a basis may take beside a batch.
+def room_for_basis(
+    free: int, batch: int, whole: int, bound: int | Literal["auto"] = "auto"
+) -> tuple[int, int]:
+    """Return how many of the `free` bytes of a GPU a basis may take while it is made, and then.
 
-    All that the batch leaves, where `whole` bytes of basis fit into that; else half of what is
-    free: larger batches share the copies of what waits in host memory. `bound`: engine.memory.
+    All that a batch leaves. If `whole` bytes of basis do not fit into that, it keeps a quarter of
+    what is free: larger batches share the copies of what waits in host memory. `bound`:
+    engine.memory.
     """
     left = max(0, free - free // _SPARED - batch)
     if bound != "auto":
-        return min(int(bound), left)
-    return left if whole <= left else min(left, free // 2)
+        return min(int(bound), left), min(int(bound), left)
+    return left, left if whole <= left else min(left, free // 4)
 
 
 def small_batch(engine: EngineConfig) -> int:

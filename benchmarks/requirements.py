@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from gradsift.gradients.memory import room_for_basis
+from gradsift.models.batch_size import FEW_TOKENS
+
 PEAK = 989e12  # an H100's dense bfloat16 operations per second
 LORA_RANK, DIRECTIONS, NUM_TARGET = 128, 150, 285  # the paper's, for MMLU
 MEAN_TOKENS, LABELLED, LONGEST = 250, 0.5, 2048
@@ -98,17 +101,17 @@ class Shape:
 
 SHAPES = (
     Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True, share=0.30),
-    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064, share=0.42),
-    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000, share=0.39),
-    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064, share=0.40, waiting=3.3),
+    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064, share=0.43),
+    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000, share=0.38),
+    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064, share=0.41, waiting=1.8),
 )
 
 
 def memory_of(shape: Shape) -> dict[str, int]:
     """Return bytes, by what takes them; on the GPU all but the last."""
     blocks, lora = [DIRECTIONS * size * BYTES for size in shape.blocks], sum(shape.blocks)
-    # a quarter of --memory adds the basis up; two slots for what is brought must fit the rest
-    budget = max(lora * FLOAT_BYTES, ceil(2 * max(blocks) / 0.75))
+    # two slots for what is brought, beside a block in float32; or a whole gradient
+    budget = max(lora * FLOAT_BYTES, 2 * max(blocks) + FLOAT_BYTES // BYTES * max(blocks))
     trained = shape.weight_bytes + 4 * FLOAT_BYTES * lora  # weights, gradients, Adam's moments
     measured, kept = (
         LONGEST * (size + shape.logit_bytes)
@@ -125,13 +128,39 @@ def memory_of(shape: Shape) -> dict[str, int]:
     }
 
 
+def room_of(shape: Shape, directions: int, card: int) -> tuple[int, int, int]:
+    """Return bytes for the basis and its sums, of a card that it takes, and of it that wait.
+
+    As the package does it: a small batch first, what it leaves is for the basis, if all of it fits
+    there, else a quarter of what is free, less two slots for what is brought.
+    """
+    free, sizes = card - shape.weight_bytes, [BYTES * directions * size for size in shape.blocks]
+    total, sums = sum(sizes), FLOAT_BYTES // BYTES * max(sizes)
+    batch = FEW_TOKENS * (shape.activation_bytes + shape.logit_bytes)
+    room, kept = room_for_basis(free, batch, total + sums)
+    kept = min(kept, room - sums)
+    return (room, total, 0) if total <= kept else (room, kept, total - kept + 2 * max(sizes))
+
+
+def parts_of(shape: Shape, directions: int, card: int) -> int:
+    """Return in how many parts the basis is added up, each as large as the rest leaves room for."""
+    room, _, waiting = room_of(shape, directions, card)
+    total, largest = (BYTES * directions * each(shape.blocks) for each in (sum, max))
+    parts, done = 0, 0.0
+    while done < total:
+        here = done * (1 - waiting / total)
+        done += max(largest, (room - here) * BYTES / FLOAT_BYTES)
+        parts += 1
+    return parts
+
+
 def hours_of(shape: Shape, num_pool: int) -> dict[str, float]:
     """Return hours on one GPU by stage."""
     lora = sum(shape.blocks)
     budget = (CARD - shape.weight_bytes) / 2
     row_blocks = ceil(NUM_TARGET * lora * FLOAT_BYTES / budget)
-    parts = ceil(DIRECTIONS * lora * FLOAT_BYTES / (budget / 4))
-    passes = (1 + row_blocks) / 2 + parts  # over the target, for its Gram matrix and the basis
+    # over the target, for its Gram matrix and the basis
+    passes = (1 + row_blocks) / 2 + parts_of(shape, DIRECTIONS, int(CARD))
     examples = {
         "warm-up": WARMUP_SHARE * num_pool,
         "targets": NUM_TARGET * passes,

@@ -26,17 +26,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
+from gradsift.models.batch_size import most_tokens
 from gradsift.models.batches import MAX_EXAMPLES, lengths_of, plan_batches
+from gradsift.pool.shards import shard_size, window_size
 from pool_pass import SHAPES, build_model, draw_examples, useful_operations
-from requirements import CARD, LORA_RANK, Shape
+from requirements import CARD, LONGEST, LORA_RANK, POOLS, Shape, room_of
 
 META = torch.device("meta")
 MEASURED, DIRECTIONS = ("1.5b", "3b", "7b", "qwen-7b", "14b"), (50, 150, 400)
-MOST_TOKENS, WINDOW = 32768, 1024  # what a batch has at most, and between which it is formed
+MOST_TOKENS = 32768  # of a batch
 TOKENS, LABELLED = 303, 0.5  # of the equal examples
 BASE, LORA, EACH, BASIS = "base weights", "LoRA", "per-example gradients", "basis and norms"
 ATTENTION, HEAD, REST = "attention", "head and loss", "elementwise"
@@ -183,18 +186,16 @@ class Card:
 def batches_of(shape: Shape, directions: int, card: Card) -> tuple[int, int]:
     """Return how many tokens a batch has, and bytes of the basis that wait in host memory.
 
-    As the package does it: half of what is free is for the basis, three quarters of it for the
-    pass, less two slots for what is brought; then the most tokens that fit, halving.
+    As the package does it: the basis first, then the most tokens that fit.
     """
-    free = card.memory - shape.weight_bytes
-    sizes = [2 * directions * size for size in shape.blocks]
-    room, total = int(free / 2 * 0.75), sum(sizes)
-    here = total if total <= room else room - 2 * max(sizes)
-    max_tokens = MOST_TOKENS
-    per_token = shape.activation_bytes + 4 * shape.vocabulary  # logits and their gradient
-    while max_tokens * per_token > free - min(total, room):
-        max_tokens //= 2
-    return max_tokens, total - here
+    _, taken, waiting = room_of(shape, directions, int(card.memory))
+    free = card.memory - shape.weight_bytes - taken
+
+    def run(tokens: int) -> None:
+        if tokens * (shape.activation_bytes + shape.logit_bytes) > free:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return most_tokens(run, np.array([LONGEST]), MOST_TOKENS), waiting
 
 
 def like(examples: int, num_tokens: int, labelled: float) -> list[Encoded]:
@@ -252,9 +253,11 @@ def rows_of(name: str, num_directions: Sequence[int], card: Card) -> Iterator[li
     """Yield a row for each number of directions: a batch of equal examples, a window of a pool."""
     shape = shape_of(name)
     models = [build_model(name, LORA_RANK, META, layers) for layers in (1, 2)]
-    drawn = draw_examples(WINDOW, shape.vocabulary)
     for k in num_directions:
         max_tokens = batches_of(shape, k, card)[0]
+        engine = EngineConfig()
+        window = window_size(engine, shard_size(engine, max(POOLS)), max_tokens)
+        drawn = draw_examples(window, shape.vocabulary)
         equal = estimate(models, shape, like(max_tokens // TOKENS, TOKENS, LABELLED), k, card)
         pool = estimate(models, shape, drawn, k, card)
         working = sum(seconds for seconds, _ in equal.groups.values())

@@ -102,8 +102,9 @@ def test_what_does_not_fit_of_the_basis_waits_in_host_memory() -> None:
     shape = shape_of("7b")
     assert batches_of(shape, 50, Card())[1] == 0
     total_bytes = 2 * 400 * sum(shape.blocks)
-    room = (80e9 - shape.weight_bytes) / 2 * 0.75
+    room = (80e9 - shape.weight_bytes) / 4
     slots = 2 * 2 * 400 * max(shape.blocks)
+    assert batches_of(shape, 150, Card()) == (5120, 0)
     assert batches_of(shape, 400, Card())[1] == pytest.approx(total_bytes - room + slots)
     assert batches_of(shape, 400, Card(memory=2e12)) == (32768, 0)
 

@@ -222,7 +222,7 @@ class _Trial:
             (own.examples, merge_rows(subspace.combination, own.inverse, len(own.examples)))
             for own, subspace in zip(self.targets, subspaces, strict=True)
         ]
-        basis = fitting_basis(model, parts, self.config.engine)
+        basis = fitting_basis(model, parts, self.config)
         work = partial(_compose, partial(project, model, basis=basis), self.pool, self.mates)
         (rows, norms, seconds), _ = within_memory(work, self.batch_tokens, lengths_of(self.pool))
         if not np.isfinite(rows).all():

@@ -37,6 +37,7 @@ from gradsift.sections import (
 from gradsift.types import Budget, MethodName
 
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
+LEAST_WINDOW = 1024  # examples, where none are set
 _LONGEST_NAME = 100  # of a target or selection: file names are made of it
 NAMES_OF_FILES = ("messages", "refused")
 """What no selection may be called: `TARGET.messages.jsonl` and so on belong to the one without a
@@ -240,24 +241,31 @@ class EngineConfig(Section):
         "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
     )
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = setting(
-        "auto", "bytes for target gradients and bases; auto: half of what the device has free"
+        "auto", "bytes for target gradients and bases; auto: half of what is free, of a GPU more"
     )
     deterministic: bool = setting(
         False, "on a GPU only kernels that give the same bits again; on a CPU all do"
     )
-    window: Count = setting(1024, "consecutive examples among which batches are formed")
-    shard_size: Count = setting(
-        1024, "examples per stored shard: whole windows; a killed run repeats one"
+    window: Literal["auto"] | Count = setting(
+        "auto", "consecutive examples among which batches are formed; auto: 1,024, more on a GPU"
+    )
+    shard_size: Literal["auto"] | Count = setting(
+        "auto", "examples per stored shard: whole windows; auto: 1,024 to 4,096, by the pool"
     )
 
     @model_validator(mode="after")
     def _whole_windows(self) -> EngineConfig:
-        if self.shard_size % self.window:
+        if self.shard_size != "auto" and self.shard_size % self.least_window:
             raise ValueError(
                 f"expected engine.shard_size to be a multiple of engine.window, found "
-                f"{self.shard_size} and {self.window}; raise shard_size or lower window"
+                f"{self.shard_size} and {self.least_window}; raise shard_size or lower window"
             )
         return self
+
+    @property
+    def least_window(self) -> int:
+        """The examples of a window: as set, or the fewest."""
+        return LEAST_WINDOW if self.window == "auto" else self.window
 
 
 class Config(Section):

@@ -24,13 +24,14 @@ from gradsift.gradients.subspace import fit_subspace
 from gradsift.methods.job import Job
 from gradsift.methods.less import adam_direction
 from gradsift.methods.work import Work
+from gradsift.pool.shards import shard_size, window_size
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
 _TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
-_POOL_SAMPLE = 1024  # examples of the pool, of which as many are measured as time allows
+_POOL_SAMPLE = 1024  # examples of the pool, or a window; as many are measured as time allows
 _POOL_SECONDS = 10.0
 _TRAIN_BATCHES = 8
 _PARAMETERS = 1 << 14  # of gradients, in the trial of a random projection
@@ -114,8 +115,12 @@ class Trials:
     @cached_property
     def rows_at_once(self) -> int:
         """How many whole gradients are held until they are projected at random."""
-        window = min(self._job.config.engine.window, len(self._job.pool))
-        return max(1, min(self._memory // self.row_bytes, window))
+        from gradsift.models.batch_size import start_tokens
+
+        engine, num_pool = self._job.config.engine, len(self._job.pool)
+        tokens = start_tokens(engine, self._model.device)
+        window = window_size(engine, shard_size(engine, num_pool), tokens)
+        return max(1, min(self._memory // self.row_bytes, window, num_pool))
 
     @cached_property
     def bytes_of_hidden(self) -> int:
@@ -193,7 +198,7 @@ class Trials:
             made_up = np.random.default_rng(0).normal(size=(len(examples), directions))
             self._bases.clear()  # they are large
             started = time.perf_counter()
-            basis = fitting_basis(self._model, [(examples, made_up)], self._job.config.engine)
+            basis = fitting_basis(self._model, [(examples, made_up)], self._job.config)
             took = (time.perf_counter() - started) / _num_tokens(examples)
             self._bases[directions] = basis, took
         return self._bases[directions]
@@ -265,23 +270,25 @@ def _try_pool(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.models.batch_size import find_batch_tokens, probe
+    from gradsift.models.batch_size import find_batch_tokens, run_worst
 
     lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
     max_tokens, peak = find_batch_tokens(run, lengths, engine, device), 0
     if device.type == "cuda":  # what failed in the search for the batch size is not to count
         clear_device_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        probe(run, lengths, max_tokens)
+        run_worst(run, lengths, max_tokens)
         peak = torch.cuda.max_memory_allocated(device)
-    return PoolSpeed(_tokens_per_second(pool, run, max_tokens), max_tokens, peak)
+    window = window_size(engine, shard_size(engine, len(pool)), max_tokens)
+    speed = _tokens_per_second(pool, run, max_tokens, max(window, _POOL_SAMPLE))
+    return PoolSpeed(speed, max_tokens, peak)
 
 
-def _tokens_per_second(pool: EncodedSet, run: RunBatches, max_tokens: int) -> float:
+def _tokens_per_second(pool: EncodedSet, run: RunBatches, max_tokens: int, sample: int) -> float:
     from gradsift.models.batches import lengths_of, plan_batches
 
     rng = np.random.default_rng(0)
-    examples = pool.examples(rng.permutation(len(pool))[:_POOL_SAMPLE])
+    examples = pool.examples(rng.permutation(len(pool))[:sample])
     groups = plan_batches(lengths_of(examples), max_tokens)
     groups = [groups[i] for i in rng.permutation(len(groups))]
     num_tokens, seconds = 0, 0.0

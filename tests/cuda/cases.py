@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Watch
 
 import tiny_models
-from gradsift.config import EngineConfig, LoraConfig, WarmupConfig
+from gradsift.config import Config, EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.geometry.target import _fitting_hessian
 from gradsift.gradients.basis import Basis, _combine_rows
@@ -115,9 +115,11 @@ def two_targets(scene: Scene, watch: Watch, offloaded: bool) -> None:
     """The bases of two targets, stacked: to build them waits for the blocks it offloads alone."""
     widths = {"first": 3, "second": 2}
     size = sum(widths.values()) * scene.dtype.itemsize * row_bytes(scene.model) // 4
-    engine = EngineConfig(memory=size if offloaded else AMPLE)
+    settings = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
+    memory = {"engine": {"memory": size if offloaded else AMPLE}}
+    config = Config.build(settings | memory)
     given = [(EXAMPLES[:4], np.ones((4, 3))), (EXAMPLES[3:], np.ones((3, 2)))]
-    measure, device = make_projection_measure(scene, Path(), given, widths, engine)  # type: ignore[arg-type]
+    measure, device = make_projection_measure(scene, Path(), given, widths, config)  # type: ignore[arg-type]
     waits, num_blocks = watch.take(), len(blocks(scene.model))
     moved = waits.pop("copy from cuda to cpu in gradsift.gradients.basis.build_basis", 0)
     assert not waits, waits

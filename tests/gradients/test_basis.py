@@ -6,6 +6,7 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 
 import reference
 import tiny_models
+from gradsift import gradients
+from gradsift.config import Config
 from gradsift.errors import ModelError
-from gradsift.gradients.basis import Basis, build_basis, choose_offloaded
+from gradsift.gradients.basis import Basis, build_basis, choose_offloaded, whole_bytes
 from gradsift.gradients.gram import gram_matrix, row_bytes
+from gradsift.gradients.memory import basis_memory, room_for_basis
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
 
@@ -67,7 +71,7 @@ def test_a_single_row_that_does_not_fit_is_an_error() -> None:
         gram_matrix(model, tiny_models.examples(2), 100, memory=row_bytes(model) - 1)
 
 
-def test_the_basis_is_the_same_in_one_part_or_many() -> None:
+def test_the_basis_is_the_same_in_one_part_or_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model, first, second = (
         tiny_models.adapted("llama"),
         tiny_models.examples(9),
@@ -76,11 +80,25 @@ def test_the_basis_is_the_same_in_one_part_or_many() -> None:
     rng = np.random.default_rng(0)
     targets = [(first, rng.normal(size=(9, 4))), (second, rng.normal(size=(5, 3)))]
     total = 7 * row_bytes(model)
+    passes: list[int] = []
+    plain = gradients.basis._combine_rows
+
+    def counted(*args: Any) -> dict[str, torch.Tensor]:
+        passes.append(len(args[3]))
+        return plain(*args)
+
+    monkeypatch.setattr(gradients.basis, "_combine_rows", counted)
     whole = build_basis(model, targets, 100, AMPLE)
-    parts = build_basis(model, targets, 100, total * 4 // 3 + 4)
+    assert passes == [len(blocks(model))] * 2  # one for each target
+    passes.clear()
+    monkeypatch.setattr(gradients.basis, "choose_offloaded", lambda *_: frozenset())
+    parts = build_basis(model, targets, 100, total * 2 // 3)
+    assert len(passes) > 4
+    assert passes[0] > passes[-1] == 1
     assert whole.rank == parts.rank == 7
     for name in blocks(model):
         assert torch.equal(whole[name], parts[name])
+    monkeypatch.undo()
     with pytest.raises(ModelError, match=r"\(7 directions\) take .*--memory"):
         build_basis(model, targets, 100, total)
 
@@ -109,6 +127,68 @@ def test_what_waits_leaves_room_for_two_slots() -> None:
     huge = {"block": (10**7, 10**7)}
     with pytest.raises(ModelError, match=r"fit on cuda and .* GiB in host memory; lower gist.rank"):
         choose_offloaded(huge, 3, 2, device, memory=10**9)
+
+
+LLAMA_2_7B = {  # with LoRA of rank 128 on q, k, v and o
+    f"{layer}.{projection}.{matrix}": (128, 4096) if matrix == "A" else (4096, 128)
+    for layer in range(32)
+    for projection in "qkvo"
+    for matrix in "AB"
+}
+CARD, WEIGHTS, TOKEN = 80 * 10**9, 13_476 * 10**6, 4_600_832  # bytes; of a token's activations
+
+
+def test_on_80_gb_a_7b_keeps_its_whole_basis_and_what_cannot_stay_leaves_room_for_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradients.basis, "host_memory", lambda: 10**12)
+    cuda, free, batch = torch.device("cuda"), CARD - WEIGHTS, 2048 * TOKEN
+    offloaded, here = {}, {}
+    for rank in (150, 400):
+        memory, kept = room_for_basis(free, batch, whole_bytes(LLAMA_2_7B, rank, 2))
+        most = min(memory - 4 * rank * 128 * 4096, kept)
+        offloaded[rank] = choose_offloaded(LLAMA_2_7B, rank, 2, cuda, most)
+        here[rank] = 2 * rank * 128 * 4096 * (256 - len(offloaded[rank]))
+    assert offloaded[150] == frozenset()
+    assert here[150] + batch < free - free // 32  # a batch still fits
+    assert 0 < len(offloaded[400]) < 256
+    assert here[400] < free // 4
+    before = free // 2 - free // 2 // 4  # three quarters of half of what was free
+    assert len(choose_offloaded(LLAMA_2_7B, 150, 2, cuda, before)) > 90
+
+
+@pytest.mark.parametrize(
+    ("engine", "room"),
+    [({}, 80 - 80 // 32 - 20), ({"memory": 30}, 30), ({"memory": 70}, 80 - 80 // 32 - 20)],
+)
+def test_a_basis_gets_what_a_small_batch_leaves_of_a_gpu(
+    engine: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, tried = [20], []
+
+    def run(measure: object, lengths: np.ndarray, tokens: int) -> None:
+        tried.append((int(lengths.max()), tokens))
+        if taken[0] > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gradients.memory, "run_worst", run)
+    monkeypatch.setattr(gradients.memory, "device_of", lambda _: torch.device("cuda"))
+    for name, value in (
+        ("mem_get_info", lambda _: (70, 100)), ("memory_reserved", lambda _: 25),
+        ("memory_allocated", lambda _: 15), ("reset_peak_memory_stats", lambda _: None),
+        ("max_memory_allocated", lambda _: 15 + taken[0]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    given = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
+    config = Config.build(given | {"engine": engine})
+    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (room, room)
+    # what does not fit whole leaves most to batches
+    less = room if engine else 80 // 4
+    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=59) == (room, less)
+    taken[0] = 81  # the longest that may be: perhaps none is so long
+    half = 40 if not engine else int(engine["memory"])
+    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (half, half)
+    assert {*tried} == {(2048, 2048)}
 
 
 def test_small_gradients_survive_float16() -> None:

@@ -1,4 +1,4 @@
-"""Less when it did not fit: batches are halved and nothing else changes."""
+"""The most that fits is found from below; what did not fit is halved, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from gradsift.config import EngineConfig
 from gradsift.errors import ModelError
 from gradsift.gradients.memory import memory_budget
 from gradsift.models import batches
-from gradsift.models.batch_size import probe, start_tokens, within_memory
+from gradsift.models.batch_size import fits, most_tokens, probe, start_tokens, within_memory
 from gradsift.models.batches import lengths_of, make_batches, prefetch
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave what Python collects alone, which takes long."""
+    monkeypatch.setattr("gradsift.models.batch_size.clear_device_cache", lambda **_: None)
 
 
 def fails_above(limit: int, tried: list[int]):
@@ -78,6 +84,37 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         within_memory(broken, 100, np.array([20]))
 
 
+@pytest.mark.parametrize("capacity", [5, 300, 2100, 3000, 9000, 16_000, 20_000, 30_000, 10**6])
+@pytest.mark.parametrize("longest", [4, 2048])
+@pytest.mark.usefixtures("_no_cache")
+def test_the_search_finds_the_most_within_its_step_in_few_tries(
+    capacity: int, longest: int
+) -> None:
+    tried: list[int] = []
+    lengths, needed = np.array([4, longest]), 1 if capacity >= longest else 2  # of long ones
+    most = most_tokens(fails_above(capacity, tried), lengths, 32_768)
+    assert max(found for found in tried if found <= capacity) == most + most // 16
+    assert most == 32_768 or most + most // 8 + 1 + most // 16 >= capacity - capacity // 16
+    assert len(tried) <= (9 if capacity >= 2176 else 17 * needed)
+
+
+@pytest.mark.usefixtures("_no_cache")
+def test_the_search_begins_with_few_tokens() -> None:
+    tried: list[int] = []
+    assert most_tokens(fails_above(15_000, tried), np.array([300]), 32_768) == 13_312
+    doubled, bisected = [2048, 4096, 8192, 16_384], [12_288, 14_336, 13_312]
+    assert tried == [tokens + tokens // 16 for tokens in doubled + bisected]
+
+
+def test_other_errors_end_the_search() -> None:
+    def broken(max_tokens: int) -> None:
+        raise RuntimeError("shapes do not match" if max_tokens > 3000 else "out of memory")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fits(broken, 3001)
+    assert not fits(broken, 3000)
+
+
 def test_the_probe_tries_the_longest_and_the_shortest(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     tried = []
@@ -87,8 +124,11 @@ def test_the_probe_tries_the_longest_and_the_shortest(caplog: pytest.LogCaptureF
         if tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    assert probe(measure, np.array([30, 4, 12]), 512) == 128
-    assert tried == [(512, 17, 30), (256, 8, 30), (128, 4, 30), (128, 128, 1)]
+    assert probe(measure, np.array([30, 4, 12]), 512) == 176
+    assert tried == [
+        *((544, 18, 30), (272, 9, 30), (136, 4, 30), (136, 136, 1), (204, 6, 30)),
+        *((170, 5, 30), (170, 170, 1), (187, 6, 30), (187, 187, 1)),
+    ]
     said = [(r.levelname, r.message) for r in caplog.records]  # a search is expected to halve
     assert said == [
         ("INFO", f"out of memory; going on with batches of {tokens} tokens")

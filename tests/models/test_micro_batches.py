@@ -30,6 +30,13 @@ from gradsift.models.training import train
 Fails = Callable[[nn.Module, int], bool]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batches, "_FITTED", {})
+    # what Python collects takes long
+    monkeypatch.setattr("gradsift.models.batch_size.clear_device_cache", lambda **_: None)
+
+
 def trained(
     family: str = "llama", steps: int = 1, **settings: object
 ) -> tuple[dict[str, Tensor], object]:
@@ -196,20 +203,42 @@ def test_what_fits_is_found_before_the_first_step_and_leaves_no_trace(
 ) -> None:
     caplog.set_level("INFO")
     longest = int(lengths_of(tiny_models.examples(8, seed=5)).max())
-    expected = trained(micro_batch_tokens=4 * longest)
+    found = 11 * longest // 2
+    expected = trained(micro_batch_tokens=found)
     monkeypatch.setattr(micro_batches, "_can_be_tried", lambda device: True)
     sizes = out_of_memory(lambda _, size: size > 5 * longest)
     assert_same_bits(trained(), expected)
-    # the worst of a step of 8, halved, and the step; many short ones take no more, as in a pass
-    assert sizes[:2] == [8 * longest, 4 * longest]
-    lengths = lengths_of(tiny_models.examples(8, seed=5))
-    assert len(sizes) == 2 + len(plan_batches(lengths, 4 * longest))
+    # the worst of a step of 8, halved, bisected, and the step
+    assert sizes[:6] == [count * longest for count in (8, 4, 6, 5, 5, 6)]
+    in_a_step = len(plan_batches(lengths_of(tiny_models.examples(8, seed=5)), found))
+    assert len(sizes) == 6 + in_a_step
     assert [r.levelname for r in caplog.records if "going on with batches" in r.message] == ["INFO"]
-    assert f"batches of up to {4 * longest} tokens, gradient checkpointing off" in caplog.text
+    assert f"batches of up to {found} tokens, gradient checkpointing off" in caplog.text
+    sizes.clear()
+    assert_same_bits(trained(), expected)  # remembered
+    assert len(sizes) == in_a_step
     caplog.clear()
     out_of_memory(lambda model, _: not is_checkpointed(model))
-    trained(micro_batch_tokens=longest)
-    assert f"batches of up to {longest} tokens, gradient checkpointing on" in caplog.text
+    for _ in range(2):
+        trained(micro_batch_tokens=longest)
+        assert f"batches of up to {longest} tokens, gradient checkpointing on" in caplog.text
+        caplog.clear()
+
+
+def test_what_was_remembered_and_fits_no_more_is_halved_and_so_remembered(
+    monkeypatch: pytest.MonkeyPatch, out_of_memory: Callable[[Fails], list[int]]
+) -> None:
+    monkeypatch.setattr(micro_batches, "_can_be_tried", lambda device: True)
+    longest = int(lengths_of(tiny_models.examples(8, seed=5)).max())
+    trained()
+    sizes = out_of_memory(lambda _, size: size > 3 * longest)
+    expected = trained(micro_batch_tokens=2 * longest)
+    sizes.clear()
+    assert_same_bits(trained(), expected)
+    assert max(sizes) > 3 * longest
+    sizes.clear()
+    assert_same_bits(trained(), expected)
+    assert max(sizes) <= 2 * longest
 
 
 def test_what_is_set_is_taken_and_auto_goes_by_the_device() -> None:

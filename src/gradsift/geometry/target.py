@@ -73,7 +73,9 @@ def measure_target(
     pairs = leading_eigenpairs(hessian, settings.eigenvectors, settings.seed, memory)
     # after them, so that it is not in memory beside the vectors of Lanczos' method
     merged = merge_rows(subspace.combination, inverse, len(examples))
-    basis = fitting_basis(model, [(examples, merged)], engine)
+    # half of what was free, not all: products with the Hessian need more beside it than a pass
+    bounded = config.model_copy(update={"engine": engine.model_copy(update={"memory": memory})})
+    basis = fitting_basis(model, [(examples, merged)], bounded)
     found = {"spectrum": describe(everything)}
     found["hessian"] = {"num_examples": count} | _compare(hessian, pairs, basis, subspace)
     if coupling:

@@ -6,7 +6,7 @@ it. Where a block lies changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
@@ -16,17 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradsift.config import EngineConfig
+from gradsift.config import Config
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.gram import FLOAT_BYTES
-from gradsift.gradients.memory import host_memory, memory_budget
+from gradsift.gradients.memory import basis_memory, host_memory, small_batch
 from gradsift.gradients.per_example import (
     blocks,
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batch_size import start_tokens, within_memory
+from gradsift.models.batch_size import within_memory
 from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
 
 _ALIGNED = 256  # entries
@@ -140,25 +140,32 @@ def build_basis(
     targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
     max_tokens: int,
     memory: int,
+    kept: int | None = None,
 ) -> Basis:
     """Return combinationᵀ G of each target, one below the other, block by block.
 
-    `targets`: examples, and a combination (query × rank) of their gradients.
+    `targets`: examples, and a combination (query × rank) of their gradients. `memory`: bytes that
+    it may take, of which it may keep `kept`.
 
     With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
-    Added up in float32, in parts of a quarter of `memory` bytes, each a pass over the targets;
-    kept in the model's precision on a GPU and in float32 on the CPU, within the other three.
+    Added up in float32, in parts, each a pass over the targets and as large as what is kept so far
+    leaves room for; kept in the model's precision on a GPU and in float32 on the CPU.
 
     Raises:
         ModelError: If they fit neither into `memory` bytes of the device nor into host memory.
     """
     shapes, device = blocks(model), device_of(model)
     rank = sum(combination.shape[1] for _, combination in targets)
-    dtype = model.dtype if device.type == "cuda" else torch.float32
-    assert isinstance(dtype, torch.dtype)
-    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, memory - memory // 4)
+    dtype = _dtype_kept(model)
+    # on a GPU only as much stays free for sums: what waits in host memory is brought for each batch
+    sums = memory // 4 if device.type == "cpu" else _largest_sums(shapes, rank)
+    most = max(0, min(memory - sums, memory if kept is None else kept))
+    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, most)
     done: dict[str, Tensor] = {}
-    for part in _parts(shapes, max_bytes=memory // 4, bytes_per_parameter=FLOAT_BYTES * rank):
+    while len(done) < len(shapes):
+        here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
+        left = {name: shape for name, shape in shapes.items() if name not in done}
+        part = _first_part(left, (memory - here) // (FLOAT_BYTES * rank))
         sums = [
             _combine_rows(model, examples, combination, part, max_tokens)
             for examples, combination in targets
@@ -193,31 +200,48 @@ def _combine_rows(
     return sums
 
 
-def _parts(shapes: Shapes, max_bytes: int, bytes_per_parameter: int) -> Iterator[Shapes]:
-    """Cut the blocks into parts of at most `max_bytes`, or of a single block."""
+def _dtype_kept(model: nn.Module) -> torch.dtype:
+    dtype = model.dtype if device_of(model).type == "cuda" else torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _largest_sums(shapes: Shapes, rank: int) -> int:
+    """Return the bytes of the largest block while it is added up."""
+    return FLOAT_BYTES * rank * max(map(prod, shapes.values()))
+
+
+def whole_bytes(shapes: Shapes, rank: int, itemsize: int) -> int:
+    """Return the bytes that a basis takes of a GPU on which all of it stays, sums included."""
+    kept = itemsize * rank * sum(map(prod, shapes.values()))
+    return kept + _largest_sums(shapes, rank)
+
+
+def _first_part(shapes: Shapes, num_parameters: int) -> Shapes:
+    """Return the first blocks that have at most so many parameters together, one at least."""
     part: dict[str, tuple[int, int]] = {}
-    room = max_bytes
     for name, shape in shapes.items():
-        size = prod(shape) * bytes_per_parameter
-        if part and size > room:
-            yield part
-            part, room = {}, max_bytes
+        num_parameters -= prod(shape)
+        if part and num_parameters < 0:
+            break
         part[name] = shape
-        room -= size
-    yield part
+    return part
 
 
 def fitting_basis(
     model: nn.Module,
     targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
-    engine: EngineConfig,
+    config: Config,
 ) -> Basis:
     """Return `build_basis` of the targets, in parts and batches that fit.
 
     Raises:
         ModelError: If nothing does.
     """
-    device = device_of(model)
+    tokens, shapes = small_batch(config.engine), blocks(model)
+    rank = sum(combination.shape[1] for _, combination in targets)
     lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
-    work = partial(build_basis, model, targets, memory=memory_budget(engine, device))
-    return within_memory(work, start_tokens(engine, device), lengths)[0]
+    whole = whole_bytes(shapes, rank, _dtype_kept(model).itemsize)
+    memory, kept = basis_memory(config, model, tokens, whole)
+    work = partial(build_basis, model, targets, memory=memory, kept=kept)
+    return within_memory(work, tokens, lengths)[0]

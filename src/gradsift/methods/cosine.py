@@ -109,7 +109,7 @@ def _factory(job: Job, adapter: Path) -> MeasureFactory:
         for name, target in job.targets.items()
     }
     parts, widths = by_target(job.targets, units)
-    return partial(make_projection_measure, job.models, adapter, parts, widths, job.config.engine)
+    return partial(make_projection_measure, job.models, adapter, parts, widths, job.config)
 
 
 def _to_unit_length(

@@ -137,7 +137,7 @@ def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
         name: stored_subspace(job, name, checkpoint).combination for name in job.targets
     }
     parts, widths = by_target(job.targets, combinations)
-    args = (job.models, checkpoint.path, parts, widths, job.config.engine)
+    args = (job.models, checkpoint.path, parts, widths, job.config)
     return partial(make_projection_measure, *args)
 
 

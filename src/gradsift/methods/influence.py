@@ -197,5 +197,5 @@ def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
     combination = _invert(job, checkpoint).combination
     parts = [(examples, merge_rows(combination, inverse, len(examples)))]
     widths = {name: len(target) for name, target in job.targets.items()}
-    args = (job.models, checkpoint.path, parts, widths, job.config.engine)
+    args = (job.models, checkpoint.path, parts, widths, job.config)
     return partial(make_projection_measure, *args)

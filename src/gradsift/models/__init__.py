@@ -7,9 +7,11 @@ May import: `data` and what is beneath it.
 PUBLIC = {
     "adapters": ("save_adapter",),
     "batch_size": (
+        "FEW_TOKENS",
         "find_batch_tokens",
+        "fits",
         "is_out_of_memory",
-        "probe",
+        "run_worst",
         "start_tokens",
         "within_memory",
     ),

@@ -1,9 +1,10 @@
 """Forward passes of a training that fit the memory: their tokens, and activations kept or not.
 
 The examples of an optimizer step go through the model in micro-batches whose gradients add up. On
-a GPU the worst of them is tried before the first step; whenever memory runs out, tokens are halved
-as in a pass over the pool (`batch_size.py`). The last resort is gradient checkpointing: a layer's
-activations are computed again on the way back (Chen et al., 2016, arXiv 1604.06174).
+a GPU the most that fit are looked for before the first step, and remembered for later trainings of
+the process; whenever memory runs out, tokens are halved as in a pass over the pool
+(`batch_size.py`). The last resort is gradient checkpointing: a layer's activations are computed
+again on the way back (Chen et al., 2016, arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from gradsift.errors import ModelError
 from gradsift.models.batch_size import (
     RunBatches,
     is_out_of_memory,
+    most_tokens,
     within_memory,
     worst_examples,
 )
@@ -34,9 +36,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# On a CPU more are slower (docs/performance.md); a GPU is tried from here downwards.
-_CPU_TOKENS = 1024
-_GPU_TOKENS = 8 * 2048
+_CPU_TOKENS = 1024  # more are slower (docs/performance.md)
+_GPU_TOKENS = 8 * 2048  # at most
+
+
+class _Fitted(NamedTuple):
+    """What fitted in a training whose longest example had so many tokens."""
+
+    longest: int
+    max_tokens: int
+    checkpointing: bool
+
+
+_FITTED: dict[object, _Fitted] = {}  # by model, device and settings; of this process
 
 
 def first_tokens(wanted: int | Literal["auto"], device: torch.device) -> int:
@@ -64,6 +76,7 @@ class MicroBatches:
         self.max_tokens = first_tokens(max_tokens, device_of(model))
         self._model, self._num_processes = model, num_processes
         self._wanted, self._on = checkpointing, False
+        self._case: tuple[object, int] | None = None  # which training it is, once it was tried
 
     def __enter__(self) -> MicroBatches:
         """Turn checkpointing on where it is set.
@@ -79,7 +92,10 @@ class MicroBatches:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Turn it off, whoever turned it on."""
+        """Turn it off, whoever turned it on; remember what fitted."""
+        if self._case:
+            case, longest = self._case
+            _FITTED[case] = _Fitted(longest, self.max_tokens, self._on)
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -88,7 +104,8 @@ class MicroBatches:
         """Find what fits before the first step, by the worst batch of up to `num_examples`.
 
         Beside gradients and Adam's moments. It leaves no gradient, and random numbers go on as if
-        it had not been. Of processes that train together all take what fits in each of them.
+        it had not been. What fitted in a training like this is not looked for again. Of processes
+        that train together all take what fits in each of them.
 
         Raises:
             ModelError: If one example of `longest` tokens does not fit.
@@ -102,9 +119,17 @@ class MicroBatches:
             self._model.zero_grad()
             del held
 
-        start, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])
-        _, self.max_tokens = within_memory(run_worst, start, lengths, self._relieve, logging.INFO)
-        restore()
+        case = (*self._like(), num_examples)
+        fitted = _FITTED.get(case)
+        if fitted and longest <= fitted.longest:
+            longest, self.max_tokens = fitted.longest, fitted.max_tokens
+            if fitted.checkpointing and not self._on:
+                self._switch_on()
+        else:
+            most, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])
+            self.max_tokens = most_tokens(run_worst, lengths, most, self._relieve)
+            restore()
+        self._case = case, longest
         self._agree()
         self.untried = False
         logger.info(
@@ -146,6 +171,15 @@ class MicroBatches:
             f"fine-tuning: fine_tuning.micro_batch_tokens) to {max(1, self.max_tokens // 2)} or "
             f"fewer, or gradient_checkpointing beside it to true ({cause})"
         )
+
+    def _like(self) -> tuple[object, ...]:
+        """Return what trainings of the same model, device and settings have in common."""
+        parameters = tuple(
+            (tuple(p.shape), p.dtype, p.device, p.requires_grad) for p in self._model.parameters()
+        )
+        config = getattr(self._model, "config", None)
+        kind = [getattr(config, name, None) for name in ("model_type", "_attn_implementation")]
+        return *kind, parameters, self.max_tokens, self._wanted
 
     def _agree(self) -> None:
         """Take the fewest tokens of all processes, and checkpointing if one of them needs it."""

@@ -10,5 +10,5 @@ PUBLIC = {
     "examples": ("Measure", "MeasureFactory", "check_finite", "measure_examples", "not_finite"),
     "hidden_states": ("make_forward_measure", "make_loss_measure"),
     "pool_pass": ("FactoriesByCheckpoint", "PoolPass"),
-    "shards": ("StoredTensor", "save_shard"),
+    "shards": ("StoredTensor", "save_shard", "shard_size", "window_size"),
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from gradsift.config import EngineConfig
+from gradsift.config import Config
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.pool.examples import Measure
@@ -35,7 +35,7 @@ def make_projection_measure(
     adapter: Path,
     parts: Sequence[Part],
     widths: Mapping[str, int],
-    engine: EngineConfig,
+    config: Config,
 ) -> tuple[Measure, torch.device]:
     """Return what measures coordinates, losses and gradient norms at an adapter, and its device.
 
@@ -46,7 +46,7 @@ def make_projection_measure(
     from gradsift.gradients.projection import project
 
     model = models.with_adapter(adapter)
-    basis = fitting_basis(model, parts, engine)
+    basis = fitting_basis(model, parts, config)
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         found = project(model, examples, max_tokens, basis)

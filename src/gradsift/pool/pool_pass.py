@@ -15,12 +15,12 @@ from gradsift.errors import RunError
 from gradsift.executors.base import Executor
 from gradsift.pool.examples import MeasureFactory
 from gradsift.pool.shards import (
-    BATCH_TOKENS,
     Shard,
     StoredTensor,
     missing_shards,
     plan_shards,
     read_facts,
+    shard_size,
 )
 from gradsift.progress import track
 from gradsift.runs.folder import Run
@@ -56,9 +56,9 @@ class PoolPass:
             NumericsError: Naming the first example of which something is not finite.
         """
         with self.open(stage, [*factories]) as todo:
-            if todo:
-                for label, make_factory in factories.items():
-                    self._measure(make_factory(), label)
+            known: dict[str, int] | None = None
+            for label, make_factory in factories.items() if todo else ():
+                known = self._measure(make_factory(), label, known)
 
     @contextmanager
     def open(self, stage: Stage, labels: Sequence[str] = ("",)) -> Iterator[bool]:
@@ -76,7 +76,7 @@ class PoolPass:
 
     def shards(self, label: str = "") -> list[Shard]:
         """Return the shards at a checkpoint."""
-        size, key = self.engine.shard_size, self.folder.key(self.name)
+        size, key = shard_size(self.engine, len(self.pool)), self.folder.key(self.name)
         return plan_shards(len(self.pool), size, self._directory(label), key)
 
     def missing(self, shards: Sequence[Shard]) -> list[Shard]:
@@ -104,23 +104,30 @@ class PoolPass:
         lengths = self.pool.column("num_tokens").to_numpy()
         return sum(int(lengths[shard.start : shard.stop].sum()) for shard in shards)
 
-    def _measure(self, factory: MeasureFactory, label: str) -> None:
+    def _measure(
+        self, factory: MeasureFactory, label: str, known: dict[str, int] | None
+    ) -> dict[str, int]:
+        """Measure what is missing at a checkpoint; return the facts of a shard of it.
+
+        `known`: those of the checkpoint before, where there was one: what fitted there is taken.
+        """
         self._directory(label).mkdir(parents=True, exist_ok=True)
         shards = self.shards(label)
         missing = self.missing(shards)
         if not missing:
-            return
+            return read_facts(shards[-1])
         starts = {shard.start for shard in missing}
         stored = [shard for shard in shards if shard.start not in starts]
         if stored:
             logger.info("%d of %d shards are there already", len(stored), len(shards))
-        known = read_facts(stored[-1])[BATCH_TOKENS] if stored else None
+            known = read_facts(stored[-1])
         open_worker = partial(_open_worker, self.pool, self.folder, self.engine, factory, known)
         name, total = f"{self.name}/{label}".rstrip("/"), sum(map(len, missing))
         with track(name, total, tokens=self._num_tokens(missing)) as advance:
             for shard in self.executor.map(open_worker, missing):
                 advance(len(shard))
         self.folder.fetch(self._directory(label))
+        return read_facts(shards[-1])
 
 
 def _open_worker(
@@ -128,9 +135,9 @@ def _open_worker(
     folder: Run,
     engine: EngineConfig,
     factory: MeasureFactory,
-    known_tokens: int | None,
+    known: Mapping[str, int] | None,
 ) -> Callable[[Iterable[Shard]], Iterator[Shard]]:
     """Return a worker; called in the process that is to measure, where torch may be loaded."""
     from gradsift.pool.worker import Worker
 
-    return Worker(pool, folder, engine, factory, known_tokens)
+    return Worker(pool, folder, engine, factory, known)

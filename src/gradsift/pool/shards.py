@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,22 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gradsift.config import LEAST_WINDOW, EngineConfig
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import HASH_THREADS, hash_tensors
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-BATCH_TOKENS = "batch_tokens"
-"""The fact that says with how many tokens per batch a shard was measured."""
+BATCH_TOKENS, WINDOW = "batch_tokens", "window"
+"""The facts that say with how many tokens per batch, and among how many examples at a time, a
+shard was measured."""
 _ENTRY, _HASH = "gradsift", "sha256"
+_LARGEST, _SHARDS = (
+    4096,
+    16,
+)  # examples of a shard, where none are set; and how many shards at least
+_TOKENS_OF_EXAMPLE = 8  # of a batch, at most: a window holds sixteen batches of 128 tokens each
 Rows = slice | Int[np.ndarray, " row"]
 
 
@@ -40,6 +48,36 @@ class Shard:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+def shard_size(engine: EngineConfig, num_examples: int) -> int:
+    """Return the examples of a shard: as set, or by the pool alone, as each machine plans them.
+
+    The largest that leaves sixteen shards, in whole windows.
+
+    >>> [shard_size(EngineConfig(), count) for count in (13_000, 40_000, 270_000)]
+    [1024, 2048, 4096]
+    """
+    if engine.shard_size != "auto":
+        return engine.shard_size
+    wanted = min(max(num_examples // _SHARDS, LEAST_WINDOW), _LARGEST)
+    size = 1 << wanted.bit_length() - 1
+    return max(engine.least_window, size // engine.least_window * engine.least_window)
+
+
+def window_size(engine: EngineConfig, size: int, batch_tokens: int) -> int:
+    """Return the examples of a window, where a shard has `size`: as set, or by tokens per batch.
+
+    Batches are formed within a window: if it makes but a few, its examples are no longer sorted by
+    length.
+
+    >>> [window_size(EngineConfig(), 4096, tokens) for tokens in (2048, 14_336, 32_768)]
+    [1024, 2048, 4096]
+    """
+    if engine.window != "auto":
+        return engine.window
+    wanted = 1 << (batch_tokens // _TOKENS_OF_EXAMPLE - 1).bit_length()
+    return gcd(max(engine.least_window, wanted), size)
 
 
 def plan_shards(num_examples: int, size: int, directory: Path, key: str) -> list[Shard]:

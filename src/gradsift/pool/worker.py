@@ -20,7 +20,15 @@ from gradsift.data.encoding import Encoded
 from gradsift.models.batch_size import find_batch_tokens, within_memory
 from gradsift.models.batches import lengths_of, prefetch
 from gradsift.pool.examples import MeasureFactory, check_finite
-from gradsift.pool.shards import BATCH_TOKENS, Shard, find_damage, save_shard
+from gradsift.pool.shards import (
+    BATCH_TOKENS,
+    WINDOW,
+    Shard,
+    find_damage,
+    save_shard,
+    shard_size,
+    window_size,
+)
 from gradsift.progress import batches_counted
 from gradsift.runs.folder import Run
 
@@ -37,20 +45,25 @@ class Worker:
         folder: Run,
         engine: EngineConfig,
         factory: MeasureFactory,
-        known_tokens: int | None,
+        known: Mapping[str, int] | None,
     ) -> None:
-        """Load what the measure needs, and find the batch size.
+        """Load what the measure needs, and find tokens per batch and window.
 
-        `known_tokens`: the tokens per batch of the shards that are there already.
+        `known`: the facts of a shard that is there already; both are taken from it.
         """
         folder.fetch_inputs()
-        self._pool, self._folder, self._window = pool, folder, engine.window
+        self._pool, self._folder = pool, folder
         self._measure, device = factory()
-        if known_tokens and engine.batch_tokens == "auto":
-            self._max_tokens = known_tokens
+        if known and engine.batch_tokens == "auto":
+            self._max_tokens = known[BATCH_TOKENS]
         else:
             lengths = pool.column("num_tokens").to_numpy()
             self._max_tokens = find_batch_tokens(self._measure, lengths, engine, device)
+        if known and engine.window == "auto":
+            self._window = known[WINDOW]
+        else:
+            size = shard_size(engine, len(pool))
+            self._window = window_size(engine, size, self._max_tokens)
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Shard]:
         """Measure the shards, and yield each when its file is whole."""
@@ -102,5 +115,5 @@ class Worker:
         names = parts[0]
         tensors = {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
         check_finite(tensors, "of the pool", self._pool, shard.start)
-        save_shard(shard, tensors, {BATCH_TOKENS: max_tokens})
+        save_shard(shard, tensors, {BATCH_TOKENS: max_tokens, WINDOW: self._window})
         self._folder.publish(shard.path)

@@ -158,7 +158,7 @@ def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
         further = {name: _further(job, name, checkpoint) for name in job.targets}
         parts, widths = by_target(job.targets, further)
-        args = (job.models, checkpoint.path, parts, widths, job.config.engine)
+        args = (job.models, checkpoint.path, parts, widths, job.config)
         factory = partial(make_projection_measure, *args)
         work = partial(measure_examples, job.pool, rows, factory, job.config.engine)
         measured = job.call(work)

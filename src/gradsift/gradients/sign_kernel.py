@@ -46,7 +46,7 @@ def add_product(
         grid = triton.cdiv(dimension, _WIDTH), triton.cdiv(size, _STRETCH)
         partial = torch.empty(grid[1], num_rows, dimension, device=rows.device)
         with torch.cuda.device_of(rows):
-            _multiply[*grid, triton.cdiv(num_rows, height)](
+            _multiply[*grid, triton.cdiv(num_rows, height)](  # pyright: ignore[reportIndexIssue]
                 rows[:, begin:], start, partial, num_rows, size, rows.stride(0), first + begin,
                 dimension, height, _WIDTH, _DEPTH, _STRETCH,
                 tl.bfloat16 if rows.is_cuda else tl.float32,  # all that the interpreter multiplies

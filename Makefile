@@ -22,6 +22,8 @@ check: format lint types imports everything
 extras: $(ready)
 	$(python) -m pip install --quiet -c constraints.txt -e '.[quantized,embed,lm-eval]'
 	$(python) -m pytest tests/gradients/test_quantized.py tests/methods/test_embed.py tests/evaluation/test_lm_eval.py
+	$(python) -m pip install --quiet 'triton>=3.5'
+	TRITON_INTERPRET=1 $(python) -m pytest tests/gradients/test_sign_kernel.py
 
 # on a machine with a GPU, with what Python it has: see docs/gpu.md
 gpu:

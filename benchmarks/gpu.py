@@ -80,8 +80,7 @@ class Step:
 
 def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
     """Return the steps, what is worth most first; on a CPU small ones, to try the script itself."""
-    small = on == "cpu"
-    patience = 3 if small else 1
+    small, patience = (True, 3) if on == "cpu" else (False, 1)
 
     def tests(name: str, limit: float) -> Step:
         options = ("-v", "-rs", "-p", "no:cacheprovider", "--tb=short", "--durations=5")
@@ -114,6 +113,7 @@ def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
         tests("runs", 140),
         tests("same_bytes", 120),
         tests("quantized_on_gpu", 50),
+        tests("signs", 60),
         # by now some 540 s have gone
         Step("claims", patience * 180, (*claims, *made_up, "--results", str(results))),
         tests("several_gpus", 160),

@@ -29,6 +29,7 @@ from gradsift.pool.shards import shard_size, window_size
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch import Tensor
 
 _TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, or a window; as many are measured as time allows
@@ -114,9 +115,12 @@ class Trials:
 
     @cached_property
     def rows_at_once(self) -> int:
-        """How many whole gradients are held until they are projected at random."""
+        """How many whole gradients are held until they are projected at random; 0: none is."""
+        from gradsift.gradients.random_projection import has_kernel
         from gradsift.models.batch_size import start_tokens
 
+        if has_kernel(self._model.device):
+            return 0
         engine, num_pool = self._job.config.engine, len(self._job.pool)
         tokens = start_tokens(engine, self._model.device)
         window = window_size(engine, shard_size(engine, num_pool), tokens)
@@ -218,15 +222,26 @@ class Trials:
 
     def _project_at_random(self, work: Work) -> float:
         from gradsift.gradients.per_example import gradient_rows
+        from gradsift.gradients.random_projection import Projection, project_at_random
 
         model, at_once = self._model, self.rows_at_once
+        projection = Projection(work.directions, 0, model.device)
+
+        def direction(_: str, rows: Tensor) -> Tensor:
+            return adam_direction(rows, rows[0], rows[0].square())
 
         def run(examples: Sequence[Encoded], max_tokens: int) -> None:
+            if projection.in_kernel:
+                found = project_at_random(model, examples, max_tokens, projection, direction)
+                found[0, 0].item()
+                return
             for start in range(0, len(examples), at_once):
                 rows = gradient_rows(model, examples[start : start + at_once], max_tokens)
                 next(iter(rows.values()))[0, 0].item()  # waits for the device
 
         seconds = work.num_tokens / self._pool_speed(work.kind, run, model.device)
+        if projection.in_kernel:
+            return seconds
         count = work.passes * work.amount.num_examples
         return seconds + count * self._random_projection(work.directions, model.device)
 

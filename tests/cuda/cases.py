@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ import tiny_models
 from gradsift.config import Config, EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoding import Encoded
 from gradsift.geometry.target import _fitting_hessian
+from gradsift.gradients import random_projection as projections
 from gradsift.gradients.basis import Basis, _combine_rows
 from gradsift.gradients.gram import fitting_gram, row_bytes
 from gradsift.gradients.hessian import Hessian
@@ -151,9 +155,20 @@ def basis_sums(scene: Scene, watch: Watch) -> None:
         expect(found[name], scene.device, torch.float32, 3, height * width)
 
 
-def random_projection(scene: Scene, watch: Watch) -> None:
+def random_projection(scene: Scene, watch: Watch, in_kernel: bool) -> None:
     """LESS's directions of the pool, with Adam's moments, and its gradients of targets."""
-    with tempfile.TemporaryDirectory() as folder:
+
+    def add_product(rows: Tensor, first: int, start: Tensor, into: Tensor) -> None:
+        assert {t.device for t in (rows, start, into)} == {scene.device}
+        into.addmm_(rows, torch.empty(rows.shape[1], into.shape[1], device=rows.device))
+
+    # in the place of Triton's, which knows no such tensors
+    kernel = SimpleNamespace(add_product=add_product)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(projections, "has_kernel", lambda _: in_kernel),
+        patch.dict(sys.modules, {"gradsift.gradients.sign_kernel": kernel}),  # type: ignore[dict-item]
+    ):
         save_moments(scene, Path(folder))
         _project_at_random(scene, watch, Path(folder))
 
@@ -259,7 +274,8 @@ PATHS: dict[str, Callable[[Scene, Watch], None]] = {
     "pool pass, offloaded": partial(pool_pass, offloaded=True),
     "two targets": partial(two_targets, offloaded=False),
     "gram": gram,
-    "random projection": random_projection,
+    "random projection": partial(random_projection, in_kernel=False),
+    "random projection in a kernel": partial(random_projection, in_kernel=True),
     "forward": forward,
     "hessian": hessian,
     "training": training_steps,

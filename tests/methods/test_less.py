@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import reference
+import tiny_models
 from conftest import Write, configure
 from gradsift.config import Config, ModelConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, ModelError
-from gradsift.gradients.random_projection import Projection
+from gradsift.gradients import random_projection
+from gradsift.gradients.per_example import gradient_rows
+from gradsift.gradients.random_projection import Projection, project_at_random
 from gradsift.methods.less import load_moments
 from gradsift.models.adapters import load_adapter
 from gradsift.models.loading import load_base
@@ -112,6 +115,54 @@ def test_signs_depend_on_seed_and_place_alone() -> None:
     other = Projection(128, seed=6, device=CPU).signs(0, 300)
     assert abs(float((signs * other).mean())) < 4 / (300 * 128) ** 0.5
     assert abs(float(signs.mean())) < 4 / (300 * 128) ** 0.5
+
+
+def test_projecting_each_batch_finds_the_same_as_holding_its_rows() -> None:
+    model, examples = tiny_models.adapted("llama"), tiny_models.examples(9)
+    held, by_batch = (Projection(64, seed=2, device=CPU) for _ in range(2))
+    by_batch.add, by_batch.in_kernel = held.add, True  # as on a GPU
+    found = []
+
+    def direction(block: str, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (2 if block.endswith(".A") else 3)
+
+    for projection in (held, by_batch):
+        for max_tokens in (60, 1000):
+            found.append(project_at_random(model, examples, max_tokens, projection, direction))
+    rows = gradient_rows(model, examples, 60)
+    scaled = torch.cat([direction(block, own) for block, own in rows.items()], dim=1)
+    expected = scaled @ held.signs(0, scaled.shape[1]) / 8
+    for each in found:
+        torch.testing.assert_close(
+            each, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "compiler", "found", "said"),
+    [
+        ((9, 0), True, "cc", True, ""),
+        ((7, 5), True, "cc", False, ""),
+        ((9, 0), False, "cc", False, "Triton is missing: random projections take"),
+        ((9, 0), True, "", False, "a C compiler, which Triton calls, is missing"),
+    ],
+)
+def test_where_the_kernel_cannot_run_the_log_says_what_is_missing(
+    capability: tuple[int, int],
+    triton: bool,
+    compiler: str,
+    found: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(random_projection, "find_spec", lambda _: triton or None)
+    monkeypatch.setattr(random_projection.shutil, "which", lambda _: None)
+    monkeypatch.setenv("CC", compiler)
+    assert random_projection.has_kernel.__wrapped__(torch.device("cuda")) is found
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.records)
 
 
 def test_an_adapter_needs_the_state_of_its_optimizer(

@@ -22,7 +22,7 @@ PUBLIC = {
     "memory": ("memory_budget",),
     "per_example": ("blocks", "gradient_rows"),
     "projection": ("Projections", "project"),
-    "random_projection": ("Projection",),
+    "random_projection": ("Projection", "has_kernel", "project_at_random"),
     "subspace": (
         "Subspace",
         "describe",

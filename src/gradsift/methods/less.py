@@ -12,7 +12,7 @@ the best task. The pool's projections do not depend on the targets and are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,45 +183,30 @@ def make_random_projection_measure(
     with_moments: bool,
 ) -> tuple[Measure, torch.device]:
     """Return what projects the gradients of examples, as Adam's directions or as they are."""
+    import torch
+    from torch.nn.functional import normalize
+
     from gradsift.gradients.gram import row_bytes
     from gradsift.gradients.memory import memory_budget
-    from gradsift.gradients.random_projection import Projection
+    from gradsift.gradients.random_projection import Projection, project_at_random
 
     model = models.with_adapter(adapter)
     adam = load_moments(model, adapter) if with_moments else None
     projection = Projection(settings.dimension, settings.seed, model.device)
     rows_at_once = max(1, memory_budget(engine, model.device) // row_bytes(model))
 
-    def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
-        import torch
+    def direction(block: str, gradient: Tensor) -> Tensor:
+        return gradient if adam is None else adam_direction(gradient, *adam[block])
 
+    def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
+        # at length 1, in float16: half the disk, cosines to 1e-4
+        at_once = len(examples) if projection.in_kernel else rows_at_once
         parts = [
-            _project(model, examples[start : start + rows_at_once], max_tokens, projection, adam)
-            for start in range(0, len(examples), rows_at_once)
+            project_at_random(
+                model, examples[start : start + at_once], max_tokens, projection, direction
+            )
+            for start in range(0, len(examples), at_once)
         ]
-        return {"gradient": torch.cat(parts)}
+        return {"gradient": torch.cat([normalize(part).half() for part in parts])}
 
     return measure, model.device
-
-
-def _project(
-    model: PeftModel,
-    examples: Sequence[Encoded],
-    max_tokens: int,
-    projection: object,
-    adam: Mapping[str, tuple[Tensor, Tensor]] | None,
-) -> Tensor:
-    """Return the projected directions at length 1, in float16: half the disk, cosines to 1e-4."""
-    import torch
-
-    from gradsift.gradients.per_example import gradient_rows
-    from gradsift.gradients.random_projection import Projection
-
-    assert isinstance(projection, Projection)
-    into = torch.zeros(len(examples), projection.dimension, device=model.device)
-    first = 0
-    for block, rows in gradient_rows(model, examples, max_tokens).items():
-        directions = rows if adam is None else adam_direction(rows, *adam[block])
-        projection.add(directions, first, into)
-        first += rows.shape[1]
-    return torch.nn.functional.normalize(into).half()

@@ -26,8 +26,9 @@ from gradsift.gradients.per_example import (
     each_batch,
     gradient_scale,
 )
+from gradsift.gradients.pinned import pieces_for, pinned
 from gradsift.models.batch_size import start_tokens, within_memory
-from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
+from gradsift.models.batches import device_of, lengths_of, padded, plan_batches, to_device
 
 _ALIGNED = 256  # entries
 Shapes = Mapping[str, tuple[int, int]]
@@ -124,8 +125,8 @@ def choose_offloaded(
             here += size
         else:
             offloaded.add(name)
-    # pinned memory is handed out in powers of two
-    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in offloaded), host_memory()
+    pieces, _ = pieces_for({name: size for name, size in sizes.items() if name in offloaded})
+    needed, available = sum(pieces), host_memory()
     if needed > available or room < 0:
         raise ModelError(
             f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB; "
@@ -158,6 +159,7 @@ def build_basis(
     assert isinstance(dtype, torch.dtype)
     offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, memory - memory // 4)
     done: dict[str, Tensor] = {}
+    waiting = pinned({n: (rank, prod(s)) for n, s in shapes.items() if n in offloaded}, dtype)
     for part in _parts(shapes, max_bytes=memory // 4, bytes_per_parameter=FLOAT_BYTES * rank):
         sums = [
             _combine_rows(model, examples, combination, part, max_tokens)
@@ -165,7 +167,7 @@ def build_basis(
         ]
         for name in part:
             block = torch.cat([own.pop(name) for own in sums]).to(dtype)
-            done[name] = block.cpu().pin_memory() if name in offloaded else block
+            done[name] = waiting[name].copy_(block) if name in offloaded else block
     return Basis(done, offloaded, device)
 
 
@@ -181,7 +183,7 @@ def _combine_rows(
         name: torch.zeros(weights.shape[1], prod(shape), device=weights.device)
         for name, shape in shapes.items()
     }
-    groups = plan_batches(lengths_of(examples), max_tokens)
+    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         shares = weights[to_device(group, weights.device)].T
 

@@ -82,7 +82,9 @@ class Operators(TorchDispatchMode):
         if not func.is_view and name not in _NOTHING:
             given, made = _tensors((args, kwargs)), _tensors(result)
             count = flop_registry.get(func.overloadpacket)
-            operations = count(*args, **kwargs, out_val=result) if count else 0
+            # PyTorch's count of `bmm` does not know of the dtype that it may be given
+            counted = args[:2] if name == "bmm" else args
+            operations = count(*counted, **kwargs, out_val=result) if count else 0
             group = self._group(name, [*given, *made])
             self.found[Operator(name, group, operations, _moved(name, given, made))] += 1
         return result

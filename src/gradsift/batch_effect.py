@@ -33,6 +33,7 @@ from gradsift.methods.job import Job
 from gradsift.models.batch_size import is_out_of_memory, within_memory
 from gradsift.models.batches import lengths_of
 from gradsift.models.cache import ModelCache
+from gradsift.models.kernels import precision_of
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 
@@ -174,9 +175,9 @@ class _Target:
         gram = fitting_gram(model, self.examples, config.engine)[np.ix_(self.inverse, self.inverse)]
         rank, which = config.gist.rank, config.gist.directions
         if isinstance(rank, int):
-            span = fit_subspace(gram, "full", _dtype_of(model)).span
+            span = fit_subspace(gram, "full", precision_of(model)).span
             rank = min(rank, span - (which == "tail"))
-        return fit_subspace(gram, rank, _dtype_of(model), which)
+        return fit_subspace(gram, rank, precision_of(model), which)
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class _Trial:
             GradsiftError: If it cannot be loaded or run so, or gradients are not finite.
         """
         model = ModelCache(settings, self.config.engine.deterministic).with_adapter(self.adapter)
-        dtype, attention = _dtype_of(model), str(model.config._attn_implementation)
+        dtype, attention = precision_of(model), str(model.config._attn_implementation)
         logger.info("the check in %s, attention %s", dtype, attention)
         subspaces = [target.fit(model, self.config) for target in self.targets]
         parts = [
@@ -302,7 +303,3 @@ def _compose(
         norms.append(np.concatenate([part.gradient_norms.cpu().numpy() for part in found])[order])
         seconds.append(time.perf_counter() - started)
     return np.stack(coordinates), np.stack(norms), seconds[1]
-
-
-def _dtype_of(model: PeftModel) -> str:
-    return str(model.dtype).removeprefix("torch.")

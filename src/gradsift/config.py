@@ -63,8 +63,9 @@ class ModelConfig(Section):
     """The base model, its precision and its place."""
 
     name: str = setting(..., "base model: a local folder or a Hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision of the base model; auto: bfloat16 on CUDA (float16 if old), else float32"
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = setting(
+        "auto",
+        "auto: bfloat16 on CUDA (float16 if old), else float32; tf32: float32, multiplied in TF32",
     )
     device: str = setting(
         "auto", "where the model lies: cpu, cuda, cuda:1, …; auto: CUDA where there is one"

@@ -29,7 +29,7 @@ from gradsift.pool.shards import shard_size, window_size
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _TARGET_SAMPLE = 128  # examples of each target, from which its rank is guessed
 _POOL_SAMPLE = 1024  # examples of the pool, or a window; as many are measured as time allows
@@ -77,10 +77,12 @@ class Trials:
 
     def ranks(self) -> dict[str, int]:
         """Return the rank that each target's subspace is expected to have."""
+        from gradsift.models.kernels import precision_of
+
         wanted, found = self._job.config.gist.rank, {}
         if isinstance(wanted, int):
             return dict.fromkeys(self._samples, wanted)
-        dtype = str(self._model.dtype).removeprefix("torch.")
+        dtype = precision_of(self._model)
         for name, gram in self._grams[0].items():
             num_examples, tried = len(self._job.targets[name]), len(gram)
             found[name] = rank = fit_subspace(gram, wanted, dtype).rank
@@ -218,7 +220,7 @@ class Trials:
         def run(examples: Sequence[Encoded], max_tokens: int) -> object:
             return project(model, examples, max_tokens, basis).losses.cpu()
 
-        return work.num_tokens / self._pool_speed(work.kind, run, model.device)
+        return work.num_tokens / self._pool_speed(work.kind, run, model)
 
     def _project_at_random(self, work: Work) -> float:
         from gradsift.gradients.per_example import gradient_rows
@@ -239,7 +241,7 @@ class Trials:
                 rows = gradient_rows(model, examples[start : start + at_once], max_tokens)
                 next(iter(rows.values()))[0, 0].item()  # waits for the device
 
-        seconds = work.num_tokens / self._pool_speed(work.kind, run, model.device)
+        seconds = work.num_tokens / self._pool_speed(work.kind, run, model)
         if projection.in_kernel:
             return seconds
         count = work.passes * work.amount.num_examples
@@ -270,23 +272,25 @@ class Trials:
         def run(examples: Sequence[Encoded], max_tokens: int) -> object:
             return run_forward(model, examples, max_tokens).losses.cpu()
 
-        return work.num_tokens / self._pool_speed(work.kind, run, model.device)
+        return work.num_tokens / self._pool_speed(work.kind, run, model)
 
-    def _pool_speed(self, kind: str, run: RunBatches, device: torch.device) -> float:
+    def _pool_speed(self, kind: str, run: RunBatches, model: nn.Module) -> float:
         if kind not in self.pool_speeds:
-            self.pool_speeds[kind] = _try_pool(self._job.pool, self._job.config.engine, run, device)
+            self.pool_speeds[kind] = _try_pool(self._job.pool, self._job.config.engine, run, model)
         return self.pool_speeds[kind].tokens_per_second
 
 
 def _try_pool(
-    pool: EncodedSet, engine: EngineConfig, run: RunBatches, device: torch.device
+    pool: EncodedSet, engine: EngineConfig, run: RunBatches, model: nn.Module
 ) -> PoolSpeed:
     """Measure a pass over batches drawn from the whole pool."""
     import torch
     from accelerate.utils.memory import clear_device_cache
 
     from gradsift.models.batch_size import find_batch_tokens, run_worst
+    from gradsift.models.batches import device_of
 
+    device = device_of(model)
     lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
     max_tokens, peak = find_batch_tokens(run, lengths, engine, device), 0
     if device.type == "cuda":  # what failed in the search for the batch size is not to count
@@ -295,16 +299,18 @@ def _try_pool(
         run_worst(run, lengths, max_tokens)
         peak = torch.cuda.max_memory_allocated(device)
     window = window_size(engine, shard_size(engine, len(pool)), max_tokens)
-    speed = _tokens_per_second(pool, run, max_tokens, max(window, _POOL_SAMPLE))
+    speed = _tokens_per_second(pool, run, model, max_tokens, max(window, _POOL_SAMPLE))
     return PoolSpeed(speed, max_tokens, peak)
 
 
-def _tokens_per_second(pool: EncodedSet, run: RunBatches, max_tokens: int, sample: int) -> float:
-    from gradsift.models.batches import lengths_of, plan_batches
+def _tokens_per_second(
+    pool: EncodedSet, run: RunBatches, model: nn.Module, max_tokens: int, sample: int
+) -> float:
+    from gradsift.models.batches import lengths_of, padded, plan_batches
 
     rng = np.random.default_rng(0)
     examples = pool.examples(rng.permutation(len(pool))[:sample])
-    groups = plan_batches(lengths_of(examples), max_tokens)
+    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
     groups = [groups[i] for i in rng.permutation(len(groups))]
     num_tokens, seconds = 0, 0.0
     for number, group in enumerate([groups[0], *groups]):  # the first batch is not counted

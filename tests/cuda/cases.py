@@ -43,14 +43,14 @@ from gradsift.method_config import LessConfig
 from gradsift.methods.less import make_random_projection_measure
 from gradsift.models import training
 from gradsift.models.batch_size import find_batch_tokens
-from gradsift.models.batches import lengths_of, plan_batches
+from gradsift.models.batches import lengths_of, padded, plan_batches
 from gradsift.models.lora import attach_lora
 from gradsift.pool.coordinates import make_projection_measure
 from gradsift.pool.hidden_states import make_forward_measure
 from gradsift.runs import layout
 
 EXAMPLES = tiny_models.examples(6, longest=30)
-TWO, THREE = 60, 30  # padded tokens per batch, so that they make so many batches
+TWO, THREE = 60, 40  # padded tokens per batch, so that they make so many batches
 AMPLE = 1 << 30  # bytes
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 
@@ -74,8 +74,9 @@ class Scene:
 
 def build(family: str, device: str, dtype: str, tokens: int = AMPLE) -> Scene:
     """Return a tiny model of a family with an adapter, on a GPU."""
-    model = tiny_models.adapted(family, dtype=DTYPES[dtype])
-    return Scene(family, torch.device(device), DTYPES[dtype], model.to(device), tokens)
+    model = tiny_models.adapted(family, dtype=DTYPES[dtype]).to(device)
+    check_batches(model)
+    return Scene(family, torch.device(device), DTYPES[dtype], model, tokens)
 
 
 def expect(found: Tensor, device: torch.device, dtype: torch.dtype, *shape: int) -> None:
@@ -298,9 +299,10 @@ def paths(how_many: str) -> dict[str, Callable[[Scene, Watch], None]]:
     return {"some": PATHS, "most": PATHS | MORE, "all": PATHS | MORE | CONTAINED}[how_many]
 
 
-def check_batches() -> None:
+def check_batches(model: PeftModel) -> None:
     """Make sure that the examples fall into as many batches as their names say."""
-    lengths = lengths_of(EXAMPLES)
+    lengths = padded(model, lengths_of(EXAMPLES))
+    assert not any(lengths % 8), lengths
     assert [len(plan_batches(lengths, tokens)) for tokens in (TWO, THREE)] == [2, 3]
 
 
@@ -321,7 +323,6 @@ def run(what: str, case: Callable[[Scene, Watch], None], scene: Scene, cuda: Fak
 
 def prepare(library: ctypes.CDLL) -> FakeCuda:
     """Put the GPUs in place that are not there."""
-    check_batches()
     cuda = FakeCuda(library)
     cuda.install()
     adapt_libraries()

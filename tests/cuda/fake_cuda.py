@@ -35,7 +35,7 @@ class FakeCuda:
         # constants are made on the host and copied, as with a GPU that is not initialised yet
         FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment]
         nn.Module._apply = _put_in_place
-        torch.tensor = _tensor  # type: ignore[assignment]
+        torch.tensor, torch.empty = _tensor, self._empty  # type: ignore[assignment]
         Tensor.numpy, Tensor.tolist = _numpy, _tolist  # type: ignore[assignment]
         for name, value in self._functions().items():
             assert hasattr(torch.cuda, name), name
@@ -80,6 +80,10 @@ class FakeCuda:
         self.opened.add(_index(device))
         return torch.zeros(16, dtype=torch.uint8)
 
+    def _empty(self, *size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = _plain_empty(*size, **options)
+        return self._pin(made) if pin_memory else made
+
     def _pin(self, tensor: Tensor) -> Tensor:
         assert tensor.device.type == "cpu", "only host memory can be pinned"
         pinned = torch.empty_like(tensor)
@@ -92,7 +96,7 @@ def _index(device: torch.device | str | int) -> int:
     return device if isinstance(device, int) else torch.device(device).index
 
 
-_plain_numpy, _plain_tensor = Tensor.numpy, torch.tensor
+_plain_numpy, _plain_tensor, _plain_empty = Tensor.numpy, torch.tensor, torch.empty
 
 
 def _numpy(tensor: Tensor, **options: Any) -> np.ndarray:

@@ -39,8 +39,8 @@ SCENES = {
 FOUND = {
     "block on the host": r"at least two devices, cuda:1 and cpu",
     "block on another GPU": r"at least two devices, cuda:1 and cuda:0",
-    "block of another dtype": r"DtypeError: mm of torch.bfloat16 and torch.float32",
-    "block of another shape": r"must have same reduction dim",
+    "block of another dtype": r"DtypeError: bmm of torch.bfloat16 and torch.float32",
+    "block of another shape": r"unflatten: Provided sizes \[16, -1\] don't multiply up",
     "value asked for": r"waits: \{'_local_scalar_dense in faults\.\S+': \d+\}",
     "branch on a value": r"waits: \{'_local_scalar_dense in faults\.\S+branch': \d+\}",
     "copy to the host": r"waits: \{'copy from cuda to cpu in faults\.",
@@ -49,7 +49,7 @@ FOUND = {
     "rows by a mask": r"waits: \{'index in faults\.",
     "lookup of a library": r"dense in transformers\.masking_utils\.find_packed_sequence_indices",
     "work that does not wait for its block": r"mm does not wait for copy_ on another stream",
-    "copy that does not wait for the work before it": r"copy_ does not wait for mm on another",
+    "copy that does not wait for the work before it": r"copy_ does not wait for bmm on another",
     "memory of which the allocator is not told": r"uses memory that has no record_stream",
     "stream of the current device": r"mm does not wait for copy_ on another stream",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from gradsift.gradients.basis import Basis, build_basis, choose_offloaded, whole
 from gradsift.gradients.gram import gram_matrix, row_bytes
 from gradsift.gradients.memory import basis_memory, room_for_basis
 from gradsift.gradients.per_example import blocks
-from gradsift.gradients.projection import project
+from gradsift.gradients.pinned import pieces_for
+from gradsift.gradients.projection import product, project
 
 AMPLE = 10**9
 
@@ -189,6 +191,59 @@ def test_a_basis_gets_what_a_small_batch_leaves_of_a_gpu(
     half = 40 if not engine else int(engine["memory"])
     assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (half, half)
     assert {*tried} == {(2048, 2048)}
+# (rank of the adapter, hidden size, that of keys and values, layers) of models of 3 to 14 billion
+@pytest.mark.parametrize(
+    "sizes", [(128, 2048, 256, 36), (128, 4096, 4096, 32), (16, 5120, 1024, 48)]
+)
+@pytest.mark.parametrize("directions", [50, 150, 400])
+def test_blocks_lie_in_pieces_of_powers_of_two_without_waste(
+    sizes: tuple[int, int, int, int], directions: int
+) -> None:
+    adapter, hidden, narrow, layers = sizes
+    parameters = [adapter * n for n in (hidden, hidden, hidden, narrow, hidden, narrow, hidden)]
+    wanted = {
+        f"{layer}.{i}": 2 * directions * count
+        for layer in range(layers)
+        for i, count in enumerate(parameters)
+    }
+    pieces, places = pieces_for(wanted)
+    assert all(piece.bit_count() == 1 for piece in pieces)
+    assert sum(wanted.values()) <= sum(pieces) <= 1.05 * sum(wanted.values())
+    assert [*places] == [*wanted]
+    ends = [0] * len(pieces)
+    for name, (piece, start) in sorted(places.items(), key=lambda place: place[1]):
+        assert start >= ends[piece]
+        assert start % 512 == 0
+        ends[piece] = start + wanted[name]
+    assert all(end <= piece for end, piece in zip(ends, pieces, strict=True))
+
+
+def test_no_blocks_need_no_piece_and_odd_ones_one_each() -> None:
+    assert pieces_for({}) == ([], {})
+    assert pieces_for({"odd": 1000}) == ([1024], {"odd": (0, 0)})
+    pieces, places = pieces_for({"large": 1 << 20, "one": 1, "more": 1})
+    assert (sum(pieces), len({*places.values()})) == ((1 << 20) + 1024, 3)
+
+
+def test_host_memory_is_counted_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece for each block would take 1.7 times as much."""
+    shapes, device = {f"block{i}": (128, 4096) for i in range(64)}, torch.device("cuda")
+    total = 64 * 150 * 128 * 4096 * 2
+    for available, fits in ((1.05 * total, True), (0.9 * total, False)):
+        monkeypatch.setattr("gradsift.gradients.basis.host_memory", lambda n=available: int(n))
+        with nullcontext() if fits else pytest.raises(ModelError, match="GiB in host memory"):
+            assert len(choose_offloaded(shapes, 150, 2, device, total // 20)) > 60
+
+
+@pytest.mark.parametrize("columns", [1, 97, 96, 4096 * 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_in_pieces_is_the_product(columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, columns, generator=generator).to(dtype) for n in (5, 7))
+    expected = left.double() @ right.double().T
+    found = product(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6 * columns**0.5 * 4)
 
 
 def test_small_gradients_survive_float16() -> None:

@@ -205,8 +205,10 @@ def test_batches_are_copied_on_the_stream_of_whoever_asks(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{chosen.stream} on {device}")
     monkeypatch.setattr(batches, "to_device", copy)
+    monkeypatch.setattr(batches, "device_of", lambda model: place)
+    model, groups = tiny_models.build("llama"), [np.array([0]), np.array([1])]
     with stream("side"):
-        [*_] = make_batches(tiny_models.examples(2), [np.array([0]), np.array([1])], place)
+        [*_] = make_batches(model, tiny_models.examples(2), groups)
     assert {(where, device) for where, _, device in copied} == {("side on cuda:1", place)}
     assert threading.current_thread() not in {thread for _, thread, _ in copied}
 

@@ -26,8 +26,9 @@ from gradsift.gradients.per_example import (
     each_batch,
     gradient_scale,
 )
+from gradsift.gradients.pinned import pieces_for, pinned
 from gradsift.models.batch_size import within_memory
-from gradsift.models.batches import device_of, lengths_of, plan_batches, to_device
+from gradsift.models.batches import device_of, lengths_of, padded, plan_batches, to_device
 
 _ALIGNED = 256  # entries
 Shapes = Mapping[str, tuple[int, int]]
@@ -124,8 +125,8 @@ def choose_offloaded(
             here += size
         else:
             offloaded.add(name)
-    # pinned memory is handed out in powers of two
-    needed, available = sum(1 << (sizes[n] - 1).bit_length() for n in offloaded), host_memory()
+    pieces, _ = pieces_for({name: size for name, size in sizes.items() if name in offloaded})
+    needed, available = sum(pieces), host_memory()
     if needed > available or room < 0:
         raise ModelError(
             f"the bases of all targets ({rank} directions) take {total / 2**30:.3g} GiB; "
@@ -162,6 +163,7 @@ def build_basis(
     most = max(0, min(memory - sums, memory if kept is None else kept))
     offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, most)
     done: dict[str, Tensor] = {}
+    waiting = pinned({n: (rank, prod(s)) for n, s in shapes.items() if n in offloaded}, dtype)
     while len(done) < len(shapes):
         here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
         left = {name: shape for name, shape in shapes.items() if name not in done}
@@ -172,7 +174,7 @@ def build_basis(
         ]
         for name in part:
             block = torch.cat([own.pop(name) for own in sums]).to(dtype)
-            done[name] = block.cpu().pin_memory() if name in offloaded else block
+            done[name] = waiting[name].copy_(block) if name in offloaded else block
     return Basis(done, offloaded, device)
 
 
@@ -188,7 +190,7 @@ def _combine_rows(
         name: torch.zeros(weights.shape[1], prod(shape), device=weights.device)
         for name, shape in shapes.items()
     }
-    groups = plan_batches(lengths_of(examples), max_tokens)
+    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         shares = weights[to_device(group, weights.device)].T
 

@@ -27,6 +27,7 @@ from gradsift.models.batches import (
     device_of,
     lengths_of,
     make_batches,
+    padded,
     plan_batches,
     to_device,
 )
@@ -167,7 +168,7 @@ def gradient_rows(
         for name, shape in blocks(model).items()
     }
     scale = gradient_scale(model)
-    groups = plan_batches(lengths_of(examples), max_tokens, MAX_EXAMPLES)
+    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         indices = to_device(group, device)
 
@@ -182,7 +183,7 @@ def each_batch(
     model: nn.Module, examples: Sequence[Encoded], groups: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Callable[[Consume], Float[Tensor, " batch"]]]]:
     """Yield each group with the function that runs its batch."""
-    batches = make_batches(examples, groups, device_of(model))
+    batches = make_batches(model, examples, groups)
     with PerExampleGradients(model) as gradients:
         for group, batch in zip(groups, batches, strict=True):
             yield group, partial(gradients, batch)

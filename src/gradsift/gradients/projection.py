@@ -16,7 +16,18 @@ from gradsift.gradients.per_example import (
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, plan_batches, to_device
+from gradsift.models.batches import (
+    MAX_EXAMPLES,
+    device_of,
+    lengths_of,
+    padded,
+    plan_batches,
+    to_device,
+)
+
+_CPU_PIECES = 16
+# 150 directions are two tiles of a matrix product: as many as an H100 has processors, 132
+_GPU_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ def project(
     device, scale = device_of(model), gradient_scale(model)
     coordinates = torch.empty(len(examples), basis.rank, device=device)
     norms, losses = torch.empty(2, len(examples), device=device)
-    groups = plan_batches(lengths_of(examples), max_tokens, MAX_EXAMPLES)
+    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         inner = torch.zeros(len(group), basis.rank, device=device)
         squares = torch.zeros(len(group), device=device)
@@ -61,13 +72,17 @@ def project(
 def product(
     left: Float[Tensor, "example parameter"], right: Float[Tensor, "direction parameter"]
 ) -> Float[Tensor, "example direction"]:
-    """Return left · rightᵀ, accumulated in float32 whatever the factors' precision."""
-    if left.device.type != "cpu":
-        if left.dtype == torch.float32:
-            return left @ right.T
-        return torch.mm(left, right.T, out_dtype=torch.float32)
-    # a few rows by very many columns: cut into pieces, a CPU takes a third less time
-    pieces = gcd(left.shape[1], 16)
-    lefts = left.float().unflatten(1, (pieces, -1)).transpose(0, 1)
-    rights = right.float().unflatten(1, (pieces, -1)).permute(1, 2, 0)
-    return torch.bmm(lefts, rights).sum(0)
+    """Return left · rightᵀ, accumulated in float32 whatever the factors' precision.
+
+    A few rows by very many columns: in pieces along the columns, which are added up. A CPU takes a
+    third less time so; on a GPU the whole product would be the work of a few of its processors.
+    """
+    on_cpu = left.device.type == "cpu"
+    if on_cpu:
+        left, right = left.float(), right.float()
+    pieces = gcd(left.shape[1], _CPU_PIECES if on_cpu else _GPU_PIECES)
+    lefts = left.unflatten(1, (pieces, -1)).transpose(0, 1)
+    rights = right.unflatten(1, (pieces, -1)).permute(1, 2, 0)
+    if left.dtype == torch.float32:
+        return torch.bmm(lefts, rights).sum(0)
+    return torch.bmm(lefts, rights, out_dtype=torch.float32).sum(0)

@@ -28,7 +28,7 @@ AUTO_SHARE = "95%"
 
 
 # a direction whose singular value is below this share of the largest is rounding, not signal
-_NOISE_FLOOR = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
+_NOISE_FLOOR = {"float32": 1e-6, "tf32": 1e-2, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
 def _measure_subspaces(job: Job, name: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Store each checkpoint's subspace of a target, and `spectrum.json`."""
     from gradsift.gradients.gram import fitting_gram
+    from gradsift.models.kernels import precision_of
 
     config, target = job.config.gist, job.targets[name]
     examples, inverse = distinct_examples(target)
@@ -154,8 +155,7 @@ def _measure_subspaces(job: Job, name: str, checkpoints: Sequence[Checkpoint]) -
         broken = np.flatnonzero(~np.isfinite(np.diag(gram)))
         if len(broken):
             raise not_finite(f"gradient of the target {name!r}", target, broken)
-        dtype = str(model.dtype).removeprefix("torch.")
-        subspace = fit_subspace(gram, config.rank, dtype, config.directions)
+        subspace = fit_subspace(gram, config.rank, precision_of(model), config.directions)
         if subspace.rank == 1 and not config.norm_power:
             logger.warning(
                 "%s has a single direction: every score is 1 or -1 and the pool's order decides; "

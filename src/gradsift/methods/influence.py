@@ -137,6 +137,7 @@ def _places(job: Job) -> dict[str, slice]:
 def _measure_curvatures(job: Job, checkpoints: Sequence[Checkpoint]) -> None:
     """Store the inner products of the gradients of all targets and the sample."""
     from gradsift.gradients.gram import fitting_gram
+    from gradsift.models.kernels import precision_of
 
     examples, inverse = _examples(job)
     num_samples = len(_sample(job))
@@ -144,8 +145,7 @@ def _measure_curvatures(job: Job, checkpoints: Sequence[Checkpoint]) -> None:
         model = job.models.with_adapter(checkpoint.path)
         gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
         _check(job, np.diag(gram))
-        dtype = str(model.dtype).removeprefix("torch.")
-        curvature = measure_curvature(gram, num_samples, dtype)
+        curvature = measure_curvature(gram, num_samples, precision_of(model))
         save_curvature(curvature, job.path(layout.curvature(checkpoint.label)))
         counts = (checkpoint.label, len(inverse) - num_samples, num_samples)
         logger.info("curvature at %s: %d target examples, %d of the pool", *counts)

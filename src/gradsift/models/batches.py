@@ -21,12 +21,19 @@ from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
+from gradsift.models.kernels import kernels_for_batches
 from gradsift.progress import count_batch
 
 T = TypeVar("T")
+Lengths = Int[np.ndarray, " example"]
+"""Tokens of each example."""
+
 _END = object()
 MAX_EXAMPLES = 512
 """The most examples in a batch: more very short ones would fit, but not their gradients."""
+# tensor cores take eights, and what is chosen or compiled by shape meets a quarter of the shapes;
+# larger multiples pad too much (docs/tried.md)
+_MULTIPLES = {"cuda": 8}
 
 
 # what a batch takes beside its tokens, as a share of the most tokens: below it, fewer are padded
@@ -48,14 +55,22 @@ class Batch:
     weights: Float[Tensor, " label"]
 
     @classmethod
-    def of(cls, examples: Sequence[Encoded], device: torch.device, whole: bool = False) -> Batch:
+    def of(
+        cls,
+        examples: Sequence[Encoded],
+        device: torch.device,
+        whole: bool = False,
+        pad: Callable[[Lengths], Lengths] = lambda lengths: lengths,
+    ) -> Batch:
         """Lay the examples out, each up to its last label: what follows cannot change its loss.
 
-        Or as a whole, where more than the loss is wanted.
+        Or as a whole, where more than the loss is wanted. `pad`: from their lengths to those that
+        they take in a batch.
         """
         positions = [np.flatnonzero(example.supervised) for example in examples]
         lengths = [len(e.input_ids) for e in examples] if whole else [p[-1] for p in positions]
-        input_ids = np.zeros((len(examples), int(max(lengths))), dtype=np.int64)
+        width = int(pad(np.array(lengths)).max())
+        input_ids = np.zeros((len(examples), width), dtype=np.int64)
         for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             input_ids[row, :length] = example.input_ids[:length]
         counts = [len(position) for position in positions]
@@ -139,9 +154,22 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def lengths_of(examples: Sequence[Encoded]) -> Int[np.ndarray, " example"]:
+def lengths_of(examples: Sequence[Encoded]) -> Lengths:
     """Return how many tokens of each example enter the model: those before its last label."""
     return np.array([int(np.flatnonzero(example.supervised)[-1]) for example in examples])
+
+
+def padded(model: nn.Module, lengths: Lengths) -> Lengths:
+    """Return how many tokens examples of these lengths take in a batch, each by itself.
+
+    As many as they have on a CPU; on a GPU the next multiple of 8, where the model has positions
+    for that. What follows an example changes nothing of it (`check_causal`).
+    """
+    multiple = _MULTIPLES.get(device_of(model).type, 1)
+    filled = -(-lengths // multiple) * multiple
+    config: Any = getattr(model, "module", model).config  # of DDP's model, the one within
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return filled if positions is None else np.where(filled <= positions, filled, lengths)
 
 
 def plan_batches(
@@ -150,7 +178,8 @@ def plan_batches(
     """Return groups of indices, longest first, each of at most `max_tokens` once padded.
 
     Of all ways to cut the examples, sorted by length, that with the fewest padded tokens, each
-    batch counted as a few more. One that is longer than the budget has its own.
+    batch counted as a few more. One that is longer than the budget has its own. `lengths`: as they
+    are in a batch (`padded`).
 
     >>> [group.tolist() for group in plan_batches([3, 9, 3, 9], max_tokens=18)]
     [[1, 3], [0, 2]]
@@ -173,25 +202,28 @@ def plan_batches(
 
 
 def make_batches(
+    model: nn.Module,
     examples: Sequence[Encoded],
     groups: Sequence[np.ndarray],
-    device: torch.device,
     whole: bool = False,
 ) -> Iterator[Batch]:
     """Yield the batch of each group of indices, prepared while the one before it is in use.
 
-    Whoever shows progress is told of each when the next one is asked for.
+    While they are in use the device's kernels are those for the model's batches. Whoever shows
+    progress is told of each when the next one is asked for.
     """
+    device, pad = device_of(model), partial(padded, model)
     on_stream = _stream_of_caller(device)
 
     def lay_out(group: np.ndarray) -> Batch:
         with on_stream():
-            return Batch.of([examples[i] for i in group], device, whole)
+            return Batch.of([examples[i] for i in group], device, whole, pad)
 
     batches = prefetch(map(lay_out, groups))
-    for group, batch in zip(groups, batches, strict=True):
-        yield batch
-        count_batch(len(group), sum(len(examples[i].input_ids) for i in group))
+    with kernels_for_batches(model):
+        for group, batch in zip(groups, batches, strict=True):
+            yield batch
+            count_batch(len(group), sum(len(examples[i].input_ids) for i in group))
 
 
 def _stream_of_caller(device: torch.device) -> Callable[[], AbstractContextManager[object]]:

@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
-from gradsift.models.batches import MAX_EXAMPLES, device_of, make_batches, plan_batches, to_device
+from gradsift.models.batches import (
+    MAX_EXAMPLES,
+    device_of,
+    make_batches,
+    padded,
+    plan_batches,
+    to_device,
+)
 from gradsift.models.losses import label_logits, token_losses
 
 
@@ -35,15 +42,13 @@ class Outputs:
 def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) -> Outputs:
     """Return the outputs for the examples; hidden states are those that enter the output head."""
     device = device_of(model)
-    lengths = [len(example.input_ids) for example in examples]
-    groups = plan_batches(lengths, max_tokens, MAX_EXAMPLES)
+    lengths = np.array([len(example.input_ids) for example in examples])
+    groups = plan_batches(padded(model, lengths), max_tokens, MAX_EXAMPLES)
     losses: list[Tensor] = []
     num_correct: list[Tensor] = []
     hidden: list[Tensor] = []
-    for group, batch in zip(
-        groups, make_batches(examples, groups, device, whole=True), strict=True
-    ):
-        own = to_device(np.array([lengths[i] for i in group]), device)
+    for group, batch in zip(groups, make_batches(model, examples, groups, whole=True), strict=True):
+        own = to_device(lengths[group], device)
         logits = label_logits(model, batch, partial(_keep_mean, own, hidden))
         losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))
         num_correct.append(batch.by_example((logits.argmax(-1) == batch.labels).long()))

@@ -21,6 +21,7 @@ from gradsift.models.files import (
     load_tokenizer,
     translate_load_errors,
 )
+from gradsift.models.kernels import multiply_in_tf32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability of NVIDIA's Ampere; older ca
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
     """Return the precision asked for; `auto` is float32 on a CPU and what a GPU is quick in."""
+    if config.dtype == "tf32":
+        return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     device = resolve_device(config)
@@ -95,6 +98,8 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     model = model.requires_grad_(False).eval()
     with translate_load_errors(f"the model {config.name!r}"):
         check_causal(model, config.name)
+    if config.dtype == "tf32" and device.type == "cuda":
+        multiply_in_tf32(model)
     return model
 
 

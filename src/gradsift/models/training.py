@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
-from gradsift.models.batches import device_of, lengths_of, make_batches, plan_batches
+from gradsift.models.batches import device_of, lengths_of, make_batches, padded, plan_batches
 from gradsift.models.devices import PlacedArguments, kept_in_place
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.models.micro_batches import MicroBatches
@@ -197,9 +197,9 @@ class _Trainer(Trainer):
     ) -> Tensor:
         """Add up the gradients of these examples, their labels weighted; return the loss."""
         device = device_of(model)
-        groups = plan_batches(lengths_of(examples), max_tokens)
+        groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(make_batches(examples, groups, device), start=1):
+        for number, batch in enumerate(make_batches(model, examples, groups), start=1):
             last = number == len(groups)
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():

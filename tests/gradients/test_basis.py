@@ -191,6 +191,8 @@ def test_a_basis_gets_what_a_small_batch_leaves_of_a_gpu(
     half = 40 if not engine else int(engine["memory"])
     assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (half, half)
     assert {*tried} == {(2048, 2048)}
+
+
 # (rank of the adapter, hidden size, that of keys and values, layers) of models of 3 to 14 billion
 @pytest.mark.parametrize(
     "sizes", [(128, 2048, 256, 36), (128, 4096, 4096, 32), (16, 5120, 1024, 48)]

@@ -17,7 +17,7 @@ from gradsift.config import Config, EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import each_batch
 from gradsift.models.batch_size import FEW_TOKENS, fits, run_worst
-from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, plan_batches
+from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, padded, plan_batches
 
 _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pieces
 
@@ -90,7 +90,7 @@ def _batch_memory(model: nn.Module, longest: int, tokens: int) -> int | None:
         gradient.float()  # the most that is made of it
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> None:
-        groups = plan_batches(lengths_of(examples), max_tokens, MAX_EXAMPLES)
+        groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
         for _, backpropagate in each_batch(model, examples, groups):
             backpropagate(convert)
 

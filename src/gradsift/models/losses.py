@@ -91,10 +91,12 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         ctx.save_for_backward(logits, labels)
         pieces = zip(_pieces(logits), _pieces(labels, like=logits), strict=True)
-        return torch.cat([
-            nn.functional.cross_entropy(piece.float(), label, reduction="none")
-            for piece, label in pieces
-        ])
+        return torch.cat(
+            [
+                nn.functional.cross_entropy(piece.float(), label, reduction="none")
+                for piece, label in pieces
+            ]
+        )
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:

@@ -31,7 +31,7 @@ Lengths = Int[np.ndarray, " example"]
 _END = object()
 MAX_EXAMPLES = 512
 """The most examples in a batch: more very short ones would fit, but not their gradients."""
-# tensor cores take eights, and what is chosen or compiled by shape meets a quarter of the shapes;
+# tensor cores take eights, and what is chosen or compiled by shape meets far fewer shapes;
 # larger multiples pad too much (docs/tried.md)
 _MULTIPLES = {"cuda": 8}
 

@@ -36,8 +36,8 @@ MAX_EXAMPLES = 512
 _MULTIPLES = {"cuda": 8}
 
 
-# what a batch takes beside its tokens, as a share of the most tokens: below it, fewer are padded
-_OVERHEAD = 1 / 32
+# what a batch takes beside its tokens, in tokens: so many, or that share of the most there may be
+_OVERHEAD, _OVERHEAD_SHARE = 64, 1 / 32
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def plan_batches(
     [[1, 3], [0, 2]]
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    count, overhead = len(order), max_tokens * _OVERHEAD
+    count, overhead = len(order), max(_OVERHEAD, max_tokens * _OVERHEAD_SHARE)
     costs, starts = np.full(count + 1, np.inf), np.zeros(count + 1, dtype=int)
     costs[0] = 0
     for start, longest in enumerate(np.asarray(lengths)[order]):

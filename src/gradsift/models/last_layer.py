@@ -35,8 +35,11 @@ def modules_after_attention(model: nn.Module) -> Mapping[str, nn.Module]:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _known:
+        untried = device_of(model).type == "meta"  # no memory, no numbers to try with
         _known[base] = tuple(
-            name for name, module in _candidates(base) if _unchanged(model, {name: module})
+            name
+            for name, module in _candidates(base)
+            if untried or _unchanged(model, {name: module})
         )
     return {name: base.get_submodule(name) for name in _known[base]}
 

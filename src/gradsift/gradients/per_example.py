@@ -13,6 +13,7 @@ no weight gradient and no whole row is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import prod
 from typing import Any
@@ -33,6 +34,7 @@ from gradsift.models.batches import (
     plan_batches,
     to_device,
 )
+from gradsift.models.fused import fused_elementwise
 from gradsift.models.lora import LoraPair, lora_pairs
 from gradsift.models.losses import label_logits, token_losses
 
@@ -86,18 +88,21 @@ class PerExampleGradients:
         self._pairs = lora_pairs(model)
         self._scale = gradient_scale(model)
         self._handles: list[Any] = []
+        self._fused = ExitStack()
         self._seen: set[str] = set()
         self._batch: Batch | None = None
         self._consume: Consume = lambda name, gradient: None
 
     def __enter__(self) -> PerExampleGradients:
         """Attach the hooks."""
+        self._fused.enter_context(fused_elementwise(self._model))
         pairs = self._pairs.items()
         self._handles = [hook for name, pair in pairs for hook in self._register_hooks(name, pair)]
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove the hooks."""
+        self._fused.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -28,6 +28,7 @@ PUBLIC = {
     "devices": ("use_device",),
     "files": ("load_tokenizer", "refuse_pickled_weights", "translate_load_errors"),
     "forward": ("run_forward",),
+    "fused": ("fused_elementwise",),
     "identity": ("identity",),
     "loading": ("load_encoder",),
     "lora": ("LoraPair", "lora_pairs"),

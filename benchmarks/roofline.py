@@ -79,8 +79,9 @@ class Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in _NOTHING:
-            given, made = _tensors((args, kwargs)), _tensors(result)
+        given, made = _tensors((args, kwargs)), _tensors(result)
+        on_card = any(tensor.device == META for tensor in (*given, *made))
+        if on_card and not func.is_view and name not in _NOTHING:
             count = flop_registry.get(func.overloadpacket)
             # PyTorch's count of `bmm` does not know of the dtype that it may be given
             counted = args[:2] if name == "bmm" else args
@@ -92,7 +93,9 @@ class Operators(TorchDispatchMode):
     def _group(self, name: str, tensors: Sequence[torch.Tensor]) -> str:
         if name in _PRODUCTS:
             owners = (self._weights.get(_storage(tensor)) for tensor in tensors)
-            return next((owner for owner in owners if owner), EACH)
+            # what belongs to no weight is of single examples, or of several layers' A, stacked
+            other = LORA if name in {"mm", "addmm"} else EACH
+            return next((owner for owner in owners if owner), other)
         if "attention" in name:
             return ATTENTION
         if name == "linalg_vector_norm":
@@ -128,7 +131,7 @@ def _moved(name: str, given: Sequence[torch.Tensor], made: Sequence[torch.Tensor
 
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
-    """Call flash attention, as CUDA would."""
+    """Call flash attention and the fused norm, as CUDA would."""
 
     def flash(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -137,7 +140,17 @@ def _as_on_cuda() -> Iterator[None]:
         attention = torch.ops.aten._scaled_dot_product_flash_attention
         return attention(query, key, value, is_causal=True, scale=kwargs.get("scale"))[0]
 
-    with patch("torch.nn.functional.scaled_dot_product_attention", flash):
+    def norm(
+        x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, epsilon: float
+    ) -> torch.Tensor:
+        # moves the same, and four bytes more a row; a norm of its own there is on cards alone
+        return torch.nn.functional.layer_norm(x, shape, weight, None, epsilon)
+
+    functional = "torch.nn.functional"
+    with (
+        patch(f"{functional}.scaled_dot_product_attention", flash),
+        patch(f"{functional}.rms_norm", norm),
+    ):
         yield
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from peft import PeftModel
 
+import launches
 import pool_pass
 import requirements
 import roofline
@@ -134,3 +135,11 @@ def test_shares_in_the_requirements_are_those_computed(
     found = roofline.estimate(models, shape, examples, requirements.DIRECTIONS, Card())
     waiting = max(1, found.copying / sum(seconds for seconds, _ in found.groups.values()))
     assert (round(found.share * waiting, 2), round(waiting, 1)) == (shape.share, shape.waiting)
+
+
+def test_launches_and_bytes_of_a_layer_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (counted(tiny(monkeypatch, layers)) for layers in (1, 2))
+    layer = launches.counts(two - one)
+    # with transformers' own norms and rotations 182 launches; lower both when they get fewer
+    assert layer.launches <= 128
+    assert layer.bytes <= 1_603_760

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from streams import Event, Stream, Streams
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 COUNT = 2
 MEMORY = 1 << 36  # bytes of each, all free
@@ -140,10 +140,19 @@ def adapt_libraries() -> None:
     """
     from transformers import masking_utils
 
-    from gradsift.models import batches
+    from gradsift.models import batches, fused
 
     def in_turn(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
         yield from items
 
+    def of_numbers(recognise: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def outside(given: Any) -> Any:
+            with unset_fake_temporarily():
+                return recognise(given)
+
+        return outside
+
     batches.prefetch = in_turn  # type: ignore[assignment]
+    for name in ("norm_law", "is_rotary"):  # they compare numbers, on the host
+        setattr(fused, name, of_numbers(getattr(fused, name)))
     masking_utils.is_tracing = lambda *_: False

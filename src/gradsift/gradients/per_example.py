@@ -8,7 +8,7 @@ whole row is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -31,6 +31,7 @@ from gradsift.models.batches import (
     plan_batches,
     to_device,
 )
+from gradsift.models.fused import fused_elementwise
 from gradsift.models.last_layer import labelled_alone, modules_after_attention
 from gradsift.models.lora import adapted_layers, lora_pairs
 from gradsift.models.losses import label_logits, token_losses
@@ -80,13 +81,9 @@ class PerExampleGradients:
         self._model = model
         self._layers = adapted_layers(model)
         self._scale = gradient_scale(model)
-        self._trimmed = modules_after_attention(model)
-        self._inside_trimmed = {
-            name
-            for name in self._layers
-            if any(f"{name}.".startswith(f"{m}.") for m in self._trimmed)
-        }
         self._open: ExitStack | None = None
+        self._trimmed: Mapping[str, nn.Module] = {}
+        self._inside_trimmed: set[str] = set()
         self._batch: Batch | None = None
         self._consume: Consume = lambda name, gradient: None
         self._seen: set[str] = set()
@@ -94,7 +91,14 @@ class PerExampleGradients:
 
     def __enter__(self) -> PerExampleGradients:
         """Take over the forward passes of the adapted layers."""
+        self._trimmed = modules_after_attention(self._model)
+        self._inside_trimmed = {
+            name
+            for name in self._layers
+            if any(f"{name}.".startswith(f"{module}.") for module in self._trimmed)
+        }
         self._open = ExitStack()
+        self._open.enter_context(fused_elementwise(self._model))
         for name, layer in self._layers.items():
             layer.forward = partial(self._forward, AdaptedLayer(name, layer))  # type: ignore[attr-defined]
             self._open.callback(delattr, layer, "forward")

@@ -31,6 +31,7 @@ PUBLIC = {
     "devices": ("use_device",),
     "files": ("load_tokenizer", "refuse_pickled_weights", "translate_load_errors"),
     "forward": ("run_forward",),
+    "fused": ("fused_elementwise",),
     "identity": ("identity",),
     "loading": ("load_encoder",),
     "kernels": ("precision_of",),

@@ -35,12 +35,7 @@ def modules_after_attention(model: nn.Module) -> Mapping[str, nn.Module]:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base not in _known:
-        untried = device_of(model).type == "meta"  # no memory, no numbers to try with
-        _known[base] = tuple(
-            name
-            for name, module in _candidates(base)
-            if untried or _unchanged(model, {name: module})
-        )
+        _known[base] = tuple(_tried(model, dict(_candidates(base))))
     return {name: base.get_submodule(name) for name in _known[base]}
 
 
@@ -88,23 +83,25 @@ _MATRICES = (nn.Linear, Conv1D, LoraLayer)
 
 
 @torch.no_grad()
-def _unchanged(model: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether the logits at labels stay the same."""
+def _tried(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield those with which the logits at labels stay the same."""
     device = device_of(model)
-    tokens = np.random.default_rng(0).integers(0, _vocabulary(model), (2, _PROBE_TOKENS + 1))
+    if device.type == "meta":  # no memory, so no numbers to try with
+        yield from candidates
+        return
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, _PROBE_TOKENS + 1))
     places = np.arange(_PROBE_TOKENS + 1)
     supervised = (places % 5 == 4, places > _PROBE_TOKENS - 4)
     examples = [Encoded(t.astype(np.int32), s) for t, s in zip(tokens, supervised, strict=True)]
     batch = Batch.of(examples, device)
-    expected = label_logits(model, batch).float()
-    try:
-        with labelled_alone(modules, batch):
-            found = label_logits(model, batch).float()
-    except (AttributeError, TypeError):  # it returns more than a tensor
-        return False
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 0.02
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def _vocabulary(model: nn.Module) -> int:
-    return model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    expected = label_logits(model, batch)
+    tolerance = (1e-4 if expected.dtype == torch.float32 else 0.02) * expected.abs().max()
+    for name, module in candidates.items():
+        try:
+            with labelled_alone({name: module}, batch):
+                found = label_logits(model, batch)
+        except (AttributeError, TypeError):  # it returns more than a tensor
+            continue
+        if (found - expected).abs().max() <= tolerance:
+            yield name

@@ -44,7 +44,7 @@ TOKENS, LABELLED = 303, 0.5  # of the equal examples
 BASE, LORA, EACH, BASIS = "base weights", "LoRA", "per-example gradients", "basis and norms"
 ATTENTION, HEAD, REST = "attention", "head and loss", "elementwise"
 GROUPS = (BASE, LORA, EACH, BASIS, ATTENTION, HEAD, REST)
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 # of these only as much is read as is returned, and no more is written than is given
 _LOOKED_UP = {"embedding", "index", "gather"}
 _PUT = {"index_put", "index_put_"}
@@ -82,7 +82,8 @@ class Operators(TorchDispatchMode):
         given, made = _tensors((args, kwargs)), _tensors(result)
         on_card = any(tensor.device == META for tensor in (*given, *made))
         if on_card and not func.is_view and name not in _NOTHING:
-            count = flop_registry.get(func.overloadpacket)
+            in_place = {"addmm_": torch.ops.aten.addmm}  # PyTorch counts it out of place alone
+            count = flop_registry.get(in_place.get(name, func.overloadpacket))
             # PyTorch's count of `bmm` does not know of the dtype that it may be given
             counted = args[:2] if name == "bmm" else args
             operations = count(*counted, **kwargs, out_val=result) if count else 0
@@ -94,7 +95,7 @@ class Operators(TorchDispatchMode):
         if name in _PRODUCTS:
             owners = (self._weights.get(_storage(tensor)) for tensor in tensors)
             # what belongs to no weight is of single examples, or of several layers' A, stacked
-            other = LORA if name in {"mm", "addmm"} else EACH
+            other = LORA if name in {"mm", "addmm", "addmm_"} else EACH
             return next((owner for owner in owners if owner), other)
         if "attention" in name:
             return ATTENTION

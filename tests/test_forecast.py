@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -110,13 +111,17 @@ def test_a_plan_knows_the_stages_and_files_of_every_method_with_a_model(
         assert 0.7 * disk_of(result) < found.disk < 1.3 * disk_of(result)
 
 
-@pytest.mark.parametrize(("window", "held"), [(1024, 90), (8, 8)])
+@pytest.mark.parametrize(("window", "held"), [(1024, 90), (8, 8), (1024, 0)])
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_whole_gradients_that_wait_for_their_projection_count_as_memory(
     given: Arguments, window: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = 10**12  # bytes, above all that is really taken
     monkeypatch.setattr("gradsift.forecast.peak_memory", lambda: beside)
+    if not held:  # as on a GPU, where the kernel projects every batch
+        kernel = SimpleNamespace(add_product=lambda rows, first, start, into: into.add_(1))
+        monkeypatch.setitem(sys.modules, "gradsift.gradients.sign_kernel", kernel)
+        monkeypatch.setattr("gradsift.gradients.random_projection.has_kernel", lambda _: True)
     given["settings"]["engine"] = {"window": window, "shard_size": window}
     parameters = 2 * 2 * (64 + 48 + 48 + 64)  # of 2 layers at rank 2: q, k, v and o
     assert gradsift.plan(**given, method="less").host_memory - beside == held * 4 * parameters

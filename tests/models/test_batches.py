@@ -146,7 +146,7 @@ def test_no_other_cut_of_the_sorted_examples_costs_less() -> None:
         starts = np.cumsum((0, *sizes[:-1]))
         padded_tokens = [ordered[s] * n for s, n in zip(starts, sizes, strict=True)]
         fits = all(t <= 500 or n == 1 for t, n in zip(padded_tokens, sizes, strict=True))
-        return sum(padded_tokens) + 64 * len(sizes) if fits else float("inf")
+        return sum(padded_tokens) + 128 * len(sizes) if fits else float("inf")
 
     cuts = [
         tuple(np.diff((0, *inner, 9)).tolist())

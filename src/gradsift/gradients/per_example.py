@@ -168,7 +168,7 @@ def gradient_rows(
     """Return every example's gradient in float32, block by block, each flattened."""
     device = device_of(model)
     rows = {
-        name: torch.empty(len(examples), prod(shape), device=device)
+        name: torch.zeros(len(examples), prod(shape), device=device)  # also of what is not used
         for name, shape in blocks(model).items()
     }
     scale = gradient_scale(model)

@@ -37,7 +37,7 @@ _MULTIPLES = {"cuda": 8}
 
 
 # what a batch takes beside its tokens, in tokens: so many, or that share of the most there may be
-_OVERHEAD, _OVERHEAD_SHARE = 64, 1 / 32
+_OVERHEAD, _OVERHEAD_SHARE = 128, 1 / 16
 
 
 @dataclass(frozen=True)

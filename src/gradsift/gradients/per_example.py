@@ -9,7 +9,7 @@ whole row is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
 
@@ -97,18 +97,20 @@ class PerExampleGradients:
             for name in self._layers
             if any(f"{name}.".startswith(f"{module}.") for module in self._trimmed)
         }
-        self._open = ExitStack()
-        self._open.enter_context(fused_elementwise(self._model))
-        for name, layer in self._layers.items():
-            layer.forward = partial(self._forward, AdaptedLayer(name, layer))  # type: ignore[attr-defined]
-            self._open.callback(delattr, layer, "forward")
+        with ExitStack() as stack:
+            stack.enter_context(fused_elementwise(self._model))
+            for name, layer in self._layers.items():
+                stack.enter_context(
+                    _forward_of(layer, partial(self._forward, AdaptedLayer(name, layer)))
+                )
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give them back."""
         assert self._open
         self._open.close()
-        self._open = None
+        self._open = self._batch = self._last = None
 
     def __call__(self, batch: Batch, consume: Consume) -> Float[Tensor, " example"]:
         """Return the losses of the batch, having given every block's gradients to `consume`."""
@@ -160,6 +162,20 @@ class PerExampleGradients:
                 "tokens of the batch in order, (example, token, feature)"
             )
         return tensor.reshape(num_examples, num_tokens, features)
+
+
+@contextmanager
+def _forward_of(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have a layer run another forward pass for a while."""
+    before = vars(layer).get("forward")  # of accelerate, for one, which puts its own there too
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
 
 
 def gradient_rows(

@@ -12,9 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 import reference
 import tiny_models
+from gradsift.errors import ModelError
 from gradsift.gradients import per_example
 from gradsift.gradients.adapted_layers import AdaptedLayer, SharedInput
-from gradsift.gradients.per_example import gradient_rows
+from gradsift.gradients.per_example import PerExampleGradients, gradient_rows
+from gradsift.models.batches import Batch
 from gradsift.models.lora import adapted_layers
 
 EXAMPLES = tiny_models.examples(6, seed=4)
@@ -147,3 +149,62 @@ def test_an_output_that_is_not_used_has_no_gradient_and_takes_none_from_others(
         short = name.removeprefix("base_model.model.").removesuffix(".default.weight")
         block = found[short.replace(".lora_", ".")][0].double()
         assert relative(block, gradient.flatten()) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_in_other_precisions_nothing_is_merged_and_gradients_are_the_same(family: str) -> None:
+    model = tiny_models.adapted(family, targets="all-linear", dtype=torch.float64)
+    assert not any(AdaptedLayer(n, m).merged for n, m in adapted_layers(model).items())
+    found = rows(model)
+    assert relative(found, expected(model)) < 1e-6  # kept in float32
+
+
+@pytest.mark.parametrize("way", ["merged", "plain", "called"])
+def test_what_a_layer_returns_may_be_changed_in_place(way: str) -> None:
+    model = tiny_models.adapted("gpt2", dtype=torch.float64 if way == "plain" else torch.float32)
+    if way == "called":
+        call_themselves(model)
+    for block in model.get_base_model().transformer.h:
+        block.attn.c_attn.register_forward_hook(lambda _, inputs, output: output.clamp_(-1, 1))
+    found = rows(model)
+    assert relative(found, expected(model)) < 1e-5
+
+
+def test_what_fails_in_a_batch_leaves_the_model_as_it_was() -> None:
+    model = tiny_models.adapted("llama")
+    before = {name: vars(module).copy() for name, module in model.named_modules()}
+
+    def fail(name: str, gradient: Tensor) -> None:
+        raise RuntimeError(name)
+
+    batch = Batch.of(EXAMPLES, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="proj"), PerExampleGradients(model) as gradients:
+        gradients(batch, fail)
+    assert {name: vars(module) for name, module in model.named_modules()} == before
+
+
+def test_what_fails_at_the_start_leaves_the_model_as_it_was() -> None:
+    model = tiny_models.adapted("llama")
+    last = [*adapted_layers(model).values()][-1]
+    last.lora_A["default"].weight.data = last.lora_A["default"].weight.data.double()
+    with pytest.raises(ModelError, match=r"its adapter is torch.float64.*cast one of them"):
+        PerExampleGradients(model).__enter__()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_two_passes_over_one_model_at_once_are_refused() -> None:
+    model = tiny_models.adapted("llama")
+    with PerExampleGradients(model), pytest.raises(ModelError, match="has been replaced already"):
+        PerExampleGradients(model).__enter__()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_that_is_not_at_work_as_it_is_is_refused() -> None:
+    model = tiny_models.adapted("llama")
+    model.merge_adapter()
+    with pytest.raises(ModelError, match="alone, active and not merged"):
+        PerExampleGradients(model)
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(ModelError, match="alone, active"):
+        PerExampleGradients(model)
+    PerExampleGradients(model)

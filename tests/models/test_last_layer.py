@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
+import reference
 import tiny_models
+from gradsift.config import LoraConfig
+from gradsift.gradients.per_example import gradient_rows
 from gradsift.models.batches import Batch
 from gradsift.models.last_layer import labelled_alone, modules_after_attention
+from gradsift.models.lora import attach_lora
 from gradsift.models.losses import label_logits
 
 AFTER_ATTENTION = {
@@ -29,44 +34,64 @@ def test_what_follows_the_last_attention_is_found(family: str) -> None:
 
 
 class LooksBack(nn.Module):
-    """An MLP that also reads the position before, as RWKV's does."""
+    """An MLP that also reads a little of the position before, as RWKV's does."""
+
+    def __init__(self, inner: nn.Module, share: float) -> None:
+        super().__init__()
+        self.inner, self.share = inner, share
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden + self.share * hidden.roll(1, dims=1))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smaller", [1, 0.1])
+def test_what_reads_another_position_is_left_alone_and_so_is_what_it_reads(
+    share: float, dtype: torch.dtype, smaller: float
+) -> None:
+    model = tiny_models.build("llama")
+    for parameter in model.parameters():
+        parameter.data *= smaller if parameter.dim() > 1 else 1
+    model = model.to(dtype)
+    model.model.layers[-1].mlp = LooksBack(model.model.layers[-1].mlp, share)
+    assert not modules_after_attention(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_in_half_precision_the_same_is_found(family: str) -> None:
+    whole, half = (tiny_models.build(family, dtype=t) for t in (torch.float32, torch.bfloat16))
+    assert [*modules_after_attention(half)] == [*modules_after_attention(whole)] != []
+
+
+class TellsMore(nn.Module):
+    """An MLP that returns a second value."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
+    def forward(self, hidden: Tensor) -> tuple[Tensor, int]:
+        return self.inner(hidden), 1
+
+
+class TakesFirst(nn.Module):
+    """What makes a tensor of it again."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.tells = TellsMore(inner)
+
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.inner(hidden + 0.5 * hidden.roll(1, dims=1))
+        return self.tells(hidden)[0]
 
 
-class TellsMore(LooksBack):
-    """One that returns a second value."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.inner(hidden), 1  # type: ignore[return-value]
-
-
-def test_what_reads_another_position_is_left_alone() -> None:
-    model = tiny_models.build("llama")
-    model.model.layers[-1].mlp = LooksBack(model.model.layers[-1].mlp)
-    assert [*modules_after_attention(model)] == ["model.layers.1.self_attn.o_proj"]
-
-
-def test_what_returns_more_than_a_tensor_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_given_and_returns_one_tensor_of_all_tokens_is_taken() -> None:
     model = tiny_models.build("llama")
     last = model.model.layers[-1]
-    last.mlp = TellsMore(last.mlp)
-    norm = last.post_attention_layernorm
-    monkeypatch.setattr(
-        type(last),
-        "forward",
-        lambda self, hidden, **_: hidden + first(self.mlp(norm(hidden))),
-    )
-
-    def first(output: object) -> Tensor:
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[return-value]
-
-    assert [*modules_after_attention(model)] == ["model.layers.1.self_attn.o_proj"]
+    last.mlp = TakesFirst(last.mlp)
+    attention = "model.layers.1.self_attn.o_proj"
+    assert [*modules_after_attention(model)] == [attention, "model.layers.1.mlp"]
 
 
 def test_modules_run_at_labels_alone_and_are_left_as_they_were() -> None:
@@ -103,3 +128,36 @@ def test_what_is_taken_at_labels_goes_back_to_its_place() -> None:
     outer = torch.randn_like(back)
     (gradient,) = torch.autograd.grad(back, hidden, outer)
     assert torch.equal(gradient, outer * torch.from_numpy(at_labels)[..., None])
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "mpt", "lfm2"])
+def test_families_whose_last_layer_is_called_otherwise_are_measured_all_the_same(
+    family: str,
+) -> None:
+    settings = {
+        "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "hidden_size": 32},
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+        "lfm2": {
+            "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2,
+            "layer_types": ["full_attention", "conv"],
+        },
+    }[family]  # fmt: skip
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(
+        family,
+        vocab_size=tiny_models.VOCABULARY,
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0, **settings},
+    )
+    base = tf.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    model = attach_lora(base, LoraConfig(rank=2, target_modules="all-linear"), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model = model.requires_grad_(False).eval()
+    examples = tiny_models.examples(3, seed=2)
+    rows = gradient_rows(model, examples, max_tokens=200)
+    found = torch.cat([*rows.values()], dim=1).double()
+    expected = reference.gradient_rows(model.double(), examples)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gradsift.errors import ModelError
 from gradsift.models.lora import LoraPair, scaling
 
 ByExample = Callable[[str, Tensor], Float[Tensor, "example token feature"]]
@@ -38,16 +39,25 @@ class AdaptedLayer:
     """
 
     def __init__(self, name: str, layer: LoraLayer) -> None:
-        """Read the layer, and merge where that is exact and faster."""
+        """Read the layer, and merge in float32 on the CPU.
+
+        Raises:
+            ModelError: If the adapter has another precision than a plain base layer.
+        """
         pair = LoraPair.of(layer)
         self.name, self.a, self.b = name, pair.a.weight, pair.b.weight
         self.scaling, self.base = scaling(layer), layer.get_base_layer()
         self.weight: Float[Tensor, "out in"] | None = None
         self.bias: Float[Tensor, " out"] | None = None
         self.merged = False
-        if type(self.base) in {nn.Linear, Conv1D}:
+        if _is_plain(self.base):
             weight, self.bias = self.base.get_parameter("weight"), self.base.bias  # type: ignore[assignment]
             weight = weight.T if isinstance(self.base, Conv1D) else weight
+            if weight.dtype != self.a.dtype:
+                raise ModelError(
+                    f"cannot measure {name}: its adapter is {self.a.dtype}, its base layer "
+                    f"{weight.dtype}; cast one of them"
+                )
             self.merged = weight.device.type == "cpu" and weight.dtype == torch.float32
             if self.merged:
                 weight = torch.addmm(weight, self.b, self.a, alpha=self.scaling)
@@ -55,18 +65,24 @@ class AdaptedLayer:
 
     def multiply(self, x: Tensor, base_output: Tensor | None) -> Tensor:
         """Return y, given what the base layer has made of x where that is not a plain matrix."""
+        rows = x.flatten(0, -2)
         if self.weight is not None:
-            base_output = F.linear(x, self.weight, self.bias)
-            if self.merged:
-                return base_output
-        assert base_output is not None
-        h = F.linear(x.to(self.a.dtype), self.a).flatten(0, -2)
-        rows = base_output.flatten(0, -2).to(self.a.dtype)
-        if self.weight is None:  # kept as it came: its own backward pass may need it
-            y = torch.addmm(rows, h, self.b.T, alpha=self.scaling)
-        else:
-            y = rows.addmm_(h, self.b.T, alpha=self.scaling)
-        return y.view(base_output.shape).to(base_output.dtype)
+            y = F.linear(rows, self.weight, self.bias)
+            if not self.merged:
+                y.addmm_(rows @ self.a.T, self.b.T, alpha=self.scaling)
+        else:  # kept as it came: the base layer's own backward pass may need it
+            assert base_output is not None
+            given = base_output.flatten(0, -2)
+            h = rows.to(self.a.dtype) @ self.a.T
+            y = torch.addmm(given.to(h.dtype), h, self.b.T, alpha=self.scaling).to(given.dtype)
+        # no view: what follows may change it in place
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Return whether a base layer only multiplies by its matrix and adds its bias."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+    return type(base) in {nn.Linear, Conv1D} and not hooked
 
 
 class SharedInput:
@@ -78,17 +94,17 @@ class SharedInput:
         self.layers: list[AdaptedLayer] = []
         self._grad_outputs: dict[str, Tensor] = {}
 
-    def open(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> Tensor:
         """Return x, such that its backward pass comes after that of all layers that read it."""
         # autograd may begin here, at the first adapted layer: the second argument makes it
         return _Input.apply(x, torch.zeros((), requires_grad=True), self)  # type: ignore[return-value]
 
     def run(self, layer: AdaptedLayer, x: Tensor, base_output: Tensor | None) -> Tensor:
-        """Return the layer's output for x, which `open` returned."""
+        """Return the layer's output for x, which `begin` returned."""
         self.layers.append(layer)
         return _Output.apply(x, base_output, layer, self)  # type: ignore[return-value]
 
-    def arrive(self, layer: AdaptedLayer, grad_output: Tensor) -> None:
+    def keep_grad_output(self, layer: AdaptedLayer, grad_output: Tensor) -> None:
         """Keep the gradient that has reached a layer's output."""
         self._grad_outputs[layer.name] = grad_output
 
@@ -99,7 +115,11 @@ class SharedInput:
             return None
         shape, x = x.shape, x.flatten(0, -2).to(layers[0].a.dtype)
         outer = [self._grad_outputs.pop(layer.name).flatten(0, -2).to(x.dtype) for layer in layers]
-        inner = [(g @ layer.b).mul_(layer.scaling) for layer, g in zip(layers, outer, strict=True)]
+        unused = x.new_empty(())
+        inner = [
+            torch.addmm(unused, g, layer.b, beta=0, alpha=layer.scaling)
+            for layer, g in zip(layers, outer, strict=True)
+        ]
         down, a = (_join([layer.a for layer in layers], 0), _join(inner, 1))
         self._hand_over(layers, x, outer, a, down)
         if not wanted:
@@ -162,5 +182,5 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
-        ctx.shared.arrive(ctx.layer, grads[0])
+        ctx.shared.keep_grad_output(ctx.layer, grads[0])
         return None, grads[0] if ctx.needs_input_grad[1] else None, None, None

@@ -117,11 +117,14 @@ class PerExampleGradients:
         assert self._open, "use it as a context manager"
         self._batch, self._consume = batch, consume
         self._seen.clear()
-        with torch.enable_grad(), labelled_alone(self._trimmed, batch):
-            logits = label_logits(self._model, batch)
-            self._last = None
-            nll = token_losses(logits, batch.labels) * batch.weights
-            (nll.sum() * self._scale).backward()
+        try:
+            with torch.enable_grad(), labelled_alone(self._trimmed, batch):
+                logits = label_logits(self._model, batch)
+                self._last = None
+                nll = token_losses(logits, batch.labels) * batch.weights
+                (nll.sum() * self._scale).backward()
+        finally:
+            self._last = self._batch = None  # else all that was kept for the way back stays
         return batch.by_example(nll.detach())
 
     def _forward(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class PerExampleGradients:
                 f"cannot measure {layer.name}: it is used more than once in a forward pass"
             )
         self._seen.add(layer.name)
-        self._by_example(layer.name, x)
+        self._check_tokens(layer.name, x)
         opened, shared = self._share(layer, x)
         base_output = None
         if layer.weight is None:
@@ -142,40 +145,45 @@ class PerExampleGradients:
         if self._last and self._last[0] is x and self._last[2].layers[-1].merged == layer.merged:
             return self._last[1:]
         shared = SharedInput(self._by_example, self._consume)
-        opened = shared.open(x)
+        opened = shared.begin(x)
         self._last = x, opened, shared
         return opened, shared
 
-    def _by_example(self, name: str, tensor: Tensor) -> Float[Tensor, "example token feature"]:
-        """Return what passes a layer as (example, token, feature); some models fold tokens up."""
-        batch = self._batch
-        assert batch
-        num_examples, num_tokens = batch.input_ids.shape
-        features, others = tensor.shape[-1], tensor.shape[:-1]
-        if name in self._inside_trimmed:
-            return batch.spread(tensor.reshape(-1, features))
-        if others.numel() != num_examples * num_tokens or (
-            len(others) > 1 and others[0] != num_examples
+    def _check_tokens(self, name: str, x: Tensor) -> None:
+        """Make sure that a layer is given all tokens in order, or those with a label."""
+        assert self._batch
+        num_examples, num_tokens = self._batch.input_ids.shape
+        trimmed, others = name in self._inside_trimmed, x.shape[:-1]
+        expected = len(self._batch.labels) if trimmed else num_examples * num_tokens
+        if others.numel() != expected or (
+            not trimmed and len(others) > 1 and others[0] != num_examples
         ):
             raise ModelError(
-                f"cannot measure {name}: its input has shape {tuple(tensor.shape)}, expected all "
+                f"cannot measure {name}: its input has shape {tuple(x.shape)}, expected all "
                 "tokens of the batch in order, (example, token, feature)"
             )
-        return tensor.reshape(num_examples, num_tokens, features)
+
+    def _by_example(self, name: str, tensor: Tensor) -> Float[Tensor, "example token feature"]:
+        """Return what passes a layer as (example, token, feature); some models fold tokens up."""
+        assert self._batch
+        if name in self._inside_trimmed:
+            return self._batch.spread(tensor.flatten(0, -2))
+        return tensor.reshape(*self._batch.input_ids.shape, -1)
 
 
 @contextmanager
 def _forward_of(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Have a layer run another forward pass for a while."""
-    before = vars(layer).get("forward")  # of accelerate, for one, which puts its own there too
+    if "forward" in vars(layer):
+        raise ModelError(
+            f"the forward pass of a {type(layer).__name__} has been replaced already, by another "
+            "pass over this model that has not ended or by another library; load the model anew"
+        )
     layer.forward = forward
     try:
         yield
     finally:
-        if before is None:
-            del layer.forward
-        else:
-            layer.forward = before
+        del layer.forward
 
 
 def gradient_rows(

@@ -26,7 +26,7 @@ from gradsift.models.batches import (
 )
 
 _CPU_PIECES = 16
-# 150 directions are two tiles of a matrix product: as many as an H100 has processors, 132
+# as one product, 17 gradients by 150 directions would occupy two of an H100's 132 processors
 _GPU_PIECES = 64
 
 

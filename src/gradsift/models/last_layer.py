@@ -6,10 +6,11 @@ output projection, the MLP) need not be computed elsewhere, and no gradient is l
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,8 +21,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.data.encoding import Encoded
+from gradsift.models.batch_size import is_out_of_memory
 from gradsift.models.batches import Batch, device_of
+from gradsift.models.kernels import kernels_for_batches
 from gradsift.models.losses import label_logits
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 12
 _known: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
@@ -34,33 +39,38 @@ def modules_after_attention(model: nn.Module) -> Mapping[str, nn.Module]:
     stay the same. Found once for a base model.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    candidates = dict(_candidates(base))
+    if device_of(model).type == "meta":  # no memory, so no numbers to try with
+        return candidates
     if base not in _known:
-        _known[base] = tuple(_tried(model, dict(_candidates(base))))
-    return {name: base.get_submodule(name) for name in _known[base]}
+        with kernels_for_batches(model):
+            _known[base] = tuple(_tried(model, candidates))
+        logger.debug("at labels alone: %s", ", ".join(_known[base]) or "nothing")
+    return {name: candidates[name] for name in _known[base]}
 
 
 @contextmanager
-def labelled_alone(modules: Mapping[str, nn.Module], batch: Batch) -> Iterator[None]:
-    """Run these modules on the positions of the batch that have a label; elsewhere they give 0."""
+def labelled_alone(
+    modules: Mapping[str, nn.Module], batch: Batch, elsewhere: float = 0.0
+) -> Iterator[None]:
+    """Run these modules on the positions of the batch that have a label, and there alone.
+
+    What they give elsewhere is `elsewhere`, which only a trial sets.
+    """
+
+    def trim(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return batch.at_labels(inputs[0])
+
+    def put_back(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        values = output.flatten(0, -2)
+        spread = batch.spread(values)
+        return spread + elsewhere * (1 - batch.spread(values * 0 + 1)) if elsewhere else spread
+
     with ExitStack() as stack:
         for module in modules.values():
-            handles = (
-                module.register_forward_pre_hook(partial(_trim, batch)),
-                module.register_forward_hook(partial(_put_back, batch)),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(trim).remove)
+            stack.callback(module.register_forward_hook(put_back).remove)
         yield
-
-
-def _trim(batch: Batch, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (batch.at_labels(inputs[0]), *inputs[1:])
-
-
-def _put_back(
-    batch: Batch, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    return batch.spread(output.flatten(0, -2))
 
 
 def _candidates(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -84,24 +94,74 @@ _MATRICES = (nn.Linear, Conv1D, LoraLayer)
 
 @torch.no_grad()
 def _tried(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yield those with which the logits at labels stay the same."""
-    device = device_of(model)
-    if device.type == "meta":  # no memory, so no numbers to try with
-        yield from candidates
-        return
+    """Yield those with which the logits at labels stay as they were.
+
+    Elsewhere a module is made to give a hundred times what it gives, so that whatever reads it
+    there shows; the logits may move by a share of what they move without the module.
+    """
+    batch = _random_batch(model)
+    calls = {name: _Calls(module) for name, module in candidates.items()}
+    with ExitStack() as stack:
+        for recorded in calls.values():
+            stack.callback(recorded.handle.remove)
+        expected = label_logits(model, batch).float()
+    for name, module in candidates.items():
+        largest = calls[name].largest_output(batch)
+        if largest is None:
+            continue
+        with _silenced(module):
+            effect = (label_logits(model, batch).float() - expected).abs().max()
+        try:
+            with labelled_alone({name: module}, batch, elsewhere=100 * largest):
+                moved = (label_logits(model, batch).float() - expected).abs().max()
+        except RuntimeError as error:  # shapes that depend on the number of tokens
+            if is_out_of_memory(error):
+                raise
+            continue
+        tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+        if moved <= tolerance * effect:  # not so of NaN
+            yield name
+
+
+class _Calls:
+    """How a module is called while the model runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self.handle = module.register_forward_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self._calls.append((args, kwargs, out))
+
+    def largest_output(self, batch: Batch) -> float | None:
+        """Return the largest entry of its output.
+
+        None, unless it was called once, with one tensor of all tokens, and returned another.
+        """
+        if len(self._calls) != 1:
+            return None
+        args, kwargs, output = self._calls[0]
+        tensors = [*args, *kwargs.values(), output]
+        if len(tensors) != 2 or kwargs or not all(isinstance(t, Tensor) for t in tensors):
+            return None
+        if any(tensor.shape[:-1] != batch.input_ids.shape for tensor in tensors):
+            return None
+        return float(output.abs().max())
+
+
+@contextmanager
+def _silenced(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _random_batch(model: nn.Module) -> Batch:
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     tokens = np.random.default_rng(0).integers(0, vocabulary, (2, _PROBE_TOKENS + 1))
     places = np.arange(_PROBE_TOKENS + 1)
     supervised = (places % 5 == 4, places > _PROBE_TOKENS - 4)
     examples = [Encoded(t.astype(np.int32), s) for t, s in zip(tokens, supervised, strict=True)]
-    batch = Batch.of(examples, device)
-    expected = label_logits(model, batch)
-    tolerance = (1e-4 if expected.dtype == torch.float32 else 0.02) * expected.abs().max()
-    for name, module in candidates.items():
-        try:
-            with labelled_alone({name: module}, batch):
-                found = label_logits(model, batch)
-        except (AttributeError, TypeError):  # it returns more than a tensor
-            continue
-        if (found - expected).abs().max() <= tolerance:
-            yield name
+    return Batch.of(examples, device_of(model))

@@ -106,6 +106,11 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
         if _ADAPTER in layer.lora_variant:
             variant = type(layer.lora_variant[_ADAPTER]).__name__.removesuffix("Variant")
             raise ModelError(f"cannot measure {short}: its adapter is {variant}, not plain LoRA")
+        if layer.merged or layer.disable_adapters or layer.active_adapters != [_ADAPTER]:
+            raise ModelError(
+                f"cannot measure {short}: expected its adapter {_ADAPTER!r} alone, active and not "
+                "merged; unmerge it, enable it, or load the model anew"
+            )
         if a.bias is not None or b.bias is not None:
             raise ModelError(f"cannot measure {short}: its LoRA matrices have biases (lora_bias)")
         layers[short] = layer

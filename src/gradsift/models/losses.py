@@ -15,7 +15,7 @@ from transformers import masking_utils, modeling_flash_attention_utils
 
 from gradsift.models.batches import Batch
 
-_LOGITS_AT_ONCE = 1 << 26  # float32 entries of one piece of the softmax: 256 MB
+_LOGITS_AT_ONCE = 1 << 25  # entries of one piece of the softmax, twice in float32: 256 MB
 
 
 def label_logits(

@@ -186,7 +186,8 @@ def test_what_fails_in_a_batch_leaves_the_model_as_it_was() -> None:
 def test_what_fails_at_the_start_leaves_the_model_as_it_was() -> None:
     model = tiny_models.adapted("llama")
     last = [*adapted_layers(model).values()][-1]
-    last.lora_A["default"].weight.data = last.lora_A["default"].weight.data.double()
+    for matrix in (last.lora_A["default"], last.lora_B["default"]):
+        matrix.weight.data = matrix.weight.data.double()
     with pytest.raises(ModelError, match=r"its adapter is torch.float64.*cast one of them"):
         PerExampleGradients(model).__enter__()
     assert not any("forward" in vars(module) for module in model.modules())

@@ -152,12 +152,12 @@ def test_families_whose_last_layer_is_called_otherwise_are_measured_all_the_same
     base = tf.AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
     model = attach_lora(base, LoraConfig(rank=2, target_modules="all-linear"), seed=0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model = model.requires_grad_(False).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model = model.requires_grad_(False).eval().double()  # some of them lose half their digits
     examples = tiny_models.examples(3, seed=2)
     rows = gradient_rows(model, examples, max_tokens=200)
     found = torch.cat([*rows.values()], dim=1).double()
-    expected = reference.gradient_rows(model.double(), examples)
+    expected = reference.gradient_rows(model, examples)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,21 +51,14 @@ def modules_after_attention(model: nn.Module) -> Mapping[str, nn.Module]:
 
 
 @contextmanager
-def labelled_alone(
-    modules: Mapping[str, nn.Module], batch: Batch, elsewhere: float = 0.0
-) -> Iterator[None]:
-    """Run these modules on the positions of the batch that have a label, and there alone.
-
-    What they give elsewhere is `elsewhere`, which only a trial sets.
-    """
+def labelled_alone(modules: Mapping[str, nn.Module], batch: Batch) -> Iterator[None]:
+    """Run these modules on the positions of the batch that have a label; elsewhere they give 0."""
 
     def trim(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return batch.at_labels(inputs[0])
 
     def put_back(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        values = output.flatten(0, -2)
-        spread = batch.spread(values)
-        return spread + elsewhere * (1 - batch.spread(values * 0 + 1)) if elsewhere else spread
+        return batch.spread(output.flatten(0, -2))
 
     with ExitStack() as stack:
         for module in modules.values():
@@ -85,7 +79,7 @@ def _candidates(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if matrices and re.search(r"attn|attention", child):
             outermost = [n for n in matrices if not n.endswith("base_layer") and "lora_" not in n]
             yield f"{where}.{outermost[-1]}".rstrip("."), module.get_submodule(outermost[-1])
-        elif matrices:
+        elif any(parameter.dim() > 1 for parameter in module.parameters()):
             yield where, module
 
 
@@ -96,66 +90,71 @@ _MATRICES = (nn.Linear, Conv1D, LoraLayer)
 def _tried(model: nn.Module, candidates: Mapping[str, nn.Module]) -> Iterator[str]:
     """Yield those with which the logits at labels stay as they were.
 
-    Elsewhere a module is made to give a hundred times what it gives, so that whatever reads it
-    there shows; the logits may move by a share of what they move without the module.
+    First with all that a module is given and gives elsewhere a hundred times as large as what it
+    meets, so that whatever is read of it shows; then run at labels alone. The logits may move by a
+    share of what they move without the module, in half precision by more: other shapes round.
     """
-    batch = _random_batch(model)
+    batch, whole = _random_batch(model), model.dtype == torch.float32
     calls = {name: _Calls(module) for name, module in candidates.items()}
     with ExitStack() as stack:
         for recorded in calls.values():
             stack.callback(recorded.handle.remove)
         expected = label_logits(model, batch).float()
+
+    def moved(context: AbstractContextManager[object]) -> Tensor:
+        with context:
+            return (label_logits(model, batch).float() - expected).abs().max()
+
     for name, module in candidates.items():
-        largest = calls[name].largest_output(batch)
-        if largest is None:
+        if not calls[name].take_and_give_all_tokens(batch):
             continue
-        with _silenced(module):
-            effect = (label_logits(model, batch).float() - expected).abs().max()
+        effect = moved(_changed(module, lambda tensor: tensor * 0))
         try:
-            with labelled_alone({name: module}, batch, elsewhere=100 * largest):
-                moved = (label_logits(model, batch).float() - expected).abs().max()
-        except RuntimeError as error:  # shapes that depend on the number of tokens
+            elsewhere = moved(_changed(module, partial(_enlarge_elsewhere, batch), both=True))
+            trimmed = moved(labelled_alone({name: module}, batch))
+        except RuntimeError as error:  # it wants a number of tokens
             if is_out_of_memory(error):
                 raise
             continue
-        tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-        if moved <= tolerance * effect:  # not so of NaN
+        if elsewhere <= 1e-3 * effect and trimmed <= (1e-3 if whole else 0.1) * effect:  # no NaN
             yield name
+
+
+def _enlarge_elsewhere(batch: Batch, tensor: Tensor) -> Tensor:
+    at_labels = batch.spread(torch.ones_like(batch.at_labels(tensor)[0])).bool()
+    return torch.where(at_labels, tensor, 100 * tensor.abs().max())
 
 
 class _Calls:
     """How a module is called while the model runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+        self._calls: list[tuple[object, ...]] = []
         self.handle = module.register_forward_hook(self._keep, with_kwargs=True)
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        self._calls.append((args, kwargs, out))
+        self._calls.append((*args, *kwargs, out))
 
-    def largest_output(self, batch: Batch) -> float | None:
-        """Return the largest entry of its output.
-
-        None, unless it was called once, with one tensor of all tokens, and returned another.
-        """
-        if len(self._calls) != 1:
-            return None
-        args, kwargs, output = self._calls[0]
-        tensors = [*args, *kwargs.values(), output]
-        if len(tensors) != 2 or kwargs or not all(isinstance(t, Tensor) for t in tensors):
-            return None
-        if any(tensor.shape[:-1] != batch.input_ids.shape for tensor in tensors):
-            return None
-        return float(output.abs().max())
+    def take_and_give_all_tokens(self, batch: Batch) -> bool:
+        """Return whether it was called once, with one tensor of all tokens, and returned one."""
+        return len(self._calls) == 1 == len(self._calls[0]) - 1 and all(
+            isinstance(value, Tensor) and value.shape[:-1] == batch.input_ids.shape
+            for value in self._calls[0]
+        )
 
 
 @contextmanager
-def _silenced(module: nn.Module) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    try:
+def _changed(
+    module: nn.Module, change: Callable[[Tensor], Tensor], both: bool = False
+) -> Iterator[None]:
+    """Change what a module gives, or `both` that and what it is given."""
+    with ExitStack() as stack:
+        hook = module.register_forward_hook(lambda module, inputs, output: change(output))
+        stack.callback(hook.remove)
+        if both:
+            before = module.register_forward_pre_hook(lambda module, inputs: change(inputs[0]))
+            stack.callback(before.remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _random_batch(model: nn.Module) -> Batch:

@@ -182,15 +182,17 @@ def test_a_basis_gets_what_a_small_batch_leaves_of_a_gpu(
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     given = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
-    config = Config.build(given | {"engine": engine})
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (room, room)
+    config, model = Config.build(given | {"engine": engine}), tiny_models.build("gpt2")
+    longest = model.config.max_position_embeddings
+    assert longest < config.data.max_length
+    assert basis_memory(config, model, 2048, whole=58) == (room, room)
     # what does not fit whole leaves most to batches
     less = room if engine else 80 // 4
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=59) == (room, less)
+    assert basis_memory(config, model, 2048, whole=59) == (room, less)
     taken[0] = 81  # the longest that may be: perhaps none is so long
     half = 40 if not engine else int(engine["memory"])
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (half, half)
-    assert {*tried} == {(2048, 2048)}
+    assert basis_memory(config, model, 2048, whole=58) == (half, half)
+    assert {*tried} == {(longest, 2048)}
 
 
 # (rank of the adapter, hidden size, that of keys and values, layers) of models of 3 to 14 billion

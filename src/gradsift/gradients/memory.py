@@ -17,7 +17,14 @@ from gradsift.config import Config, EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import each_batch
 from gradsift.models.batch_size import FEW_TOKENS, fits, run_worst
-from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, padded, plan_batches
+from gradsift.models.batches import (
+    MAX_EXAMPLES,
+    device_of,
+    lengths_of,
+    padded,
+    plan_batches,
+    positions_of,
+)
 
 _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pieces
 
@@ -53,7 +60,7 @@ def basis_memory(config: Config, model: nn.Module, tokens: int, whole: int) -> t
     budget = memory_budget(config.engine, device)
     if device.type != "cuda":
         return budget, budget
-    longest = config.data.max_length
+    longest = min(config.data.max_length, positions_of(model) or config.data.max_length)
     batch = _batch_memory(model, longest, max(tokens, longest))
     if batch is None:  # perhaps nothing is as long as may be
         return budget, budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,20 @@ def test_host_memory_is_counted_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("gradsift.gradients.basis.host_memory", lambda n=available: int(n))
         with nullcontext() if fits else pytest.raises(ModelError, match="GiB in host memory"):
             assert len(choose_offloaded(shapes, 150, 2, device, total // 20)) > 60
+
+
+def test_more_stays_on_a_gpu_where_host_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, size = {f"block{i}": (128, 4096) for i in range(64)}, 150 * 128 * 4096 * 2
+    cuda = torch.device("cuda")
+    choose = partial(choose_offloaded, shapes, 150, 2, cuda)
+    waiting = {}
+    for room in (64, 40):  # blocks
+        monkeypatch.setattr(gradients.basis, "host_memory", lambda n=room: n * size)
+        waiting[room] = len(gradients.basis._offloaded(choose, 60 * size, 10 * size))
+    assert 40 < waiting[64] < 64
+    assert 0 < waiting[40] <= 10
+    with pytest.raises(ModelError, match="GiB fit on cuda"):
+        gradients.basis._offloaded(choose, 10 * size, 5 * size)
 
 
 @pytest.mark.parametrize("columns", [1, 97, 96, 4096 * 3])

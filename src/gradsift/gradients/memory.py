@@ -30,7 +30,13 @@ _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pi
 
 
 def host_memory() -> int:
-    """Return the bytes that this process may still take, of the machine's or its container's."""
+    """Return the bytes that this process may still take, of the machine's or its container's.
+
+    Pinned memory that PyTorch keeps, though nothing is in it any more, is given back first.
+    """
+    empty_cache = getattr(torch._C, "_host_emptyCache", None)
+    if empty_cache and torch.cuda.is_initialized():
+        empty_cache()
     available = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current"))
     if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":

@@ -89,7 +89,7 @@ def room_for_basis(
 
 
 def small_batch(engine: EngineConfig) -> int:
-    """Return the tokens of a batch beside which the basis gets its memory: few, unless set."""
+    """Return the tokens of a batch beside rows of gradients or a basis: few, unless set."""
     return FEW_TOKENS if engine.batch_tokens == "auto" else engine.batch_tokens
 
 

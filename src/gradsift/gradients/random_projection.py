@@ -106,12 +106,17 @@ def project_at_random(
     groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         part = torch.zeros(len(group), projection.dimension, device=device)
+        seen: set[str] = set()
 
-        def take(name: str, gradient: Tensor, part: Tensor = part) -> None:
+        def take(name: str, gradient: Tensor, part: Tensor = part, seen: set[str] = seen) -> None:
+            seen.add(name)
             rows = gradient.flatten(1).float() / scale
             projection.add(direction(name, rows), first[name], part)
 
         backpropagate(take)
+        for name in (own for own in shapes if own not in seen):  # not used: a gradient of zero
+            zeros = torch.zeros(len(group), prod(shapes[name]), device=device)
+            projection.add(direction(name, zeros), first[name], part)
         into[to_device(group, device)] = part
     return into
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import accumulate
 from math import prod
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -131,12 +133,21 @@ def has_kernel(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):  # it multiplies no bfloat16
         return False
-    compiler = os.getenv("CC") or shutil.which("gcc") or shutil.which("clang")
-    there = {"Triton": find_spec("triton"), "a C compiler, which Triton calls,": compiler}
+    named = os.getenv("CC")  # as Triton looks for it
+    compilers = ("gcc", "clang") if named is None else (named,)
+    there = {
+        "Triton": find_spec("triton"),
+        "a C compiler, which Triton calls,": any(map(shutil.which, compilers)),
+        "Python.h, which Triton compiles with,": _header().exists(),
+    }
     lacks = " and ".join(what for what, found in there.items() if not found)
     if lacks:
-        logger.warning("%s is missing: random projections take some twenty times as long", lacks)
+        logger.warning("%s is missing: random projections take much longer", lacks)
     return not lacks
+
+
+def _header() -> Path:
+    return Path(sysconfig.get_paths()["include"], "Python.h")
 
 
 def _mix(words: Tensor) -> Tensor:

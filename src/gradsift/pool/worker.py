@@ -2,8 +2,8 @@
 
 A shard is measured window by window: batches are formed among the examples of a window alone, so
 that the number of workers changes no bit, nor, where windows do not grow with shards (on a CPU),
-their size. While the device works on
-a window, one thread reads the next and another writes the shard before.
+their size. While the device works on a window, one thread reads the next and another writes the
+shard before.
 """
 
 from __future__ import annotations

@@ -227,7 +227,8 @@ class PolicyConfig(Section):
 class EngineConfig(Section):
     """How the work is cut and where it runs; no setting here changes a score beyond rounding.
 
-    Only `window` and `batch_tokens` change even the rounding: batches are formed within windows.
+    Only `window` and `batch_tokens` change even the rounding: batches are formed within windows;
+    and `shard_size`, on a GPU where `window` is not set.
     """
 
     executor: Literal["local", "ray"] = setting("local", "where work runs (--engine)")

@@ -124,8 +124,9 @@ class Trials:
         if has_kernel(self._model.device):
             return 0
         engine, num_pool = self._job.config.engine, len(self._job.pool)
-        tokens = start_tokens(engine, self._model.device)
-        window = window_size(engine, shard_size(engine, num_pool), tokens)
+        device = self._model.device
+        tokens, size = start_tokens(engine, device), shard_size(engine, num_pool)
+        window = window_size(engine, size, tokens, device)
         return max(1, min(self._memory // self.row_bytes, window, num_pool))
 
     @cached_property
@@ -298,7 +299,7 @@ def _try_pool(
         torch.cuda.reset_peak_memory_stats(device)
         run_worst(run, lengths, max_tokens)
         peak = torch.cuda.max_memory_allocated(device)
-    window = window_size(engine, shard_size(engine, len(pool)), max_tokens)
+    window = window_size(engine, shard_size(engine, len(pool)), max_tokens, device)
     speed = _tokens_per_second(pool, run, model, max_tokens, max(window, _POOL_SAMPLE))
     return PoolSpeed(speed, max_tokens, peak)
 

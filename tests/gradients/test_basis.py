@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -182,15 +183,17 @@ def test_a_basis_gets_what_a_small_batch_leaves_of_a_gpu(
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     given = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
-    config = Config.build(given | {"engine": engine})
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (room, room)
+    config, model = Config.build(given | {"engine": engine}), tiny_models.build("gpt2")
+    longest = model.config.max_position_embeddings
+    assert longest < config.data.max_length
+    assert basis_memory(config, model, 2048, whole=58) == (room, room)
     # what does not fit whole leaves most to batches
     less = room if engine else 80 // 4
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=59) == (room, less)
+    assert basis_memory(config, model, 2048, whole=59) == (room, less)
     taken[0] = 81  # the longest that may be: perhaps none is so long
     half = 40 if not engine else int(engine["memory"])
-    assert basis_memory(config, torch.nn.Linear(1, 1), 2048, whole=58) == (half, half)
-    assert {*tried} == {(2048, 2048)}
+    assert basis_memory(config, model, 2048, whole=58) == (half, half)
+    assert {*tried} == {(longest, 2048)}
 
 
 # (rank of the adapter, hidden size, that of keys and values, layers) of models of 3 to 14 billion
@@ -235,6 +238,20 @@ def test_host_memory_is_counted_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("gradsift.gradients.basis.host_memory", lambda n=available: int(n))
         with nullcontext() if fits else pytest.raises(ModelError, match="GiB in host memory"):
             assert len(choose_offloaded(shapes, 150, 2, device, total // 20)) > 60
+
+
+def test_more_stays_on_a_gpu_where_host_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, size = {f"block{i}": (128, 4096) for i in range(64)}, 150 * 128 * 4096 * 2
+    cuda = torch.device("cuda")
+    choose = partial(choose_offloaded, shapes, 150, 2, cuda)
+    waiting = {}
+    for room in (64, 40):  # blocks
+        monkeypatch.setattr(gradients.basis, "host_memory", lambda n=room: n * size)
+        waiting[room] = len(gradients.basis._offloaded(choose, 60 * size, 10 * size))
+    assert 40 < waiting[64] < 64
+    assert 0 < waiting[40] <= 10
+    with pytest.raises(ModelError, match="GiB fit on cuda"):
+        gradients.basis._offloaded(choose, 10 * size, 5 * size)
 
 
 @pytest.mark.parametrize("columns", [1, 97, 96, 4096 * 3])

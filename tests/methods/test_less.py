@@ -117,14 +117,23 @@ def test_signs_depend_on_seed_and_place_alone() -> None:
     assert abs(float(signs.mean())) < 4 / (300 * 128) ** 0.5
 
 
-def test_projecting_each_batch_finds_the_same_as_holding_its_rows() -> None:
-    model, examples = tiny_models.adapted("llama"), tiny_models.examples(9)
+def test_projecting_each_batch_finds_the_same_as_holding_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, examples = tiny_models.adapted("llama", targets="all-linear"), tiny_models.examples(9)
+    mlp = model.get_base_model().model.layers[0].mlp
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        mlp.up_proj(x)  # not used: a gradient of zero, of which something is made all the same
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+
+    monkeypatch.setattr(mlp, "forward", forward)
     held, by_batch = (Projection(64, seed=2, device=CPU) for _ in range(2))
     by_batch.add, by_batch.in_kernel = held.add, True  # as on a GPU
     found = []
 
     def direction(block: str, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * (2 if block.endswith(".A") else 3)
+        return gradient * (2 if block.endswith(".A") else 3) + 0.1
 
     for projection in (held, by_batch):
         for max_tokens in (60, 1000):
@@ -139,27 +148,38 @@ def test_projecting_each_batch_finds_the_same_as_holding_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "triton", "compiler", "found", "said"),
+    ("capability", "there", "found", "said"),
     [
-        ((9, 0), True, "cc", True, ""),
-        ((7, 5), True, "cc", False, ""),
-        ((9, 0), False, "cc", False, "Triton is missing: random projections take"),
-        ((9, 0), True, "", False, "a C compiler, which Triton calls, is missing"),
+        ((9, 0), ("triton", "gcc", "Python.h"), True, ""),
+        ((7, 5), ("triton", "gcc", "Python.h"), False, ""),
+        ((9, 0), ("gcc", "Python.h"), False, "Triton is missing: random projections take"),
+        ((9, 0), ("triton", "Python.h"), False, "a C compiler, which Triton calls, is missing"),
+        ((9, 0), ("triton", "gcc"), False, "Python.h, which Triton compiles with, is missing"),
+        ((9, 0), ("triton", "gcc", "Python.h", "CC=icc"), False, "a C compiler, which Triton"),
+        ((9, 0), ("triton", "icc", "Python.h", "CC=icc"), True, ""),
     ],
 )
 def test_where_the_kernel_cannot_run_the_log_says_what_is_missing(
     capability: tuple[int, int],
-    triton: bool,
-    compiler: str,
+    there: tuple[str, ...],
     found: bool,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
+    def find(name: str) -> str | None:
+        return name if name in there else None
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(random_projection, "find_spec", lambda _: triton or None)
-    monkeypatch.setattr(random_projection.shutil, "which", lambda _: None)
-    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(random_projection, "find_spec", find)
+    monkeypatch.setattr(random_projection.shutil, "which", find)
+    monkeypatch.delenv("CC", raising=False)
+    if "CC=icc" in there:
+        monkeypatch.setenv("CC", "icc")
+    if "Python.h" in there:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(random_projection, "_header", lambda: tmp_path / "Python.h")
     assert random_projection.has_kernel.__wrapped__(torch.device("cuda")) is found
     assert said in caplog.text
     assert bool(said) == bool(caplog.records)

@@ -48,10 +48,10 @@ class Pool(EncodedSet):
 
 
 class Device:
-    """A GPU that is not there, of a made-up capacity in tokens."""
+    """A GPU that is not there, of a made-up capacity in tokens; or a CPU."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, kind: str = "cuda") -> None:
+        self.capacity, self.kind = capacity, kind
         self.windows: list[int] = []
         self.tried: list[int] = []
 
@@ -63,17 +63,21 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if examples[0].input_ids.any() or examples[1].input_ids.any():  # no worst batch
             self.windows.append(len(examples))
-        return {"row": torch.tensor([float(example.input_ids[0]) for example in examples])}
+        rows = torch.tensor([float(example.input_ids[0]) for example in examples])
+        mates = torch.zeros(len(examples))  # what an example shares its batch with
+        for group in groups:
+            mates[group] = rows[group].sum()
+        return {"row": rows, "mates": mates}
 
     def factory(self) -> tuple[object, torch.device]:
-        return self.measure, torch.device("cuda")
+        return self.measure, torch.device(self.kind)
 
 
 def passed(path: Path, devices: Mapping[str, Device], **engine: object) -> PoolPass:
     """Return a pass at a checkpoint for each device, done."""
     path.mkdir(exist_ok=True)
     (path / layout.OWNER).touch()
-    settings = EngineConfig(shard_size=2048, **engine)  # type: ignore[arg-type]
+    settings = EngineConfig(**{"shard_size": 2048} | engine)  # type: ignore[arg-type]
     done = PoolPass("passed", Pool(), Run(path), Local(), settings)
     done.run(STAGE, {label: lambda own=own: own.factory for label, own in devices.items()})  # type: ignore[misc]
     for label in devices:
@@ -94,6 +98,17 @@ def test_windows_grow_with_the_tokens_that_a_gpu_holds(tmp_path: Path) -> None:
     assert 2500 < tokens <= 3000
     assert window == 1024
     assert large.windows == [1024] * 4 + [904]
+
+
+def test_on_a_cpu_no_size_of_shards_changes_a_batch(tmp_path: Path) -> None:
+    found = []
+    for size in ("auto", 1024, 2048, 4096):
+        cpu = Device(10**9, "cpu")
+        done = passed(tmp_path / str(size), {"": cpu}, shard_size=size, batch_tokens=16_384)
+        assert {window for _, window in facts(done, "")} == {1024}
+        assert cpu.windows == [1024] * 4 + [904]
+        found.append(done.read("mates", "")[:])
+    assert all(np.array_equal(found[0], other) for other in found)
 
 
 def test_a_run_that_goes_on_takes_tokens_and_windows_from_what_is_stored(tmp_path: Path) -> None:
@@ -127,10 +142,10 @@ def test_what_is_set_is_neither_looked_for_nor_taken_over(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("num_examples", "window", "size"),
-    [(1, "auto", 1024), (32_767, "auto", 1024), (32_768, "auto", 2048), (10**9, "auto", 4096),
+    [(1, "auto", 1024), (131_071, "auto", 1024), (131_072, "auto", 2048), (10**9, "auto", 4096),
      (10**9, 3000, 3000), (10**9, 1000, 4000), (23, 8, 1024), (10**9, 8192, 8192)],
 )  # fmt: skip
-def test_shards_leave_sixteen_of_them_and_are_whole_windows(
+def test_shards_leave_64_of_them_and_are_whole_windows(
     num_examples: int, window: int | str, size: int
 ) -> None:
     engine = EngineConfig(window=window)  # type: ignore[arg-type]
@@ -138,10 +153,13 @@ def test_shards_leave_sixteen_of_them_and_are_whole_windows(
 
 
 def test_a_window_is_a_power_of_two_that_divides_its_shard() -> None:
-    for tokens in (1, 300, 2048, 8192):  # as on a CPU
-        assert window_size(EngineConfig(), 65_536, tokens) == 1024
-    found = [window_size(EngineConfig(), 65_536, t) for t in (8200, 14_080, 16_400, 32_768)]
+    cuda, cpu, engine = torch.device("cuda"), torch.device("cpu"), EngineConfig()
+    for tokens in (1, 300, 2048, 8192):
+        assert window_size(engine, 65_536, tokens, cuda) == 1024
+    found = [window_size(engine, 65_536, t, cuda) for t in (8200, 14_080, 16_400, 32_768)]
     assert found == [2048, 2048, 4096, 4096]
-    assert window_size(EngineConfig(), 3 * 1024, 32_768) == 1024
-    assert window_size(EngineConfig(), 2048, 32_768) == 2048
-    assert window_size(EngineConfig(window=7), 14, 32_768) == 7
+    assert window_size(engine, 65_536, 32_768, cpu) == 1024
+    assert window_size(engine, 3 * 1024, 32_768, cuda) == 1024
+    assert window_size(engine, 2048, 32_768, cuda) == 2048
+    for device in (cuda, cpu):
+        assert window_size(EngineConfig(window=7), 14, 32_768, device) == 7

@@ -6,8 +6,8 @@ it. Where a block lies changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from math import prod
 
@@ -136,6 +136,14 @@ def choose_offloaded(
     return frozenset(offloaded)
 
 
+def _offloaded(choose: Callable[[int], frozenset[str]], most: int, wanted: int) -> frozenset[str]:
+    """Return the blocks to offload so that `wanted` bytes stay, or `most` if not all can wait."""
+    if wanted < most:
+        with suppress(ModelError):
+            return choose(wanted)
+    return choose(most)
+
+
 def build_basis(
     model: nn.Module,
     targets: Sequence[tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]],
@@ -146,7 +154,7 @@ def build_basis(
     """Return combinationᵀ G of each target, one below the other, block by block.
 
     `targets`: examples, and a combination (query × rank) of their gradients. `memory`: bytes that
-    it may take, of which it may keep `kept`.
+    it may take, of which it keeps `kept`, or more where the rest does not fit into host memory.
 
     With combination = U/σ these are the right singular vectors of G: the basis of its subspace.
     Added up in float32, in parts, each a pass over the targets and as large as what is kept so far
@@ -155,25 +163,25 @@ def build_basis(
     Raises:
         ModelError: If they fit neither into `memory` bytes of the device nor into host memory.
     """
-    shapes, device = blocks(model), device_of(model)
+    shapes, device, dtype = blocks(model), device_of(model), _dtype_kept(model)
     rank = sum(combination.shape[1] for _, combination in targets)
-    dtype = _dtype_kept(model)
     # on a GPU only as much stays free for sums: what waits in host memory is brought for each batch
-    sums = memory // 4 if device.type == "cpu" else _largest_sums(shapes, rank)
-    most = max(0, min(memory - sums, memory if kept is None else kept))
-    offloaded = choose_offloaded(shapes, rank, dtype.itemsize, device, most)
+    free = memory // 4 if device.type == "cpu" else _largest_sums(shapes, rank)
+    most = max(0, memory - free)
+    choose = partial(choose_offloaded, shapes, rank, dtype.itemsize, device)
+    offloaded = _offloaded(choose, most, most if kept is None else min(most, kept))
     done: dict[str, Tensor] = {}
     waiting = pinned({n: (rank, prod(s)) for n, s in shapes.items() if n in offloaded}, dtype)
     while len(done) < len(shapes):
         here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
         left = {name: shape for name, shape in shapes.items() if name not in done}
         part = _first_part(left, (memory - here) // (FLOAT_BYTES * rank))
-        sums = [
+        added_up = [
             _combine_rows(model, examples, combination, part, max_tokens)
             for examples, combination in targets
         ]
         for name in part:
-            block = torch.cat([own.pop(name) for own in sums]).to(dtype)
+            block = torch.cat([own.pop(name) for own in added_up]).to(dtype)
             done[name] = waiting[name].copy_(block) if name in offloaded else block
     return Basis(done, offloaded, device)
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
-from gradsift.gradients.memory import memory_budget
+from gradsift.gradients.memory import memory_budget, small_batch
 from gradsift.gradients.per_example import (
     blocks,
     each_batch,
     gradient_scale,
 )
-from gradsift.models.batch_size import start_tokens, within_memory
+from gradsift.models.batch_size import within_memory
 from gradsift.models.batches import device_of, lengths_of, padded, plan_batches
 
 FLOAT_BYTES = 4  # bytes of a float32
@@ -108,6 +108,6 @@ def fitting_gram(
     Raises:
         ModelError: If nothing does.
     """
-    device = device_of(model)
-    work = partial(gram_matrix, model, examples, memory=memory_budget(engine, device))
-    return within_memory(work, start_tokens(engine, device), lengths_of(examples))[0]
+    memory = memory_budget(engine, device_of(model))
+    work = partial(gram_matrix, model, examples, memory=memory)
+    return within_memory(work, small_batch(engine), lengths_of(examples))[0]

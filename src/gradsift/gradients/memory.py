@@ -17,13 +17,26 @@ from gradsift.config import Config, EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import each_batch
 from gradsift.models.batch_size import FEW_TOKENS, fits, run_worst
-from gradsift.models.batches import MAX_EXAMPLES, device_of, lengths_of, padded, plan_batches
+from gradsift.models.batches import (
+    MAX_EXAMPLES,
+    device_of,
+    lengths_of,
+    padded,
+    plan_batches,
+    positions_of,
+)
 
 _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pieces
 
 
 def host_memory() -> int:
-    """Return the bytes that this process may still take, of the machine's or its container's."""
+    """Return the bytes that this process may still take, of the machine's or its container's.
+
+    Pinned memory that PyTorch keeps, though nothing is in it any more, is given back first.
+    """
+    empty_cache = getattr(torch._C, "_host_emptyCache", None)
+    if empty_cache and torch.cuda.is_initialized():
+        empty_cache()
     available = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{what}" for what in ("max", "current"))
     if limit.exists() and used.exists() and (bound := limit.read_text().strip()) != "max":
@@ -53,7 +66,7 @@ def basis_memory(config: Config, model: nn.Module, tokens: int, whole: int) -> t
     budget = memory_budget(config.engine, device)
     if device.type != "cuda":
         return budget, budget
-    longest = config.data.max_length
+    longest = min(config.data.max_length, positions_of(model) or config.data.max_length)
     batch = _batch_memory(model, longest, max(tokens, longest))
     if batch is None:  # perhaps nothing is as long as may be
         return budget, budget
@@ -76,7 +89,7 @@ def room_for_basis(
 
 
 def small_batch(engine: EngineConfig) -> int:
-    """Return the tokens of a batch beside which the basis gets its memory: few, unless set."""
+    """Return the tokens of a batch beside rows of gradients or a basis: few, unless set."""
     return FEW_TOKENS if engine.batch_tokens == "auto" else engine.batch_tokens
 
 

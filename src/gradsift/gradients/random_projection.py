@@ -14,11 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import accumulate
 from math import prod
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -106,12 +108,17 @@ def project_at_random(
     groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
     for group, backpropagate in each_batch(model, examples, groups):
         part = torch.zeros(len(group), projection.dimension, device=device)
+        seen: set[str] = set()
 
-        def take(name: str, gradient: Tensor, part: Tensor = part) -> None:
+        def take(name: str, gradient: Tensor, part: Tensor = part, seen: set[str] = seen) -> None:
+            seen.add(name)
             rows = gradient.flatten(1).float() / scale
             projection.add(direction(name, rows), first[name], part)
 
         backpropagate(take)
+        for name in (own for own in shapes if own not in seen):  # not used: a gradient of zero
+            zeros = torch.zeros(len(group), prod(shapes[name]), device=device)
+            projection.add(direction(name, zeros), first[name], part)
         into[to_device(group, device)] = part
     return into
 
@@ -126,12 +133,21 @@ def has_kernel(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):  # it multiplies no bfloat16
         return False
-    compiler = os.getenv("CC") or shutil.which("gcc") or shutil.which("clang")
-    there = {"Triton": find_spec("triton"), "a C compiler, which Triton calls,": compiler}
+    named = os.getenv("CC")  # as Triton looks for it
+    compilers = ("gcc", "clang") if named is None else (named,)
+    there = {
+        "Triton": find_spec("triton"),
+        "a C compiler, which Triton calls,": any(map(shutil.which, compilers)),
+        "Python.h, which Triton compiles with,": _header().exists(),
+    }
     lacks = " and ".join(what for what, found in there.items() if not found)
     if lacks:
-        logger.warning("%s is missing: random projections take some twenty times as long", lacks)
+        logger.warning("%s is missing: random projections take much longer", lacks)
     return not lacks
+
+
+def _header() -> Path:
+    return Path(sysconfig.get_paths()["include"], "Python.h")
 
 
 def _mix(words: Tensor) -> Tensor:

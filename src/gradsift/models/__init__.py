@@ -23,6 +23,7 @@ PUBLIC = {
         "make_batches",
         "padded",
         "plan_batches",
+        "positions_of",
         "prefetch",
         "to_device",
     ),

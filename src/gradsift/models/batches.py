@@ -34,8 +34,6 @@ MAX_EXAMPLES = 512
 # tensor cores take eights, and what is chosen or compiled by shape meets far fewer shapes;
 # larger multiples pad too much (docs/tried.md)
 _MULTIPLES = {"cuda": 8}
-
-
 # what a batch takes beside its tokens, in tokens: so many, or that share of the most there may be
 _OVERHEAD, _OVERHEAD_SHARE = 128, 1 / 16
 
@@ -167,9 +165,15 @@ def padded(model: nn.Module, lengths: Lengths) -> Lengths:
     """
     multiple = _MULTIPLES.get(device_of(model).type, 1)
     filled = -(-lengths // multiple) * multiple
-    config: Any = getattr(model, "module", model).config  # of DDP's model, the one within
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     return filled if positions is None else np.where(filled <= positions, filled, lengths)
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens of an example the model has positions for, if it says so."""
+    config: Any = getattr(model, "module", model).config  # of DDP's model, the one within
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def plan_batches(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,6 +20,9 @@ from gradsift.config import LEAST_WINDOW, EngineConfig
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import HASH_THREADS, hash_tensors
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
@@ -26,10 +30,8 @@ BATCH_TOKENS, WINDOW = "batch_tokens", "window"
 """The facts that say with how many tokens per batch, and among how many examples at a time, a
 shard was measured."""
 _ENTRY, _HASH = "gradsift", "sha256"
-_LARGEST, _SHARDS = (
-    4096,
-    16,
-)  # examples of a shard, where none are set; and how many shards at least
+# examples of a shard, where none are set, at most; and how many shards a pool leaves at least
+_LARGEST, _SHARDS = 4096, 64
 _TOKENS_OF_EXAMPLE = 8  # of a batch, at most: a window holds sixteen batches of 128 tokens each
 Rows = slice | Int[np.ndarray, " row"]
 
@@ -53,9 +55,9 @@ class Shard:
 def shard_size(engine: EngineConfig, num_examples: int) -> int:
     """Return the examples of a shard: as set, or by the pool alone, as each machine plans them.
 
-    The largest that leaves sixteen shards, in whole windows.
+    The largest that leaves 64 shards, in whole windows.
 
-    >>> [shard_size(EngineConfig(), count) for count in (13_000, 40_000, 270_000)]
+    >>> [shard_size(EngineConfig(), count) for count in (40_000, 140_000, 270_000)]
     [1024, 2048, 4096]
     """
     if engine.shard_size != "auto":
@@ -65,17 +67,19 @@ def shard_size(engine: EngineConfig, num_examples: int) -> int:
     return max(engine.least_window, size // engine.least_window * engine.least_window)
 
 
-def window_size(engine: EngineConfig, size: int, batch_tokens: int) -> int:
-    """Return the examples of a window, where a shard has `size`: as set, or by tokens per batch.
+def window_size(engine: EngineConfig, size: int, batch_tokens: int, device: torch.device) -> int:
+    """Return the examples of a window, where a shard has `size`.
 
-    Batches are formed within a window: if it makes but a few, its examples are no longer sorted by
-    length.
+    As set. Else the fewest on a CPU, where no size of shards is to change a bit; on a GPU by tokens
+    per batch: a window that makes but a few batches is hardly sorted by length.
 
-    >>> [window_size(EngineConfig(), 4096, tokens) for tokens in (2048, 14_336, 32_768)]
+    >>> from torch import device
+    >>> cuda = device("cuda")
+    >>> [window_size(EngineConfig(), 4096, tokens, cuda) for tokens in (2048, 14_336, 32_768)]
     [1024, 2048, 4096]
     """
-    if engine.window != "auto":
-        return engine.window
+    if engine.window != "auto" or device.type == "cpu":
+        return engine.least_window
     wanted = 1 << (batch_tokens // _TOKENS_OF_EXAMPLE - 1).bit_length()
     return gcd(max(engine.least_window, wanted), size)
 

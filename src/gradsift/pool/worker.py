@@ -1,14 +1,16 @@
 """What one process does in a pass over the pool: it measures shards and stores them.
 
 A shard is measured window by window: batches are formed among the examples of a window alone, so
-that neither the size of shards nor the number of workers changes a bit. While the device works on
-a window, one thread reads the next and another writes the shard before.
+that the number of workers changes no bit, nor, where windows do not grow with shards (on a CPU),
+their size. While the device works on a window, one thread reads the next and another writes the
+shard before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +51,8 @@ class Worker:
     ) -> None:
         """Load what the measure needs, and find tokens per batch and window.
 
-        `known`: the facts of a shard that is there already; both are taken from it.
+        `known`: the facts of a shard that is there already; both are taken from it, the window as
+        far as whole ones make a shard.
         """
         folder.fetch_inputs()
         self._pool, self._folder = pool, folder
@@ -59,11 +62,11 @@ class Worker:
         else:
             lengths = pool.column("num_tokens").to_numpy()
             self._max_tokens = find_batch_tokens(self._measure, lengths, engine, device)
+        size = shard_size(engine, len(pool))
         if known and engine.window == "auto":
-            self._window = known[WINDOW]
+            self._window = gcd(known[WINDOW], size)
         else:
-            size = shard_size(engine, len(pool))
-            self._window = window_size(engine, size, self._max_tokens)
+            self._window = window_size(engine, size, self._max_tokens, device)
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Shard]:
         """Measure the shards, and yield each when its file is whole."""

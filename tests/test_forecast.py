@@ -14,17 +14,18 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import gradsift
 import tiny_models
 from conftest import Write
-from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.config import EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
 from gradsift.methods.job import Job
 from gradsift.pipeline import RunResult
-from gradsift.trials import Trials
+from gradsift.trials import Trials, _try_pool
 
 Rows = list[dict[str, Any]]
 Arguments = dict[str, Any]
@@ -170,6 +171,25 @@ def test_the_speed_of_a_training_is_found_on_a_pool_smaller_than_a_batch(
     first, per_token = trials._training
     assert first == pytest.approx(2.0 + 0.01 * calls[0])
     assert per_token == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_plan_halves_batches_that_do_not_fit_as_a_run_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks, pool = [0], FewExamples(tiny_models.examples(64))
+    monkeypatch.setattr("gradsift.models.batches.device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("gradsift.models.batch_size.clear_device_cache", lambda **_: None)
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[-1])
+
+    def run(examples: Sequence[Encoded], max_tokens: int) -> None:
+        peaks[-1] = max(peaks[-1], max_tokens)
+        if max_tokens > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    speed = _try_pool(pool, EngineConfig(batch_tokens=1000), run, tiny_models.build("llama"))
+    assert (speed.batch_tokens, speed.device_memory) == (250, 250)
 
 
 @pytest.mark.parametrize("method", ["bm25", "length", "random"])

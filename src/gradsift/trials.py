@@ -287,17 +287,21 @@ def _try_pool(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.models.batch_size import find_batch_tokens, run_worst
+    from gradsift.models.batch_size import find_batch_tokens, run_worst, within_memory
     from gradsift.models.batches import device_of
 
     device = device_of(model)
     lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
     max_tokens, peak = find_batch_tokens(run, lengths, engine, device), 0
-    if device.type == "cuda":  # what failed in the search for the batch size is not to count
+
+    def peak_of(tokens: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not to count
+        run_worst(run, lengths, tokens)
+        return torch.cuda.max_memory_allocated(device)
+
+    if device.type == "cuda":
         clear_device_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        run_worst(run, lengths, max_tokens)
-        peak = torch.cuda.max_memory_allocated(device)
+        peak, max_tokens = within_memory(peak_of, max_tokens, lengths)
     window = window_size(engine, shard_size(engine, len(pool)), max_tokens)
     speed = _tokens_per_second(pool, run, model, max_tokens, max(window, _POOL_SAMPLE))
     return PoolSpeed(speed, max_tokens, peak)

@@ -41,11 +41,18 @@ _GPU_TOKENS = 8 * 2048  # at most
 
 
 class _Fitted(NamedTuple):
-    """What fitted in a training whose longest example had so many tokens."""
+    """What fitted in a training whose longest example had so many tokens.
+
+    `last_resort`: checkpointing, which nobody had asked for.
+    """
 
     longest: int
     max_tokens: int
-    checkpointing: bool
+    last_resort: bool
+
+    def serves(self, longest: int) -> bool:
+        """Return whether it is right for this longest example; a shorter one may need no resort."""
+        return longest == self.longest or (longest < self.longest and not self.last_resort)
 
 
 _FITTED: dict[object, _Fitted] = {}  # by model, device and settings; of this process
@@ -95,7 +102,8 @@ class MicroBatches:
         """Turn it off, whoever turned it on; remember what fitted."""
         if self._case:
             case, longest = self._case
-            _FITTED[case] = _Fitted(longest, self.max_tokens, self._on)
+            last_resort = self._on and self._wanted == "auto"
+            _FITTED[case] = _Fitted(longest, self.max_tokens, last_resort)
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -121,9 +129,9 @@ class MicroBatches:
 
         case = (*self._like(), num_examples)
         fitted = _FITTED.get(case)
-        if fitted and longest <= fitted.longest:
+        if fitted and fitted.serves(longest):
             longest, self.max_tokens = fitted.longest, fitted.max_tokens
-            if fitted.checkpointing and not self._on:
+            if fitted.last_resort:
                 self._switch_on()
         else:
             most, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])

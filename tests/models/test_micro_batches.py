@@ -257,6 +257,21 @@ def test_checkpointing_that_long_examples_needed_is_left_off_for_shorter_ones() 
     assert (tried, found) == ([20, 20, 5], [True, True, False, False])
 
 
+def test_a_size_that_is_set_and_just_fits_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    out_of_memory: Callable[[Fails], list[int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(micro_batches, "_can_be_tried", lambda device: True)
+    longest = int(lengths_of(tiny_models.examples(8, seed=5)).max())
+    given = 5 * longest - 1
+    sizes = out_of_memory(lambda _, size: size > given)
+    trained(micro_batch_tokens=given)
+    assert sizes[0] == 4 * longest
+    assert f"batches of up to {given} tokens" in caplog.text
+
+
 def test_what_is_set_is_taken_and_auto_goes_by_the_device() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
     assert (first_tokens(77, gpu), first_tokens("auto", cpu)) == (77, 1024)

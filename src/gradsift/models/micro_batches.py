@@ -81,6 +81,7 @@ class MicroBatches:
         """Take the model, its two settings, and how many processes train together."""
         self.untried = _can_be_tried(device_of(model))
         self.max_tokens = first_tokens(max_tokens, device_of(model))
+        self._is_set = max_tokens != "auto"
         self._model, self._num_processes = model, num_processes
         self._wanted, self._on = checkpointing, False
         self._case: tuple[object, int] | None = None  # which training it is, once it was tried
@@ -135,7 +136,10 @@ class MicroBatches:
                 self._switch_on()
         else:
             most, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])
-            self.max_tokens = most_tokens(run_worst, lengths, most, self._relieve)
+            if self._is_set:  # and tried as it is
+                _, self.max_tokens = within_memory(run_worst, most, lengths, self._relieve)
+            else:
+                self.max_tokens = most_tokens(run_worst, lengths, most, self._relieve)
             restore()
         self._case = case, longest
         self._agree()
@@ -187,7 +191,7 @@ class MicroBatches:
         )
         config = getattr(self._model, "config", None)
         kind = [getattr(config, name, None) for name in ("model_type", "_attn_implementation")]
-        return *kind, parameters, self.max_tokens, self._wanted
+        return *kind, parameters, self.max_tokens, self._is_set, self._wanted
 
     def _agree(self) -> None:
         """Take the fewest tokens of all processes, and checkpointing if one of them needs it."""

@@ -150,7 +150,7 @@ class Trials:
     def _training(self) -> tuple[float, float]:
         """Seconds of a first batch and of each token after it; an adapter is stored."""
         from gradsift.models.adapters import save_adapter
-        from gradsift.models.batches import device_of
+        from gradsift.models.batches import device_of, lengths_of
         from gradsift.models.micro_batches import first_tokens
         from gradsift.models.training import steps_per_epoch, train
 
@@ -161,8 +161,10 @@ class Trials:
             micro = _num_examples(pool, tokens, warmup.batch_size)
             settings = warmup.model_copy(update={"batch_size": micro})
             # a small pool goes round, as in a training of several epochs
-            rows = np.resize(rows, micro * (1 + _TRAIN_BATCHES))
-            first, rest = pool.examples(rows[:micro]), pool.examples(rows)
+            rest = pool.examples(np.resize(rows, micro * (1 + _TRAIN_BATCHES)))
+            # what fits the longest is then looked for the first time, and remembered
+            rest.insert(0, rest.pop(int(lengths_of(rest).argmax())))
+            first = rest[:micro]
             for examples in (first, first, rest):  # the first time pays for what is set up once
                 started = time.perf_counter()
                 steps = steps_per_epoch(len(examples), settings)

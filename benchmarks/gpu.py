@@ -80,7 +80,8 @@ class Step:
 
 def plan_steps(scratch: Path, results: Path, on: str) -> list[Step]:
     """Return the steps, what is worth most first; on a CPU small ones, to try the script itself."""
-    small, patience = (True, 3) if on == "cpu" else (False, 1)
+    small = on == "cpu"
+    patience = 3 if small else 1
 
     def tests(name: str, limit: float) -> Step:
         options = ("-v", "-rs", "-p", "no:cacheprovider", "--tb=short", "--durations=5")

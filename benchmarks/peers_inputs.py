@@ -50,9 +50,8 @@ def make_job(base: Path, rank: int, counts: tuple[int, int], folder: Path) -> Jo
     save_random_adapter(model, rank, job.adapter)
     if (base / "tokenizer.json").exists():
         data = pool_pass.SHARED / "data"
-        target = (
-            data / "targets" / "emotion" / "val.jsonl"
-        )  # the shortest: no side's time is theirs
+        # the shortest target: no side's time is theirs
+        target = data / "targets" / "emotion" / "val.jsonl"
         pool = encode(base, data / "pool.jsonl", count)
         queries = encode(base, target, num_queries)
     else:

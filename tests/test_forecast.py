@@ -14,17 +14,19 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import gradsift
 import tiny_models
 from conftest import Write
-from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.config import EngineConfig, LoraConfig, WarmupConfig
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
 from gradsift.methods.job import Job
+from gradsift.models.batches import lengths_of
 from gradsift.pipeline import RunResult
-from gradsift.trials import Trials
+from gradsift.trials import Trials, _try_pool
 
 Rows = list[dict[str, Any]]
 Arguments = dict[str, Any]
@@ -143,17 +145,21 @@ class FewExamples(EncodedSet):
         return pa.table({"num_tokens": [len(example.input_ids) for example in self._given]})
 
 
-@pytest.mark.parametrize(("num_pool", "skipped"), [(1, 0), (3, 2), (3, 3)])
+@pytest.mark.parametrize(("num_pool", "skipped"), [(1, 0), (3, 2), (3, 3), (400, 0)])
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_the_speed_of_a_training_is_found_on_a_pool_smaller_than_a_batch(
+def test_the_speed_of_a_training_is_found_on_any_pool_without_its_search_for_what_fits(
     num_pool: int, skipped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, set_up, calls = [0.0], [9.0, 2.0, 2.3], []
+    clock, set_up, calls, searched = [0.0], [9.0, 2.0, 2.3], [], [0]
 
     def train(model: object, examples: list[Encoded], settings: object, **_: object) -> None:
         num_tokens = sum(len(example.input_ids) for example in examples)
         clock[0] += set_up[len(calls)] + 0.01 * num_tokens
         calls.append(num_tokens)
+        longest = int(lengths_of(examples).max())
+        if longest > max(searched):
+            clock[0] += 100
+            searched.append(longest)
         if len(calls) <= skipped:  # as in float16, when a first step is too large
             raise NumericsError("every step was skipped")
 
@@ -169,7 +175,27 @@ def test_the_speed_of_a_training_is_found_on_a_pool_smaller_than_a_batch(
         return
     first, per_token = trials._training
     assert first == pytest.approx(2.0 + 0.01 * calls[0])
+    assert len(searched) == 2
     assert per_token == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_plan_halves_batches_that_do_not_fit_as_a_run_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks, pool = [0], FewExamples(tiny_models.examples(64))
+    monkeypatch.setattr("gradsift.models.batches.device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("gradsift.models.batch_size.clear_device_cache", lambda **_: None)
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[-1])
+
+    def run(examples: Sequence[Encoded], max_tokens: int) -> None:
+        peaks[-1] = max(peaks[-1], max_tokens)
+        if max_tokens > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    speed = _try_pool(pool, EngineConfig(batch_tokens=1000), run, tiny_models.build("llama"))
+    assert (speed.batch_tokens, speed.device_memory) == (250, 250)
 
 
 @pytest.mark.parametrize("method", ["bm25", "length", "random"])

@@ -243,7 +243,9 @@ class EngineConfig(Section):
         "auto", "padded tokens per forward pass; auto: 2,048 on a CPU, what fits on a GPU"
     )
     memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = setting(
-        "auto", "bytes for target gradients and bases; auto: half of what is free, of a GPU more"
+        "auto",
+        "bytes for gradients and bases; auto: half of what is free; "
+        "a GPU's basis: what a small batch leaves",
     )
     deterministic: bool = setting(
         False, "on a GPU only kernels that give the same bits again; on a CPU all do"

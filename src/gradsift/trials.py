@@ -151,7 +151,7 @@ class Trials:
     def _training(self) -> tuple[float, float]:
         """Seconds of a first batch and of each token after it; an adapter is stored."""
         from gradsift.models.adapters import save_adapter
-        from gradsift.models.batches import device_of
+        from gradsift.models.batches import device_of, lengths_of
         from gradsift.models.micro_batches import first_tokens
         from gradsift.models.training import steps_per_epoch, train
 
@@ -162,8 +162,10 @@ class Trials:
             micro = _num_examples(pool, tokens, warmup.batch_size)
             settings = warmup.model_copy(update={"batch_size": micro})
             # a small pool goes round, as in a training of several epochs
-            rows = np.resize(rows, micro * (1 + _TRAIN_BATCHES))
-            first, rest = pool.examples(rows[:micro]), pool.examples(rows)
+            rest = pool.examples(np.resize(rows, micro * (1 + _TRAIN_BATCHES)))
+            # what fits the longest is then looked for the first time, and remembered
+            rest.insert(0, rest.pop(int(lengths_of(rest).argmax())))
+            first = rest[:micro]
             for examples in (first, first, rest):  # the first time pays for what is set up once
                 started = time.perf_counter()
                 steps = steps_per_epoch(len(examples), settings)
@@ -288,17 +290,21 @@ def _try_pool(
     import torch
     from accelerate.utils.memory import clear_device_cache
 
-    from gradsift.models.batch_size import find_batch_tokens, run_worst
+    from gradsift.models.batch_size import find_batch_tokens, run_worst, within_memory
     from gradsift.models.batches import device_of
 
     device = device_of(model)
     lengths = pool.table(["num_tokens"])["num_tokens"].to_numpy()
     max_tokens, peak = find_batch_tokens(run, lengths, engine, device), 0
-    if device.type == "cuda":  # what failed in the search for the batch size is not to count
+
+    def peak_of(tokens: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not to count
+        run_worst(run, lengths, tokens)
+        return torch.cuda.max_memory_allocated(device)
+
+    if device.type == "cuda":
         clear_device_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        run_worst(run, lengths, max_tokens)
-        peak = torch.cuda.max_memory_allocated(device)
+        peak, max_tokens = within_memory(peak_of, max_tokens, lengths)
     window = window_size(engine, shard_size(engine, len(pool)), max_tokens, device)
     speed = _tokens_per_second(pool, run, model, max_tokens, max(window, _POOL_SAMPLE))
     return PoolSpeed(speed, max_tokens, peak)

@@ -95,7 +95,7 @@ def test_the_search_finds_the_most_within_its_step_in_few_tries(
     most = most_tokens(fails_above(capacity, tried), lengths, 32_768)
     assert max(found for found in tried if found <= capacity) == most + most // 16
     assert most == 32_768 or most + most // 8 + 1 + most // 16 >= capacity - capacity // 16
-    assert len(tried) <= (9 if capacity >= 2176 else 17 * needed)
+    assert len(tried) <= (8 if capacity >= 2176 else 17 * needed)
 
 
 @pytest.mark.usefixtures("_no_cache")

@@ -13,7 +13,7 @@ import torch
 
 import tiny_models
 from gradsift.config import ModelConfig
-from gradsift.gradients.per_example import gradient_rows
+from gradsift.gradients.per_example import each_batch, gradient_rows
 from gradsift.models import batches
 from gradsift.models.batches import Batch, lengths_of, make_batches, padded, plan_batches
 from gradsift.models.forward import run_forward
@@ -95,30 +95,48 @@ def test_on_a_cpu_lengths_stay_as_they_are() -> None:
     assert torch.equal(Batch.of(examples, CPU, pad=pad).input_ids, batch.input_ids)
 
 
-@pytest.fixture
-def set_by_user() -> Iterator[None]:
-    """A process whose user has let PyTorch multiply in TF32."""
-    CUDA.matmul.fp32_precision = "tf32"
+@pytest.fixture(params=["newer", "older", "for all"])
+def set_by_user(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process whose user has let PyTorch multiply in TF32, in one of the ways to say so."""
+    if request.param == "newer":
+        CUDA.matmul.fp32_precision = "tf32"
+    elif request.param == "older":
+        CUDA.matmul.allow_tf32 = True
+    else:
+        torch.set_float32_matmul_precision("high")
     yield
-    CUDA.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for products in (CUDA.matmul, torch.backends.mkldnn.matmul):
+        products.fp32_precision = "none"
 
 
 def kernels() -> tuple[str, bool]:
     return CUDA.matmul.fp32_precision, CUDA.cudnn_sdp_enabled()
 
 
+def all_ways_to_ask() -> list[object]:
+    found: list[object] = [torch.backends.mkldnn.matmul.fp32_precision, *kernels()]
+    for older in (torch.get_float32_matmul_precision, lambda: CUDA.matmul.allow_tf32):
+        try:
+            found.append(older())
+        except RuntimeError as error:  # of a user who has set the newer one alone
+            found.append(str(error).partition("\n")[0])
+    return found
+
+
 @pytest.mark.usefixtures("set_by_user")
 def test_kernels_are_the_batches_own_while_they_run_and_the_users_again_afterwards() -> None:
     model, examples = tiny_models.adapted("llama"), tiny_models.examples(2)
-    groups = [np.array([0]), np.array([1])]
-    assert CUDA.cudnn_sdp_enabled()
-    assert [kernels() for _ in make_batches(model, examples, groups)] == [("ieee", False)] * 2
-    assert kernels() == ("tf32", True)
-    coming = make_batches(model, examples, groups)
+    groups, before = [np.array([0]), np.array([1])], all_ways_to_ask()
+    own = ["ieee", "ieee", False, "highest", False]
+    assert before[1:3] == ["tf32", True]
+    assert [all_ways_to_ask() for _ in make_batches(model, examples, groups)] == [own] * 2
+    assert all_ways_to_ask() == before
+    coming = each_batch(model, examples, groups)
     next(coming)
-    assert kernels() == ("ieee", False)
+    assert all_ways_to_ask() == own
     coming.close()  # what an error in a batch comes to
-    assert kernels() == ("tf32", True)
+    assert all_ways_to_ask() == before
 
 
 def test_a_model_in_tf32_is_multiplied_so_in_its_batches_alone() -> None:

@@ -18,6 +18,7 @@ from transformers import masking_utils, modeling_flash_attention_utils
 
 import tiny_models
 from gradsift.config import LoraConfig, WarmupConfig
+from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.per_example import PerExampleGradients
 from gradsift.models import micro_batches, training
@@ -239,6 +240,36 @@ def test_what_was_remembered_and_fits_no_more_is_halved_and_so_remembered(
     sizes.clear()
     assert_same_bits(trained(), expected)
     assert max(sizes) <= 2 * longest
+
+
+def test_checkpointing_that_long_examples_needed_is_left_off_for_shorter_ones() -> None:
+    model, tried, found = tiny_models.adapted("llama"), [], []
+
+    def run(examples: list[Encoded], _: int) -> None:
+        tried.append(len(examples[0].input_ids) - 1)
+        if tried[-1] > 10 and not is_checkpointed(model):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for longest in (20, 20, 5, 4):
+        with MicroBatches(model, "auto", "auto") as fits:
+            fits.try_worst(run, longest, num_examples=1)
+            found.append(is_checkpointed(model))
+    assert (tried, found) == ([20, 20, 5], [True, True, False, False])
+
+
+def test_a_size_that_is_set_and_just_fits_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    out_of_memory: Callable[[Fails], list[int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(micro_batches, "_can_be_tried", lambda device: True)
+    longest = int(lengths_of(tiny_models.examples(8, seed=5)).max())
+    given = 5 * longest - 1
+    sizes = out_of_memory(lambda _, size: size > given)
+    trained(micro_batch_tokens=given)
+    assert sizes[0] == 4 * longest
+    assert f"batches of up to {given} tokens" in caplog.text
 
 
 def test_what_is_set_is_taken_and_auto_goes_by_the_device() -> None:

@@ -9,7 +9,7 @@ whole row is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from math import prod
 
@@ -211,7 +211,7 @@ def each_batch(
     model: nn.Module, examples: Sequence[Encoded], groups: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Callable[[Consume], Float[Tensor, " batch"]]]]:
     """Yield each group with the function that runs its batch."""
-    batches = make_batches(model, examples, groups)
-    with PerExampleGradients(model) as gradients:
+    coming = make_batches(model, examples, groups)
+    with closing(coming) as batches, PerExampleGradients(model) as gradients:  # type: ignore[arg-type]
         for group, batch in zip(groups, batches, strict=True):
             yield group, partial(gradients, batch)

@@ -30,14 +30,22 @@ def kernels_for_batches(model: nn.Module) -> Iterator[None]:
     Attention is never cuDNN's, which PyTorch prefers on Hopper and Blackwell: it builds a plan for
     every number of examples and tokens, forward and backward, and a pass has a hundred of them.
     Flash attention has none. Matrix products of float32 are that, or TF32 where the model asks for
-    it, whatever the process has set. A CPU has neither choice.
+    it, whatever the process has set. A CPU has but float32's to choose.
     """
-    cuda = torch.backends.cuda
-    attention, products = cuda.cudnn_sdp_enabled(), cuda.matmul.fp32_precision
-    cuda.enable_cudnn_sdp(False)
-    cuda.matmul.fp32_precision = "tf32" if _in_tf32(model) else "ieee"
+    cuda, products = torch.backends.cuda, (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    attention, precisions = cuda.cudnn_sdp_enabled(), [each.fp32_precision for each in products]
+    general = "highest"
     try:
+        cuda.enable_cudnn_sdp(False)
+        for each in products:
+            each.fp32_precision = "ieee"  # else `general` cannot be read where they differ from it
+        general = torch.get_float32_matmul_precision()
+        # the older of PyTorch's two ways to say it: after the newer one alone, readers of the
+        # older raise an error
+        torch.set_float32_matmul_precision("high" if _in_tf32(model) else "highest")
         yield
     finally:
         cuda.enable_cudnn_sdp(attention)
-        cuda.matmul.fp32_precision = products
+        torch.set_float32_matmul_precision(general)
+        for each, precision in zip(products, precisions, strict=True):
+            each.fp32_precision = precision

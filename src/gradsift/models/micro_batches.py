@@ -41,11 +41,18 @@ _GPU_TOKENS = 8 * 2048  # at most
 
 
 class _Fitted(NamedTuple):
-    """What fitted in a training whose longest example had so many tokens."""
+    """What fitted in a training whose longest example had so many tokens.
+
+    `last_resort`: checkpointing, which nobody had asked for.
+    """
 
     longest: int
     max_tokens: int
-    checkpointing: bool
+    last_resort: bool
+
+    def serves(self, longest: int) -> bool:
+        """Return whether it is right for this longest example; a shorter one may need no resort."""
+        return longest == self.longest or (longest < self.longest and not self.last_resort)
 
 
 _FITTED: dict[object, _Fitted] = {}  # by model, device and settings; of this process
@@ -74,6 +81,7 @@ class MicroBatches:
         """Take the model, its two settings, and how many processes train together."""
         self.untried = _can_be_tried(device_of(model))
         self.max_tokens = first_tokens(max_tokens, device_of(model))
+        self._is_set = max_tokens != "auto"
         self._model, self._num_processes = model, num_processes
         self._wanted, self._on = checkpointing, False
         self._case: tuple[object, int] | None = None  # which training it is, once it was tried
@@ -95,7 +103,8 @@ class MicroBatches:
         """Turn it off, whoever turned it on; remember what fitted."""
         if self._case:
             case, longest = self._case
-            _FITTED[case] = _Fitted(longest, self.max_tokens, self._on)
+            last_resort = self._on and self._wanted == "auto"
+            _FITTED[case] = _Fitted(longest, self.max_tokens, last_resort)
         for module in self._model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -121,13 +130,16 @@ class MicroBatches:
 
         case = (*self._like(), num_examples)
         fitted = _FITTED.get(case)
-        if fitted and longest <= fitted.longest:
+        if fitted and fitted.serves(longest):
             longest, self.max_tokens = fitted.longest, fitted.max_tokens
-            if fitted.checkpointing and not self._on:
+            if fitted.last_resort:
                 self._switch_on()
         else:
             most, lengths = min(self.max_tokens, num_examples * longest), np.array([longest])
-            self.max_tokens = most_tokens(run_worst, lengths, most, self._relieve)
+            if self._is_set:  # and tried as it is
+                _, self.max_tokens = within_memory(run_worst, most, lengths, self._relieve)
+            else:
+                self.max_tokens = most_tokens(run_worst, lengths, most, self._relieve)
             restore()
         self._case = case, longest
         self._agree()
@@ -179,7 +191,7 @@ class MicroBatches:
         )
         config = getattr(self._model, "config", None)
         kind = [getattr(config, name, None) for name in ("model_type", "_attn_implementation")]
-        return *kind, parameters, self.max_tokens, self._wanted
+        return *kind, parameters, self.max_tokens, self._is_set, self._wanted
 
     def _agree(self) -> None:
         """Take the fewest tokens of all processes, and checkpointing if one of them needs it."""

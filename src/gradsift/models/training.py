@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -199,14 +199,15 @@ class _Trainer(Trainer):
         device = device_of(model)
         groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
         total = torch.zeros((), device=device)
-        for number, batch in enumerate(make_batches(model, examples, groups), start=1):
-            last = number == len(groups)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    logits = label_logits(model, batch)
-                    loss = token_losses(logits, batch.labels).sum() * weight
-                self.accelerator.backward(loss)
-            total += loss.detach()
+        with closing(make_batches(model, examples, groups)) as batches:  # type: ignore[arg-type]
+            for number, batch in enumerate(batches, start=1):
+                last = number == len(groups)
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        logits = label_logits(model, batch)
+                        loss = token_losses(logits, batch.labels).sum() * weight
+                    self.accelerator.backward(loss)
+                total += loss.detach()
         return total
 
 

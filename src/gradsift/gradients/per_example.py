@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ class PerExampleGradients:
 
 
 @contextmanager
-def _forward_of(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _forward_of(layer: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Have a layer run another forward pass for a while."""
     if "forward" in vars(layer):
         raise ModelError(

@@ -132,8 +132,9 @@ class _Calls:
         self._calls: list[tuple[object, ...]] = []
         self.handle = module.register_forward_hook(self._keep, with_kwargs=True)
 
-    def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        self._calls.append((*args, *kwargs, out))
+    def _keep(self, _: nn.Module, *call: Any) -> None:
+        args, kwargs, output = call
+        self._calls.append((*args, *kwargs, output))
 
     def take_and_give_all_tokens(self, batch: Batch) -> bool:
         """Return whether it was called once, with one tensor of all tokens, and returned one."""
@@ -149,10 +150,10 @@ def _changed(
 ) -> Iterator[None]:
     """Change what a module gives, or `both` that and what it is given."""
     with ExitStack() as stack:
-        hook = module.register_forward_hook(lambda module, inputs, output: change(output))
-        stack.callback(hook.remove)
+        after = module.register_forward_hook(lambda _, inputs, output: change(output))  # type: ignore[arg-type]
+        stack.callback(after.remove)
         if both:
-            before = module.register_forward_pre_hook(lambda module, inputs: change(inputs[0]))
+            before = module.register_forward_pre_hook(lambda _, inputs: change(inputs[0]))
             stack.callback(before.remove)
         yield
 

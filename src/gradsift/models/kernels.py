@@ -32,8 +32,8 @@ def kernels_for_batches(model: nn.Module) -> Iterator[None]:
     Flash attention has none. Matrix products of float32 are that, or TF32 where the model asks for
     it, whatever the process has set. A CPU has but float32's to choose.
     """
-    cuda, host = torch.backends.cuda, torch.backends.mkldnn
-    products = (cuda.matmul, host.matmul)  # type: ignore[attr-defined]
+    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
+    products = cuda.matmul, mkldnn.matmul  # type: ignore[attr-defined]
     attention, precisions = cuda.cudnn_sdp_enabled(), [each.fp32_precision for each in products]
     general = "highest"
     try:

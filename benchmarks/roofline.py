@@ -272,7 +272,9 @@ def rows_of(name: str, num_directions: Sequence[int], card: Card) -> Iterator[li
     for k in num_directions:
         max_tokens = batches_of(shape, k, card)[0]
         engine = EngineConfig()
-        window = window_size(engine, shard_size(engine, max(POOLS)), max_tokens)
+        window = window_size(
+            engine, shard_size(engine, max(POOLS)), max_tokens, torch.device("cuda")
+        )
         drawn = draw_examples(window, shape.vocabulary)
         equal = estimate(models, shape, like(max_tokens // TOKENS, TOKENS, LABELLED), k, card)
         pool = estimate(models, shape, drawn, k, card)

@@ -7,7 +7,7 @@ while the device works.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -210,7 +210,7 @@ def make_batches(
     examples: Sequence[Encoded],
     groups: Sequence[np.ndarray],
     whole: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batch of each group of indices, prepared while the one before it is in use.
 
     While they are in use the device's kernels are those for the model's batches. Whoever shows

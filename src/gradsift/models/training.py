@@ -199,7 +199,7 @@ class _Trainer(Trainer):
         device = device_of(model)
         groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
         total = torch.zeros((), device=device)
-        with closing(make_batches(model, examples, groups)) as batches:  # type: ignore[arg-type]
+        with closing(make_batches(model, examples, groups)) as batches:
             for number, batch in enumerate(batches, start=1):
                 last = number == len(groups)
                 with nullcontext() if last else self.accelerator.no_sync(model):

@@ -100,10 +100,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True, share=0.30),
-    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064, share=0.43),
-    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000, share=0.38),
-    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064, share=0.41, waiting=1.8),
+    Shape("Qwen2.5-1.5B", 1536, 28, 256, 8960, 151_936, tied=True, share=0.41),
+    Shape("Qwen2.5-7B", 3584, 28, 512, 18_944, 152_064, share=0.53),
+    Shape("Llama-2-7B", 4096, 32, 4096, 11_008, 32_000, share=0.50),
+    Shape("Qwen2.5-14B", 5120, 48, 1024, 13_824, 152_064, share=0.52, waiting=2.3),
 )
 
 

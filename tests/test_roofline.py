@@ -143,6 +143,6 @@ def test_shares_in_the_requirements_are_those_computed(
 def test_launches_and_bytes_of_a_layer_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (counted(tiny(monkeypatch, layers)) for layers in (1, 2))
     layer = launches.counts(two - one)
-    # with hooks on PEFT's layers, transformers' norms and rotations 182 launches and 2,588,720 bytes
+    # with PEFT's layers and transformers' norms and rotations 182 launches, 2,588,720 bytes
     assert layer.launches <= 122
     assert layer.bytes <= 1_443_896

@@ -41,7 +41,7 @@ from gradsift.gradients.per_example import blocks, gradient_rows
 from gradsift.gradients.projection import project
 from gradsift.method_config import LessConfig
 from gradsift.methods.less import make_random_projection_measure
-from gradsift.models import training
+from gradsift.models import last_layer, training
 from gradsift.models.batch_size import find_batch_tokens
 from gradsift.models.batches import lengths_of, padded, plan_batches
 from gradsift.models.lora import attach_lora
@@ -76,6 +76,8 @@ def build(family: str, device: str, dtype: str, tokens: int = AMPLE) -> Scene:
     """Return a tiny model of a family with an adapter, on a GPU."""
     model = tiny_models.adapted(family, dtype=DTYPES[dtype]).to(device)
     check_batches(model)
+    base = model.get_base_model()
+    last_layer._known[base] = tuple(name for name, _ in last_layer._candidates(base))  # untried
     return Scene(family, torch.device(device), DTYPES[dtype], model, tokens)
 
 

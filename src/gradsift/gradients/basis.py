@@ -175,7 +175,7 @@ def build_basis(
     while len(done) < len(shapes):
         here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
         left = {name: shape for name, shape in shapes.items() if name not in done}
-        part = _first_part(left, (memory - here) // (FLOAT_BYTES * rank))
+        part = _first_part(left, (memory - here) // (FLOAT_BYTES * max(1, rank)))
         added_up = [
             _combine_rows(model, examples, combination, part, max_tokens)
             for examples, combination in targets

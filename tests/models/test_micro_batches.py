@@ -340,15 +340,15 @@ def test_processes_that_train_together_agree_on_what_fits(tmp_path: Path) -> Non
     said = re.findall("training in batches of up to .*", done.stderr)
     assert len(said) == 2
     assert len(set(said)) == 1
-    tokens = int(said[0].split()[6])
-    assert tokens <= 150
+    tokens, longest = int(said[0].split()[6]), lengths_of(tiny_models.examples(16, seed=5)).max()
+    assert tokens // longest * longest <= 150  # of whole examples
     assert said[0].endswith("gradient checkpointing on")
     model = attach_lora(
         tiny_models.build("llama"), LoraConfig(rank=3, alpha=6, dropout=0.0), seed=1
     )
     settings = WarmupConfig(batch_size=16, learning_rate=1e-2, warmup_ratio=0.0)
     log = train(model, tiny_models.examples(16, seed=5), settings, steps=3, seed=0)
-    losses = re.search(r"rank 0: losses \[(.*)\]", done.stdout)
+    losses = re.search(r"rank 0: losses \[(.*?)\]", done.stdout)
     assert losses
     for found, entry in zip(losses[1].split(", "), log, strict=True):
         assert float(found) == pytest.approx(entry["loss"], abs=2e-4)

@@ -313,11 +313,11 @@ def _try_pool(
 def _tokens_per_second(
     pool: EncodedSet, run: RunBatches, model: nn.Module, max_tokens: int, sample: int
 ) -> float:
-    from gradsift.models.batches import lengths_of, padded, plan_batches
+    from gradsift.models.batches import group_examples
 
     rng = np.random.default_rng(0)
     examples = pool.examples(rng.permutation(len(pool))[:sample])
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
+    groups = group_examples(model, examples, max_tokens)
     groups = [groups[i] for i in rng.permutation(len(groups))]
     num_tokens, seconds = 0, 0.0
     for number, group in enumerate([groups[0], *groups]):  # the first batch is not counted

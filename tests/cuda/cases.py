@@ -43,7 +43,7 @@ from gradsift.method_config import LessConfig
 from gradsift.methods.less import make_random_projection_measure
 from gradsift.models import last_layer, training
 from gradsift.models.batch_size import find_batch_tokens
-from gradsift.models.batches import lengths_of, padded, plan_batches
+from gradsift.models.batches import group_examples, lengths_of, padded
 from gradsift.models.lora import attach_lora
 from gradsift.pool.coordinates import make_projection_measure
 from gradsift.pool.hidden_states import make_forward_measure
@@ -305,7 +305,7 @@ def check_batches(model: PeftModel) -> None:
     """Make sure that the examples fall into as many batches as their names say."""
     lengths = padded(model, lengths_of(EXAMPLES))
     assert not any(lengths % 8), lengths
-    assert [len(plan_batches(lengths, tokens)) for tokens in (TWO, THREE)] == [2, 3]
+    assert [len(group_examples(model, EXAMPLES, tokens)) for tokens in (TWO, THREE)] == [2, 3]
 
 
 def run(what: str, case: Callable[[Scene, Watch], None], scene: Scene, cuda: FakeCuda) -> None:

@@ -15,7 +15,14 @@ import tiny_models
 from gradsift.config import ModelConfig
 from gradsift.gradients.per_example import each_batch, gradient_rows
 from gradsift.models import batches
-from gradsift.models.batches import Batch, lengths_of, make_batches, padded, plan_batches
+from gradsift.models.batches import (
+    Batch,
+    group_examples,
+    lengths_of,
+    make_batches,
+    padded,
+    plan_batches,
+)
 from gradsift.models.forward import run_forward
 from gradsift.models.kernels import multiply_in_tf32, precision_of
 from gradsift.models.loading import load_base, resolve_dtype
@@ -65,7 +72,7 @@ def record_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("max_tokens", [24, 100, 333])
 def test_a_padded_batch_keeps_to_the_budget(max_tokens: int) -> None:
     model, examples = tiny_models.build("llama"), tiny_models.examples(60, seed=2)
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
+    groups = group_examples(model, examples, max_tokens)
     assert sorted(np.concatenate(groups).tolist()) == list(range(60))
     shapes = [tuple(batch.input_ids.shape) for batch in make_batches(model, examples, groups)]
     assert all(count == 1 or count * width <= max_tokens for count, width in shapes)

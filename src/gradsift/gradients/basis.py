@@ -21,14 +21,10 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.gram import FLOAT_BYTES
 from gradsift.gradients.memory import basis_memory, host_memory, small_batch
-from gradsift.gradients.per_example import (
-    blocks,
-    each_batch,
-    gradient_scale,
-)
+from gradsift.gradients.per_example import blocks, each_batch, gradient_scale
 from gradsift.gradients.pinned import pieces_for, pinned
 from gradsift.models.batch_size import within_memory
-from gradsift.models.batches import device_of, lengths_of, padded, plan_batches, to_device
+from gradsift.models.batches import device_of, group_examples, lengths_of, to_device
 
 _ALIGNED = 256  # entries
 Shapes = Mapping[str, tuple[int, int]]
@@ -198,7 +194,7 @@ def _combine_rows(
         name: torch.zeros(weights.shape[1], prod(shape), device=weights.device)
         for name, shape in shapes.items()
     }
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
+    groups = group_examples(model, examples, max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         shares = weights[to_device(group, weights.device)].T
 

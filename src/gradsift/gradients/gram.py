@@ -18,13 +18,9 @@ from gradsift.config import EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.memory import memory_budget, small_batch
-from gradsift.gradients.per_example import (
-    blocks,
-    each_batch,
-    gradient_scale,
-)
+from gradsift.gradients.per_example import blocks, each_batch, gradient_scale
 from gradsift.models.batch_size import within_memory
-from gradsift.models.batches import device_of, lengths_of, padded, plan_batches
+from gradsift.models.batches import device_of, group_examples, lengths_of
 
 FLOAT_BYTES = 4  # bytes of a float32
 _COLUMNS_AT_ONCE = 1 << 14  # of gradients that are float64 for a moment
@@ -52,9 +48,7 @@ def gram_matrix(
             f"one example's gradient takes {size / 2**30:.3g} GiB, more than the "
             f"{memory / 2**30:.3g} GiB of engine.memory (--memory); raise it, or lower lora.rank"
         )
-    groups = plan_batches(
-        padded(model, lengths_of(examples)), max_tokens, max_examples=memory // size
-    )
+    groups = group_examples(model, examples, max_tokens, max_examples=memory // size)
     ends = np.cumsum([len(group) for group in groups])
     upper = torch.zeros(len(examples), len(examples), dtype=torch.float64, device=device_of(model))
     first = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -27,7 +27,7 @@ from gradsift.errors import ConfigError
 from gradsift.gradients.lanczos import lanczos_bytes, largest_eigenpairs, most_eigenvectors
 from gradsift.gradients.memory import host_memory
 from gradsift.gradients.per_example import blocks
-from gradsift.models.batches import lengths_of, make_batches, padded, plan_batches, to_device
+from gradsift.models.batches import group_examples, make_batches, to_device
 from gradsift.models.lora import lora_pairs
 from gradsift.models.losses import label_logits
 
@@ -50,7 +50,7 @@ class Hessian:
     ) -> None:
         """Remember the examples, in batches of at most `max_tokens` once padded."""
         self._model, self._examples, self._weights = model, examples, weights
-        self._groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
+        self._groups = group_examples(model, examples, max_tokens)
         self.shapes = blocks(model)
         sizes = {name: prod(shape) for name, shape in self.shapes.items()}
         ends = np.cumsum([*sizes.values()]).tolist()
@@ -86,10 +86,9 @@ class Hessian:
 
     def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield each batch's gradient, block by block, as a graph to be passed through again."""
-        with _twice_differentiable(self._parameters):
-            for group, batch in zip(
-                self._groups, make_batches(self._model, self._examples, self._groups), strict=True
-            ):
+        coming = make_batches(self._model, self._examples, self._groups)
+        with _twice_differentiable(self._parameters), closing(coming) as batches:
+            for group, batch in zip(self._groups, batches, strict=True):
                 own = to_device(self._weights[group].astype(np.float32), self.device)
                 logits = label_logits(self._model, batch)
                 # our own softmax (`token_losses`) has no second derivative

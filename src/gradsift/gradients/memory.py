@@ -17,14 +17,7 @@ from gradsift.config import Config, EngineConfig
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import each_batch
 from gradsift.models.batch_size import FEW_TOKENS, fits, run_worst
-from gradsift.models.batches import (
-    MAX_EXAMPLES,
-    device_of,
-    lengths_of,
-    padded,
-    plan_batches,
-    positions_of,
-)
+from gradsift.models.batches import device_of, group_examples, positions_of
 
 _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pieces
 
@@ -103,7 +96,7 @@ def _batch_memory(model: nn.Module, longest: int, tokens: int) -> int | None:
         gradient.float()  # the most that is made of it
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> None:
-        groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
+        groups = group_examples(model, examples, max_tokens)
         for _, backpropagate in each_batch(model, examples, groups):
             backpropagate(convert)
 

@@ -22,16 +22,7 @@ from torch import Tensor, nn
 from gradsift.data.encoding import Encoded
 from gradsift.errors import ModelError
 from gradsift.gradients.adapted_layers import AdaptedLayer, Consume, SharedInput
-from gradsift.models.batches import (
-    MAX_EXAMPLES,
-    Batch,
-    device_of,
-    lengths_of,
-    make_batches,
-    padded,
-    plan_batches,
-    to_device,
-)
+from gradsift.models.batches import Batch, device_of, group_examples, make_batches, to_device
 from gradsift.models.fused import fused_elementwise
 from gradsift.models.last_layer import labelled_alone, modules_after_attention
 from gradsift.models.lora import adapted_layers, lora_pairs
@@ -197,7 +188,7 @@ def gradient_rows(
         for name, shape in blocks(model).items()
     }
     scale = gradient_scale(model)
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
+    groups = group_examples(model, examples, max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         indices = to_device(group, device)
 

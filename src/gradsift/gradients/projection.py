@@ -12,18 +12,8 @@ from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.basis import Basis
-from gradsift.gradients.per_example import (
-    each_batch,
-    gradient_scale,
-)
-from gradsift.models.batches import (
-    MAX_EXAMPLES,
-    device_of,
-    lengths_of,
-    padded,
-    plan_batches,
-    to_device,
-)
+from gradsift.gradients.per_example import each_batch, gradient_scale
+from gradsift.models.batches import device_of, group_examples, to_device
 
 _CPU_PIECES = 16
 # as one product, 17 gradients by 150 directions would occupy two of an H100's 132 processors
@@ -50,7 +40,7 @@ def project(
     device, scale = device_of(model), gradient_scale(model)
     coordinates = torch.empty(len(examples), basis.rank, device=device)
     norms, losses = torch.empty(2, len(examples), device=device)
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
+    groups = group_examples(model, examples, max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         inner = torch.zeros(len(group), basis.rank, device=device)
         squares = torch.zeros(len(group), device=device)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import blocks, each_batch, gradient_rows, gradient_scale
-from gradsift.models.batches import MAX_EXAMPLES, lengths_of, padded, plan_batches, to_device
+from gradsift.models.batches import group_examples, to_device
 
 Direction = Callable[[str, Float[Tensor, "example parameter"]], Float[Tensor, "example parameter"]]
 """Takes a block's name and gradients in float32, and returns what is to be projected of them."""
@@ -105,7 +105,7 @@ def project_at_random(
         for name, rows in gradient_rows(model, examples, max_tokens).items():
             projection.add(direction(name, rows), first[name], into)
         return into
-    groups = plan_batches(padded(model, lengths_of(examples)), max_tokens, MAX_EXAMPLES)
+    groups = group_examples(model, examples, max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         part = torch.zeros(len(group), projection.dimension, device=device)
         seen: set[str] = set()

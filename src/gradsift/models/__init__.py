@@ -17,12 +17,10 @@ PUBLIC = {
     ),
     "batches": (
         "Batch",
-        "MAX_EXAMPLES",
         "device_of",
+        "group_examples",
         "lengths_of",
         "make_batches",
-        "padded",
-        "plan_batches",
         "positions_of",
         "prefetch",
         "to_device",

@@ -205,6 +205,16 @@ def plan_batches(
     return groups[::-1]
 
 
+def group_examples(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    max_tokens: int,
+    max_examples: int = MAX_EXAMPLES,
+) -> list[np.ndarray]:
+    """Return the groups of indices that share a batch of this model (`plan_batches`)."""
+    return plan_batches(padded(model, lengths_of(examples)), max_tokens, max_examples)
+
+
 def make_batches(
     model: nn.Module,
     examples: Sequence[Encoded],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,11 +48,12 @@ def run_forward(model: nn.Module, examples: Sequence[Encoded], max_tokens: int) 
     losses: list[Tensor] = []
     num_correct: list[Tensor] = []
     hidden: list[Tensor] = []
-    for group, batch in zip(groups, make_batches(model, examples, groups, whole=True), strict=True):
-        own = to_device(lengths[group], device)
-        logits = label_logits(model, batch, partial(_keep_mean, own, hidden))
-        losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))
-        num_correct.append(batch.by_example((logits.argmax(-1) == batch.labels).long()))
+    with closing(make_batches(model, examples, groups, whole=True)) as batches:
+        for group, batch in zip(groups, batches, strict=True):
+            own = to_device(lengths[group], device)
+            logits = label_logits(model, batch, partial(_keep_mean, own, hidden))
+            losses.append(batch.by_example(token_losses(logits, batch.labels) * batch.weights))
+            num_correct.append(batch.by_example((logits.argmax(-1) == batch.labels).long()))
     back = to_device(np.argsort(np.concatenate(groups)), device)
     found = (torch.cat(parts)[back] for parts in (losses, num_correct, hidden))
     return Outputs(*found)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from gradsift.models.thread_flag import ThreadFlag
 
 _ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's file of transformers
 
@@ -52,13 +53,12 @@ def fused_elementwise(model: nn.Module) -> Iterator[None]:
     for name in sorted({type(module).__module__ for module in model.modules()}):
         if is_rotary(getattr(sys.modules[name], _ROTARY, None)):
             _stand_in(sys.modules[name])
-    before, _inside.here = _inside.here, True
     try:
         for module, forward in forwards.items():
             module.forward = forward
-        yield
+        with _rotating.raised():
+            yield
     finally:
-        _inside.here = before
         for module in forwards:
             del module.forward
 
@@ -168,13 +168,7 @@ class _Norm(torch.autograd.Function):
         return inner.addcmul_(wide, along).mul_(scale).to(x.dtype), None, None, None
 
 
-class _Inside(threading.local):
-    """Whether this thread is within `fused_elementwise`."""
-
-    here = False
-
-
-_inside = _Inside()
+_rotating = ThreadFlag()
 
 
 @cache
@@ -183,7 +177,7 @@ def _stand_in(family: ModuleType) -> None:
     plain = getattr(family, _ROTARY)
 
     def rotate(*given: Any, **settings: Any) -> Any:
-        if not _inside.here or settings or len(given) != 4:
+        if not _rotating.up or settings or len(given) != 4:
             return plain(*given, **settings)
         query, key, cos, sin = given
         if cos.shape[-1] != query.shape[-1] or cos.dtype != query.dtype:

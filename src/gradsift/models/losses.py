@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import masking_utils, modeling_flash_attention_utils
 
 from gradsift.models.batches import Batch
+from gradsift.models.thread_flag import ThreadFlag
 
 _LOGITS_AT_ONCE = 1 << 25  # entries of one piece of the softmax, twice in float32: 256 MB
 
@@ -44,28 +44,17 @@ def label_logits(
     return logits.flatten(0, -2)
 
 
-class _Inside(threading.local):
-    """Whether this thread is within `nothing_packed`."""
-
-    here = False
+_alone = ThreadFlag()
 
 
-_inside = _Inside()
-
-
-@contextmanager
-def nothing_packed() -> Iterator[None]:
+def nothing_packed() -> AbstractContextManager[None]:
     """Answer for transformers whether several sequences share a row: in our batches none do.
 
     It would look into the positions of every batch, and with flash attention of every layer, and
     wait for the device each time. Other threads, where rows may be shared, get its own answers.
     """
     _stand_in()
-    before, _inside.here = _inside.here, True
-    try:
-        yield
-    finally:
-        _inside.here = before
+    return _alone.raised()
 
 
 @cache
@@ -74,10 +63,10 @@ def _stand_in() -> None:
     find = masking_utils.find_packed_sequence_indices
     is_packed = modeling_flash_attention_utils._is_packed_sequence
     masking_utils.find_packed_sequence_indices = lambda position_ids: (
-        None if _inside.here else find(position_ids)
+        None if _alone.up else find(position_ids)
     )
     modeling_flash_attention_utils._is_packed_sequence = lambda position_ids, batch_size: (
-        False if _inside.here else is_packed(position_ids, batch_size)
+        False if _alone.up else is_packed(position_ids, batch_size)
     )
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
-from gradsift.models.batches import device_of, lengths_of, make_batches, padded, plan_batches
+from gradsift.models.batches import device_of, group_examples, lengths_of, make_batches
 from gradsift.models.devices import PlacedArguments, kept_in_place
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.models.micro_batches import MicroBatches
@@ -197,7 +197,7 @@ class _Trainer(Trainer):
     ) -> Tensor:
         """Add up the gradients of these examples, their labels weighted; return the loss."""
         device = device_of(model)
-        groups = plan_batches(padded(model, lengths_of(examples)), max_tokens)
+        groups = group_examples(model, examples, max_tokens)
         total = torch.zeros((), device=device)
         with closing(make_batches(model, examples, groups)) as batches:
             for number, batch in enumerate(batches, start=1):

@@ -282,6 +282,7 @@ def test_what_may_not_be_read_is_named(
         (tmp_path / hidden).chmod(0o755)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", ["manifests/data/pool.json", "data/pool.parquet", "config.yaml"])
 def test_what_may_not_be_read_of_a_run_folder_is_named(
     folder: Path, base: Path, tmp_path: Path, hidden: str

@@ -150,6 +150,7 @@ def test_the_base_model_is_measured_as_it_is(
     assert row.accuracy == pytest.approx(right / count)
 
 
+@pytest.mark.slow
 def test_one_that_was_broken_off_goes_on_where_it_stopped(
     folder: Path, tests: dict[str, str], monkeypatch: pytest.MonkeyPatch, trained: list[str],
     tmp_path: Path,
@@ -180,6 +181,7 @@ def test_one_that_was_broken_off_goes_on_where_it_stopped(
     assert anew.table().equals(resumed.table())
 
 
+@pytest.mark.slow
 def test_more_of_it_trains_only_what_is_new(
     folder: Path, tests: dict[str, str], trained: list[str]
 ) -> None:

@@ -17,10 +17,10 @@ import torch
 
 import tiny_models
 from gradsift.config import LoraConfig, WarmupConfig
-from gradsift.gradients import projection
 from gradsift.gradients.basis import Basis
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
+from gradsift.models import batches
 from gradsift.models.batch_size import probe, within_memory
 from gradsift.models.batches import lengths_of
 from gradsift.models.lora import attach_lora
@@ -72,7 +72,7 @@ def test_a_pool_pass_is_halved_and_finds_the_same(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(projection, "MAX_EXAMPLES", 10**6)
+    monkeypatch.setattr(batches, "MAX_EXAMPLES", 10**6)
     model, basis = prepared(device)
     examples = tiny_models.examples(400)
     alone = project(model, examples, 400, basis)
@@ -94,7 +94,7 @@ def test_a_pool_pass_is_halved_and_finds_the_same(
 def test_the_probe_finds_what_then_fits(
     device: torch.device, figure: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (projection, sys.modules[probe.__module__]):
+    for module in (batches, sys.modules[probe.__module__]):
         monkeypatch.setattr(module, "MAX_EXAMPLES", 10**6)
     model, basis = prepared(device)
     many = tiny_models.examples(400) * 100

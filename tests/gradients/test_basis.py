@@ -29,9 +29,9 @@ from gradsift.gradients.projection import product, project
 AMPLE = 10**9
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 7, 20, 100])
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 12, 100])
 def test_row_blocks_change_no_product(num_rows: int) -> None:
-    model, examples = tiny_models.adapted("llama"), tiny_models.examples(20, seed=3)
+    model, examples = tiny_models.adapted("llama"), tiny_models.examples(12, seed=3)
     memory = num_rows * row_bytes(model) + 5
     found = gram_matrix(model, examples, max_tokens=120, memory=memory)
     rows = reference.gradient_rows(tiny_models.adapted("llama", dtype=torch.float64), examples)

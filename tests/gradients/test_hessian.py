@@ -117,6 +117,7 @@ def test_vectors_lie_on_the_device_if_they_fit(monkeypatch: pytest.MonkeyPatch) 
     assert found == [torch.device("meta"), torch.device("cpu")]
 
 
+@pytest.mark.slow
 def test_coupling_is_that_of_the_full_matrix_within_its_error(
     truth: tuple[Hessian, Tensor],
 ) -> None:

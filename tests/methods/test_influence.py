@@ -66,7 +66,9 @@ def test_the_seed_draws_the_sample_and_a_small_pool_is_all_of_it(
     np.testing.assert_array_equal(drawn[2], drawn[3])
 
 
-@pytest.mark.parametrize(("samples", "damping"), [(12, 0.1), (1000, 1.0)])
+@pytest.mark.parametrize(
+    ("samples", "damping"), [(12, 0.1), pytest.param(1000, 1.0, marks=pytest.mark.slow)]
+)
 def test_scores_are_those_of_the_whole_matrix(
     samples: int, damping: float, config: Config, tmp_path: Path
 ) -> None:

@@ -144,14 +144,14 @@ import resource, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import tiny_models, torch
 from math import prod
-from gradsift.gradients import projection
+from gradsift.models import batches
 from gradsift.gradients.basis import Basis
 from gradsift.models.batch_size import within_memory
 from gradsift.gradients.per_example import blocks
 from gradsift.gradients.projection import project
 from gradsift.models.batches import lengths_of
 torch.set_num_threads(1)
-projection.MAX_EXAMPLES = 10**6
+batches.MAX_EXAMPLES = 10**6
 model, examples = tiny_models.adapted("llama"), tiny_models.examples(400)
 ones = {{name: torch.ones(2, prod(shape)) for name, shape in blocks(model).items()}}
 basis = Basis(ones, frozenset(), model.device)

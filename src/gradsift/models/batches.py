@@ -209,10 +209,14 @@ def group_examples(
     model: nn.Module,
     examples: Sequence[Encoded],
     max_tokens: int,
-    max_examples: int = MAX_EXAMPLES,
+    max_examples: int | None = None,
 ) -> list[np.ndarray]:
-    """Return the groups of indices that share a batch of this model (`plan_batches`)."""
-    return plan_batches(padded(model, lengths_of(examples)), max_tokens, max_examples)
+    """Return the groups of indices that share a batch of this model (`plan_batches`).
+
+    Each of at most `max_examples`, or of `MAX_EXAMPLES`.
+    """
+    lengths = padded(model, lengths_of(examples))
+    return plan_batches(lengths, max_tokens, max_examples or MAX_EXAMPLES)
 
 
 def make_batches(

@@ -6,19 +6,25 @@ import csv
 import io
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import tiny_models
+from gradsift.config import Config
 from gradsift.data.encoding import Encoder
-from gradsift.errors import DataError
+from gradsift.errors import ConfigError, DataError, ModelError
+from gradsift.evaluation.config import EvaluationConfig
+from gradsift.sections import merge
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 sys.path.insert(0, str(PAPER))
+import run as paper_run  # noqa: E402
 
 import data as paper_data  # noqa: E402
 
@@ -30,6 +36,45 @@ PROMPT = (
 )
 PASSAGE = {"id": "finnish-1-0", "context": "Oulu on kaupunki.", "question": "Mikä on Oulu?"}
 PASSAGE = PASSAGE | {"answers": [{"text": "kaupunki", "answer_start": 8}]}
+QUICK = {
+    "select": {
+        "model": {"dtype": "float32", "device": "cpu"},
+        "data": {"max_length": 512},
+        "lora": {"rank": 4, "alpha": 8},
+        "warmup": {"learning_rate": 1e-2, "batch_size": 8, "fraction": 0.2},
+        "less": {"checkpoints": 1, "dimension": 64},
+        "engine": {"batch_tokens": 2000},
+        "policy": {"budget": "10%", "duplicates": "keep", "decontaminate": "none"},
+    },
+    "evaluate": {
+        "epochs": 2,
+        "seeds": 2,
+        "random_seeds": 3,
+        "fine_tuning": {"batch_size": 4, "learning_rate": 1e-3},
+    },
+}
+# in place of lm-evaluation-harness: every task gives one score
+HARNESS = {
+    "__init__": "",
+    "tasks": (
+        "from pathlib import Path\n"
+        "class TaskManager:\n"
+        "    def __init__(self, include_path):\n"
+        "        self.known = [path.stem for path in Path(include_path).iterdir()]\n"
+        "    def match_tasks(self, names):\n"
+        "        return [name for name in names if name in self.known]\n"
+        "    def load(self, names):\n"
+        "        pass\n"
+    ),
+    "evaluator": (
+        "def simple_evaluate(model, tasks, task_manager, log_samples):\n"
+        "    return {'results': {tasks[0]: {'f1,none': 0.375, 'sample_len': 9}}}\n"
+    ),
+    "models/__init__": "",
+    "models/huggingface": (
+        "class HFLM:\n    def __init__(self, pretrained, tokenizer, batch_size):\n        pass\n"
+    ),
+}
 
 
 def turns(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -197,3 +242,92 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(DataError, match=r"cannot fetch .* no network\n.*--archive FILE"):
         paper_data.download()
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a stand-in before lm-evaluation-harness."""
+    for name, code in HARNESS.items():
+        path = tmp_path / "installed" / "lm_eval" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code, encoding="utf-8")
+    about = tmp_path / "installed" / "lm_eval-9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 9\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+
+
+def test_what_stops_it_is_said_before_any_work(
+    archive: Path, harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("no network")
+
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("evaluate: {sedes: 3}")
+    given: dict[str, Any] = {"model": "no/such", "output_dir": tmp_path, "archive": archive}
+    with pytest.raises(ConfigError, match=r"sedes.* seeds"):
+        paper_run.experiment("mmlu", **given, settings=wrong)
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskManager, "load", refuse)
+        with pytest.raises(ConfigError, match=r"data of paper_mmlu: no network\n.*--no-lm-eval"):
+            paper_run.experiment("mmlu", **given)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(ModelError, match="cannot load the model 'no/such'"):
+        paper_run.experiment("mmlu", **given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_missing_harness_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'gradsift\[lm-eval\]'"):
+        paper_run.experiment("mmlu", model="no/such", output_dir=tmp_path)
+
+
+@pytest.mark.slow
+def test_one_command_ends_in_the_table(
+    archive: Path, harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(paper_data.HELD_OUT, "tydiqa", 1)
+    monkeypatch.setattr(paper_run.logging, "basicConfig", lambda **_: None)
+    base = tiny_models.save_base(tmp_path / "tiny", max_position_embeddings=512)
+    settings = tmp_path / "quick.yaml"
+    settings.write_text(yaml.safe_dump(QUICK), encoding="utf-8")
+    app = paper_run.typer.Typer()
+    app.command()(paper_run.main)
+    command = [
+        "tydiqa", "--model", base, "--output-dir", tmp_path / "out", "--archive", archive,
+        "--settings", settings,
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, list(map(str, command)))
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out/table.md").read_text("utf-8")
+    assert page in done.output
+    monkeypatch.setattr("gradsift.evaluation.fine_tunings.FineTuner.run", None)  # all are there
+    assert page in CliRunner().invoke(app, list(map(str, command))).output
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["| base", "| random", "| gist", "| less"]
+    assert rows[0][3:5] == ["tydiqa, f1", "LESS's table 2"]
+    for row in rows[2:]:
+        assert row[3:5] == ["37.5", ""]
+    assert [row[1:3] for row in rows[3:]] == [["9", "3"], ["9", "2"], ["9", "2"]]
+    kept = yaml.safe_load((tmp_path / "out/run/evaluation/config.yaml").read_text())
+    assert kept["fine_tuning"]["steps"] == 5  # 2 epochs over 9 picks, 4 at a time
+    for name in ("tydiqa", "tydiqa.less"):
+        assert len(lines(tmp_path / f"out/run/selected/{name}.jsonl")) == 9
+
+
+def test_the_settings_are_the_papers_whatever_the_defaults_become() -> None:
+    given = yaml.safe_load((PAPER / "settings.yaml").read_text("utf-8"))
+    select, evaluate = given["select"], given["evaluate"]
+    needed = {"model": {"name": "m"}, "data": {"pool": "p", "targets": {"t": "t"}}}
+    config = Config.build(merge(needed, select))
+    assert config.lora.model_dump() == select["lora"]
+    assert (config.lora.rank, config.lora.alpha, config.warmup.fraction) == (128, 512, 0.05)
+    assert (config.gist.aggregation, config.policy.budget) == ("max", "5%")
+    assert evaluate.pop("epochs") == 4
+    assert EvaluationConfig.build({"tests": {"t": "t"}} | evaluate).seeds == 3

@@ -1,4 +1,4 @@
-"""The paper's experiment on stand-ins of its data."""
+"""The paper's experiment on stand-ins of its data, and its page."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from gradsift.sections import merge
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 sys.path.insert(0, str(PAPER))
+import hours as paper_hours  # noqa: E402
 import run as paper_run  # noqa: E402
 
 import data as paper_data  # noqa: E402
@@ -319,6 +320,16 @@ def test_one_command_ends_in_the_table(
     assert kept["fine_tuning"]["steps"] == 5  # 2 epochs over 9 picks, 4 at a time
     for name in ("tydiqa", "tydiqa.less"):
         assert len(lines(tmp_path / f"out/run/selected/{name}.jsonl")) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_hours_of_the_page_are_those_computed() -> None:
+    page = (PAPER / "README.md").read_text("utf-8")
+    assert f"| {' | '.join(paper_hours.row_of('Llama-3.2-3B'))} |" in page
+    assert list(paper_hours.MODELS) == [
+        line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if " h | " in line
+    ]
 
 
 def test_the_settings_are_the_papers_whatever_the_defaults_become() -> None:

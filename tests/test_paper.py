@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,8 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a stand-in before lm-evaluation-harness."""
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put a stand-in before lm-evaluation-harness; take it away again."""
     for name, code in HARNESS.items():
         path = tmp_path / "installed" / "lm_eval" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,9 +256,16 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = tmp_path / "installed" / "lm_eval-9.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 9\n")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+    for name in loaded_harness():
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path / "installed")
+    yield
+    for name in loaded_harness():
+        del sys.modules[name]
+
+
+def loaded_harness() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]
 
 
 def test_what_stops_it_is_said_before_any_work(

@@ -90,7 +90,7 @@ def stratified(path: Path, field: str, count: int, seed: int) -> list[bytes]:
 
 def select(settings: dict[str, Any], data: Path, run: Path, device: str) -> None:
     """Make the run that all parts evaluate: gist with its defaults."""
-    own = {**settings["select"], "model": {"device": device}}
+    own = merge(settings["select"], {"model": {"device": device}})
     budget = own.pop("budget")
     gradsift.select(
         model=settings["model"],

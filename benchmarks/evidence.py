@@ -26,8 +26,6 @@ import gradsift
 from gradsift.runs import layout
 from gradsift.sections import merge
 
-TABLES = ("table", "trainings", "overlap", "lds", "lds_pairs", "doses")
-
 
 def main() -> None:
     """Draw pool and held-out examples, run the parts that are asked for, keep their tables."""
@@ -118,11 +116,8 @@ def part_settings(settings: dict[str, Any], part: dict[str, Any]) -> dict[str, A
 def keep_tables(evaluation: Path, folder: Path) -> None:
     """Copy what an evaluation found, before the next one writes its own there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TABLES:
-        source = evaluation / f"{name}.parquet"
-        if source.exists():
-            shutil.copyfile(source, folder / source.name)
-    shutil.copyfile(evaluation / "report.md", folder / "report.md")
+    for source in (*evaluation.glob("*.parquet"), evaluation / "report.md"):
+        shutil.copyfile(source, folder / source.name)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 from scipy import stats
 
-from gradsift.evaluation.tables import amount
+from gradsift.evaluation.tables import amount, markdown
+from gradsift.evaluation.verdicts import REFERENCES
 
-REFERENCES = ("base", "random", "full")
 _COLOURS = {"better": "#0072b2", "worse": "#d55e00", "no difference": "#777777"}
 
 
@@ -91,7 +91,7 @@ def references(table: pd.DataFrame) -> str:
 
 
 def against_gist(trainings: pd.DataFrame) -> str:
-    """Return how much lower each loss is than gist's at the same seeds, with 95 % intervals.
+    """Return each variant's and method's loss less gist's, with 95 % intervals.
 
     In per cent of the loss of random picks, so that a mean over the targets means something. The
     variance is that of single fine-tunings, pooled over the methods of a target; the draw of
@@ -141,9 +141,8 @@ def by_target(table: pd.DataFrame, more: dict[str, pd.Series] | None = None) -> 
     wide = table.pivot_table("cell", "method", "target", aggfunc="first", sort=False)
     for name, values in (more or {}).items():
         wide[name] = values
-    heads = ["method", *map(str, wide.columns)]
-    lines = [heads, ["---"] * len(heads), *([str(name), *row] for name, row in wide.iterrows())]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    rows = ([name, *map(str, row)] for name, row in wide.iterrows())
+    return markdown([["method", *map(str, wide.columns)], *rows])
 
 
 def figure(table: pd.DataFrame) -> go.Figure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import pool_pass
+from gradsift.evaluation.tables import markdown
 from requirements import LABELLED, LORA_RANK, MEAN_TOKENS, WARMUP_SHARE
 from roofline import META, Card, batches_of, estimate, like, shape_of
 
@@ -67,8 +68,7 @@ def row_of(model: str) -> list[str]:
 def table() -> str:
     """Return the table of README.md, as Markdown."""
     head = ["model", "GIST", "LESS", f"{NUM_TRAININGS} fine-tunings", "in all"]
-    rows = [head, ["---"] * len(head), *map(row_of, MODELS)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown([head, *map(row_of, MODELS)])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from data import download, paths, write_data
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
+from gradsift.evaluation.tables import markdown
 from gradsift.sections import merge, read_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -122,8 +123,7 @@ def table(found: gradsift.Evaluation, benchmark: str, model: str) -> str:
     metric = METRICS[benchmark]
     published = LESS_TABLE_2.get(model, {}).get(benchmark, {})
     name = f"{benchmark}, {metric.partition(',')[0]}"
-    head = ["method", "picks", "trainings", name, "LESS's table 2", "held-out loss", "hours"]
-    rows = [head, ["---"] * len(head)]
+    rows = [["method", "picks", "trainings", name, "LESS's table 2", "held-out loss", "hours"]]
     for row in found.rows:
         score = row.tasks.get(f"paper_{benchmark} {metric}")
         rows.append([
@@ -135,8 +135,7 @@ def table(found: gradsift.Evaluation, benchmark: str, model: str) -> str:
             f"{row.loss:.4f} ± {row.loss_std:.4f}",
             "" if row.cost is None else f"{row.cost.seconds / 3600:.2f}",
         ])  # fmt: skip
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"# {benchmark}, {model}", "", *lines, "", *found.verdicts, ""])
+    return "\n".join([f"# {benchmark}, {model}", "", markdown(rows), "", *found.verdicts, ""])
 
 
 def main(

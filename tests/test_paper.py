@@ -25,8 +25,8 @@ from gradsift.sections import merge
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 sys.path.insert(0, str(PAPER))
-import data as paper_data  # noqa: E402
 import hours as paper_hours  # noqa: E402
+import paper_data  # noqa: E402
 import run as paper_run  # noqa: E402
 
 LANGUAGES = yaml.safe_load((PAPER / "tydiqa_prompts.yaml").read_text("utf-8"))

@@ -16,12 +16,12 @@ from typing import Annotated
 import typer
 
 import gradsift
-from data import download, paths, write_data
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation.config import EvaluationConfig
 from gradsift.evaluation.lm_eval import Harness
 from gradsift.evaluation.tables import markdown
 from gradsift.sections import merge, read_yaml
+from paper_data import download, paths, write_data
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("gist", "less")

@@ -7,9 +7,11 @@ import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import pytest
 import typer
 
+import evidence_page
 from gradsift.cli.app import app
 from gradsift.config import Config
 from gradsift.evaluation.config import EvaluationConfig
@@ -50,6 +52,14 @@ def table(text: str, first: str) -> list[list[str]]:
     """Return the cells of the rows under the header that begins with `first`."""
     rows = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def header(text: str, first: str) -> list[str]:
+    """Return the cells of the header that begins with `first`."""
+    return [
+        cell.strip()
+        for cell in text[text.index(f"| {first} |") :].partition("\n")[0].strip("|").split("|")
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -112,14 +122,26 @@ def test_requirements_are_those_computed() -> None:
 def test_results_in_the_readme_are_those_measured() -> None:
     readme = (HOME / "README.md").read_text("utf-8")
     results = (HOME / "docs" / "results.md").read_text("utf-8")
-    measured = {(row[0], row[2]): (row[7].split()[0], row[8]) for row in table(results, "target")
-                if row[7]}  # fmt: skip
-    header = re.search(r"^\| target \| (.+) \|$", readme, re.MULTILINE)
-    assert header
-    for target, *cells in table(readme, "target"):
-        for method, cell in zip(header[1].split(" | "), cells, strict=True):
-            difference, verdict = measured[target, method]
-            assert cell == (f"**{difference}**" if verdict == "better" else difference)
+    columns, rows = header(results, "method"), table(results, "method")
+    measured = {  # without the interval: "**-0.0638 [-0.0740, -0.0536]**" is "**-0.0638**"
+        (target, row[0]): re.sub(r" \[.*\]", "", cell)
+        for row in rows
+        for target, cell in zip(columns[1:], row[1:], strict=True)
+    }
+    methods, rows = header(readme, "target"), table(readme, "target")
+    assert len(rows) == 4
+    for target, *cells in rows:
+        for method, cell in zip(methods[1:], cells, strict=True):
+            assert cell == measured[target, method]
+
+
+def test_results_on_the_page_are_those_kept_beside_it() -> None:
+    page = (HOME / "docs" / "results.md").read_text("utf-8")
+    kept = {name: pd.read_parquet(HOME / "docs" / "evidence" / f"{name}.parquet")
+            for name in ("table", "trainings")}  # fmt: skip
+    assert evidence_page.effects(kept["table"]) in page
+    assert evidence_page.references(kept["table"]) in page
+    assert evidence_page.against_gist(kept["trainings"]) in page
 
 
 def tiny(layers: int) -> tuple[Any, PreTrainedModel]:

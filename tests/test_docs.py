@@ -49,17 +49,9 @@ def problems(page: Path, text: str) -> list[str]:
 
 
 def table(text: str, first: str) -> list[list[str]]:
-    """Return the cells of the rows under the header that begins with `first`."""
-    rows = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
-def header(text: str, first: str) -> list[str]:
-    """Return the cells of the header that begins with `first`."""
-    return [
-        cell.strip()
-        for cell in text[text.index(f"| {first} |") :].partition("\n")[0].strip("|").split("|")
-    ]
+    """Return the cells of the table whose header begins with `first`, row by row, header first."""
+    head, _, *rows = text[text.index(f"| {first} |") :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -122,13 +114,13 @@ def test_requirements_are_those_computed() -> None:
 def test_results_in_the_readme_are_those_measured() -> None:
     readme = (HOME / "README.md").read_text("utf-8")
     results = (HOME / "docs" / "results.md").read_text("utf-8")
-    columns, rows = header(results, "method"), table(results, "method")
+    columns, *rows = table(results, "method")
     measured = {  # without the interval: "**-0.0638 [-0.0740, -0.0536]**" is "**-0.0638**"
         (target, row[0]): re.sub(r" \[.*\]", "", cell)
         for row in rows
         for target, cell in zip(columns[1:], row[1:], strict=True)
     }
-    methods, rows = header(readme, "target"), table(readme, "target")
+    methods, *rows = table(readme, "target")
     assert len(rows) == 4
     for target, *cells in rows:
         for method, cell in zip(methods[1:], cells, strict=True):

@@ -48,10 +48,9 @@ def _sections(results: Path, table: pd.DataFrame, trainings: pd.DataFrame) -> It
                 f"{budget}\n\n{effects(rows)}" for budget, rows in own.groupby("budget", sort=False)
             )
     if len(lds := read(results / "lds", "lds")):
-        cells = [interval(row, "value", "low", "high", digits=2) for _, row in lds.iterrows()]
-        yield "Linear datamodeling score\n\n" + by_target(lds.assign(cell=cells))
+        yield "Linear datamodeling score\n\n" + datamodeling(lds)
     if len(doses := read(results / "doses", "doses")):
-        yield "Dose and response\n\n" + by_target(_trends(doses))
+        yield "Dose and response\n\n" + responses(doses)
 
 
 def effects(table: pd.DataFrame) -> str:
@@ -120,15 +119,21 @@ def against_gist(trainings: pd.DataFrame) -> str:
     return by_target(frame[frame.method != "gist"])
 
 
-def _trends(doses: pd.DataFrame) -> pd.DataFrame:
-    """Return the trend of each ranking, and the losses of its parts."""
-    rows = []
+def datamodeling(lds: pd.DataFrame) -> str:
+    """Return the linear datamodeling score of each method for each target."""
+    cells = [interval(row, "value", "low", "high", digits=2) for _, row in lds.iterrows()]
+    return by_target(lds.assign(cell=cells))
+
+
+def responses(doses: pd.DataFrame) -> str:
+    """Return the loss after each part of a ranking, the best first, and the trend over them."""
+    parts = sorted(set(doses.part))
+    rows = [["target", "method", *(f"part {part}" for part in parts), "trend"]]
     for (target, method), own in doses.groupby(["target", "method"], sort=False):
-        first = own.iloc[0]
-        losses = ", ".join(f"{loss:.2f}" for loss in own.loss)
-        trend = interval(first, "trend", "trend_low", "trend_high", digits=2)
-        rows.append({"target": target, "method": method, "cell": f"{trend}: {losses}"})
-    return pd.DataFrame(rows)
+        losses = [f"{loss:.3f}" for loss in own.sort_values("part").loss]
+        trend = interval(own.iloc[0], "trend", "trend_low", "trend_high", digits=2)
+        rows.append([str(target), str(method), *losses, trend])
+    return markdown(rows)
 
 
 def interval(row: pd.Series, value: str, low: str, high: str, digits: int = 4) -> str:

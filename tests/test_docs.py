@@ -130,10 +130,12 @@ def test_results_in_the_readme_are_those_measured() -> None:
 def test_results_on_the_page_are_those_kept_beside_it() -> None:
     page = (HOME / "docs" / "results.md").read_text("utf-8")
     kept = {name: pd.read_parquet(HOME / "docs" / "evidence" / f"{name}.parquet")
-            for name in ("table", "trainings")}  # fmt: skip
+            for name in ("table", "trainings", "lds", "doses")}  # fmt: skip
     assert evidence_page.effects(kept["table"]) in page
     assert evidence_page.references(kept["table"]) in page
     assert evidence_page.against_gist(kept["trainings"]) in page
+    assert evidence_page.datamodeling(kept["lds"]) in page
+    assert evidence_page.responses(kept["doses"]) in page
 
 
 def tiny(layers: int) -> tuple[Any, PreTrainedModel]:

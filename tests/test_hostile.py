@@ -23,6 +23,7 @@ from gradsift.cli import main
 from gradsift.config import Config, ModelConfig
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sources import resolve
 from gradsift.errors import ConfigError, DataError, RunError, translate_os_errors, visible
 from gradsift.models.adapters import load_adapter, save_adapter
@@ -40,7 +41,8 @@ GOOD = {"prompt": "q", "completion": "a"}
 def encode(tmp_path: Path, content: bytes, name: str = "pool.jsonl") -> EncodedSet:
     (tmp_path / name).write_bytes(content)
     encoder = Encoder(tiny_models.tokenizer(), 64)
-    return encode_set("pool", resolve([str(tmp_path / name)]), encoder, {}, tmp_path / "data")
+    encode, sources = GroupEncoder(lambda: encoder, {}), resolve([str(tmp_path / name)])
+    return encode_set("pool", sources, encode, tmp_path / "data")
 
 
 def reasons(tmp_path: Path) -> dict[int, str]:
@@ -156,7 +158,8 @@ def test_a_mapped_column_that_a_file_lacks_is_said(
     (tmp_path / "pool.jsonl").write_text(LINE)
     encoder, sources = Encoder(tiny_models.tokenizer(), 64), resolve([str(tmp_path / "pool.jsonl")])
     with caplog.at_level("INFO", "gradsift"):
-        encode_set("pool", sources, encoder, {"messages": "nope"}, tmp_path / "data")
+        encode = GroupEncoder(lambda: encoder, {"messages": "nope"})
+        encode_set("pool", sources, encode, tmp_path / "data")
     assert "prompt-completion (no column 'nope' as mapped by data.columns.messages)" in caplog.text
 
 

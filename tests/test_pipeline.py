@@ -81,7 +81,7 @@ def test_what_a_run_leaves(base: Path, files: dict[str, Path], tmp_path: Path) -
     assert (folder / "selected" / "t.jsonl").read_bytes() == picked
     assert (folder / "rejected.jsonl").read_bytes() == b""
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".partial")]
-    manifest = json.loads((folder / "manifests" / "coordinates.json").read_text())
+    manifest = json.loads((folder / "manifests" / "coordinates" / "t.json").read_text())
     assert manifest["complete"]
     assert manifest["versions"]["torch"] == torch.__version__
 
@@ -112,8 +112,11 @@ def test_scores_are_those_of_the_plain_loop(
         scores = by_task.max(dim=1).values
     found = result.scores()["t/score"].to_numpy()
     np.testing.assert_allclose(found, scores.numpy(), rtol=1e-4, atol=1e-6)
+    picked = result.selections["t"].picks["row"].to_pylist()
     best = torch.argsort(scores, descending=True, stable=True)[:9].tolist()
-    assert result.selections["t"].picks["row"].to_pylist() == best
+    assert {*picked} == {*best}
+    ordered = scores.numpy()[picked]  # coordinates are kept in float16
+    assert (np.diff(ordered) <= 1e-4 * np.abs(ordered[1:])).all()
     norms = rows["pool"].norm(dim=1).numpy()
     np.testing.assert_allclose(result.scores()["gradient_norm"].to_numpy(), norms, rtol=1e-4)
 
@@ -161,7 +164,7 @@ def test_duplicate_target_rows_change_nothing_at_full_rank(
     spectrum = json.loads((tmp_path / "run/targets/twice/spectrum.json").read_text())
     assert (spectrum["adapter"]["num_examples"], spectrum["adapter"]["rank"]) == (10, 7)
     one, other = (result.scores()[f"{name}/score"].to_numpy() for name in targets)
-    np.testing.assert_allclose(one, other, atol=2e-5)
+    np.testing.assert_allclose(one, other, atol=2e-4)
     assert by_id(result, "t/best") == by_id(result, "twice/best")
 
 
@@ -225,7 +228,7 @@ def test_padding_changes_nothing(base: Path, adapter: Path) -> None:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    return sorted((folder / "coordinates" / "adapter").glob("*.safetensors"))
+    return sorted((folder / "coordinates" / "t" / "adapter").glob("*.safetensors"))
 
 
 @pytest.mark.slow
@@ -334,8 +337,8 @@ def test_several_checkpoints_and_kept_optimizer_state(
             f"{n}.{what}" for n in weight_names for what in ("exp_avg", "exp_avg_sq", "step")
         }
         assert all((state[f"{n}.exp_avg_sq"] > 0).any() for n in weight_names)
-        shards = sorted((tmp_path / "run" / "coordinates" / label).glob("*"))
-        pool = torch.cat([load_file(shard)["coordinates/t"] for shard in shards])
+        shards = sorted((tmp_path / "run" / "coordinates" / "t" / label).glob("*"))
+        pool = torch.cat([load_file(shard)["coordinates"].float() for shard in shards])
         stored = load_file(tmp_path / "run" / "targets" / "t" / f"{label}.safetensors")
         target = stored["coordinates"].float()
         parts.append(F.normalize(pool) @ F.normalize(target).T * rate / sum(weights.values()))
@@ -428,7 +431,7 @@ def test_a_damaged_shard_is_found_by_its_hash_and_measured_again(
 ) -> None:  # fmt: skip
     config = configure(base, files["pool"], {"t": files["t"]}, warmup={"adapter": str(adapter)})
     plain = run(config, tmp_path / "run").scores()
-    paths = sorted((tmp_path / "run" / "coordinates" / "adapter").glob("*.safetensors"))
+    paths = shard_files(tmp_path / "run")
     before = {path: path.read_bytes() for path in paths}
     content = bytearray(before[paths[1]])
     if damage == "flipped":
@@ -478,7 +481,7 @@ def test_template_and_order_of_files_count(
     warmup = {"mode": "none"}
     assert run(configure(*given, data=data, warmup=warmup), tmp_path / "run").num_pool == 95
     swapped = data | {"pool": [str(other), str(files["pool"])]}
-    with pytest.raises(RunError, match=r"'coordinates' .*data/pool: the order of the files was"):
+    with pytest.raises(RunError, match=r"'coordinates/t' .*data/pool: the order of the files was"):
         run(configure(*given, data=swapped, warmup=warmup), tmp_path / "run")
     template.write_text(tiny_models.CHATML + " ")
     with pytest.raises(RunError, match=r"data/pool: the content of the template .* changed"):

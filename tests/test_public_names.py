@@ -12,16 +12,22 @@ from gradsift.cli.app import app
 
 PUBLIC_NAMES = [
     "Budget", "Config", "Evaluation", "EvaluationConfig", "Explanation", "Forecast",
-    "GradsiftError", "RunResult", "Selection", "evaluate", "explain", "measure_geometry",
-    "plan", "run", "select", "write_report",
+    "GradsiftError", "Index", "RunResult", "Selection", "evaluate", "explain", "index",
+    "measure_geometry", "open_index", "plan", "run", "select", "write_report",
 ]  # fmt: skip
 
 OF_EVERY_VERB = ["--json", "--quiet", "-q", "--verbose", "-v"]
 COMMANDS = {
     "select": [
-        "--output-dir", "--model", "--pool", "--target", "--budget", "--name", "--method",
-        "--adapter", "--warmup", "--memory", "--seed", "--engine", "--ray-address", "--workers",
-        "--config", "--set", "--strict", "--no-strict", "--overwrite", "--no-overwrite",
+        "--output-dir", "--model", "--pool", "--target", "--index", "--budget", "--name",
+        "--method", "--adapter", "--warmup", "--memory", "--seed", "--engine", "--ray-address",
+        "--workers", "--config", "--set", "--strict", "--no-strict", "--overwrite",
+        "--no-overwrite",
+    ],
+    "index": [
+        "run", "--model", "--pool", "--adapter", "--warmup", "--memory", "--seed",
+        "--engine", "--ray-address", "--workers", "--config", "--set", "--strict", "--no-strict",
+        "--overwrite", "--no-overwrite",
     ],
     "plan": [
         "--output-dir", "--model", "--pool", "--target", "--budget", "--method", "--adapter",

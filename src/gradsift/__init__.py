@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gradsift.evaluation.results import Evaluation
     from gradsift.forecast import Forecast, plan
     from gradsift.geometry.measure import measure_geometry
+    from gradsift.indexing import Index, index, open_index
     from gradsift.pipeline import RunResult, run, select
     from gradsift.report.write import write_report
     from gradsift.selection.explanation import Explanation, explain
@@ -33,11 +34,14 @@ _HOME = {
     "Explanation": "selection.explanation",
     "Forecast": "forecast",
     "GradsiftError": "errors",
+    "Index": "indexing",
     "RunResult": "pipeline",
     "Selection": "selection.picks",
     "evaluate": "evaluation.evaluate",
     "explain": "selection.explanation",
+    "index": "indexing",
     "measure_geometry": "geometry.measure",
+    "open_index": "indexing",
     "plan": "forecast",
     "run": "pipeline",
     "select": "pipeline",
@@ -51,11 +55,14 @@ __all__ = [
     "Explanation",
     "Forecast",
     "GradsiftError",
+    "Index",
     "RunResult",
     "Selection",
     "evaluate",
     "explain",
+    "index",
     "measure_geometry",
+    "open_index",
     "plan",
     "run",
     "select",

@@ -83,9 +83,7 @@ class DataConfig(Section):
     """Pool and targets, and how their rows become token sequences."""
 
     pool: Sources = setting(..., "files, globs, folders or Hub ids of the candidates")
-    targets: dict[str, Sources] = setting(
-        ..., "files by target name: examples of the task", min_length=1
-    )
+    targets: dict[str, Sources] = setting({}, "files by target name: examples of the task")
     max_length: int = setting(
         2048, "tokens of an example; the rest is cut off", "2048", ge=2, le=MAX_COUNT
     )
@@ -272,6 +270,19 @@ class EngineConfig(Section):
         return LEAST_WINDOW if self.window == "auto" else self.window
 
 
+class IndexConfig(Section):
+    """A short vector for each pool example, from which any target is scored without a pass."""
+
+    path: str | None = setting(
+        None, "folder that `gradsift index` made: no pass over the pool, scores are approximate"
+    )
+    dimension: Count = setting(8192, "numbers, a byte each, that stand for a gradient")
+    samples: int = setting(
+        512, "pool examples whose gradients give the directions", ge=2, le=MAX_COUNT
+    )
+    seed: Seed = setting(0, "draws these examples and the signs (--seed)")
+
+
 class Config(Section):
     """A whole run, as it stands in `config.yaml`.
 
@@ -295,6 +306,7 @@ class Config(Section):
     fuse: FuseConfig = FuseConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
+    index: IndexConfig = IndexConfig()
 
     @property
     def measuring(self) -> tuple[str, ...]:

@@ -94,6 +94,8 @@ def forecast(
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     check_settings(config)
+    if config.index.path is not None:
+        raise ConfigError("a run that asks an index makes no pass: there is nothing to plan")
     if check:
         _check_method(config.method)
     stages = RunStages.of(config)

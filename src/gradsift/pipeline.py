@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from gradsift.config import Config, DataConfig
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sets import check_first_rows, count_rows, data_sets, encode_sets
 from gradsift.errors import (
     ConfigError,
@@ -26,11 +27,13 @@ from gradsift.errors import (
 )
 from gradsift.executors.choice import choose_executor
 from gradsift.methods.job import Job, open_job
+from gradsift.methods.pool_index import check_index, stages_of_index, take_from_index
 from gradsift.methods.registry import METHODS
 from gradsift.report.write import build_report
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
+from gradsift.runs.indexes import AskedIndex, index_settings
 from gradsift.runs.opening import open_run
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Scores, refuse_turns
@@ -38,6 +41,7 @@ from gradsift.sections import merge, read_yaml
 from gradsift.selection.export import export_entries
 from gradsift.selection.picks import (
     Selection,
+    kept_targets,
     read_selection,
     read_selections,
     write_selection,
@@ -46,6 +50,9 @@ from gradsift.selection.policies import check_policy
 from gradsift.selection.score_table import read_table, write_scores
 from gradsift.selection.stages import RunStages
 from gradsift.types import Budget
+
+if TYPE_CHECKING:
+    from gradsift.models.cache import ModelCache
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +79,11 @@ class RunResult:
 
 def select(  # noqa: PLR0913
     *,
-    model: str,
-    pool: str | Sequence[str],
+    model: str | None = None,
+    pool: str | Sequence[str] | None = None,
     target: Mapping[str, str | Sequence[str]],
     output_dir: str | Path,
+    index: str | Path | None = None,
     budget: str = "5%",
     method: str = "gist",
     settings: Mapping[str, Any] | None = None,
@@ -84,10 +92,11 @@ def select(  # noqa: PLR0913
 ) -> RunResult:
     """Pick from `pool`, for each named target, what helps it most within the budget.
 
-    `output_dir` is a folder, or a URL that fsspec knows (`s3://bucket/run`). `settings` holds
-    everything else by section, as in a configuration file. Run it again with the
-    same folder to go on after a crash, or with another budget, policy or method: what is stored is
-    used again.
+    `model` and `pool` are to be given, or an `index` of them (`gradsift.index`), out of which the
+    scores are read, approximately and without a pass. `output_dir` is a folder, or a URL that
+    fsspec knows (`s3://bucket/run`). `settings` holds everything else by section, as in a
+    configuration file. Run it again with the same folder to go on after a crash, or with another
+    target, budget, policy or method: what is stored is used again.
 
     Example:
         >>> result = gradsift.select(                           # doctest: +SKIP
@@ -100,16 +109,18 @@ def select(  # noqa: PLR0913
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     config = configure(
-        model=model, pool=pool, target=target, budget=budget, method=method, settings=settings
-    )
+        model=model, pool=pool, target=target, index=index, budget=budget, method=method,
+        settings=settings,
+    )  # fmt: skip
     return run(config, output_dir, strict, overwrite)
 
 
-def configure(
+def configure(  # noqa: PLR0913
     *,
-    model: str,
-    pool: str | Sequence[str],
+    model: str | None = None,
+    pool: str | Sequence[str] | None = None,
     target: Mapping[str, str | Sequence[str]],
+    index: str | Path | None = None,
     budget: str = "5%",
     method: str = "gist",
     settings: Mapping[str, Any] | None = None,
@@ -119,30 +130,47 @@ def configure(
     Raises:
         ConfigError: If a setting is unknown or its value is not allowed.
     """
-    given = {
+    given: dict[str, Any] = {
         "method": method,
-        "model": {"name": str(model)},
-        "data": {"pool": pool, "targets": target},  # what it is not is said with all other settings
+        "data": {"targets": target},  # what it is not is said with all other settings
         "policy": {"budget": budget},
     }
-    return Config.build(merge(given, settings or {}))
+    if model is not None:
+        given["model"] = {"name": str(model)}
+    if pool is not None:
+        given["data"]["pool"] = pool
+    if index is None:
+        return Config.build(merge(given, settings or {}))
+    path = {"index": {"path": str(index)}}
+    return Config.build(merge(index_settings(index), given, settings or {}, path))
 
 
 @translate_os_errors()
 def run(
-    config: Config, output_dir: str | Path, strict: bool = False, overwrite: bool = False
+    config: Config,
+    output_dir: str | Path,
+    strict: bool = False,
+    overwrite: bool = False,
+    models: ModelCache | None = None,
+    index: AskedIndex | None = None,
 ) -> RunResult:
     """Run a whole configuration; see `select`.
+
+    `models`: where the base model may be loaded; `index`: that which is asked, if it is at hand.
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     check_settings(config)
-    stages = RunStages.of(config)
+    stages = RunStages.of(config, index)
+    check_index(stages.inputs)
     with open_run(output_dir) as folder:
-        folder.prepare(stages, overwrite)
-        _keep_first_config(folder, config)
-        job = encode(stages, folder, strict)
+        targets = [stages.inputs.target_stage(name).name for name in config.data.targets]
+        planned = [*stages_of_index(folder, stages.inputs), *stages]
+        folder.prepare(planned, overwrite, may_change=targets)
+        keep_first_config(folder, config)
+        take_from_index(folder, stages.inputs)
+        job = encode(stages, folder, strict, models)
         check_budgets(job, [config.policy.budget])
         scores = measure(job, stages)
         for name in job.targets:
@@ -150,7 +178,10 @@ def run(
             with folder.stage(stages.selections[name]) as todo:
                 if todo:
                     write_selection(job, name, scores()[name])
-        export_entries(folder.path, [selection.key for selection in read_selections(folder)])
+        selections = read_selections(folder)
+        export_entries(folder.path, [selection.key for selection in selections])
+        if others := kept_targets(job, selections):
+            logger.info("targets not asked for now, and kept: %s", ", ".join(others))
         kept = None if config.policy.name is None else _what_stands(folder, config.data)
         if kept is None:
             folder.write_config(config)  # only now is it that of what the folder holds
@@ -159,14 +190,25 @@ def run(
         return _result(job, stages)
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config, has_targets: bool = True) -> None:
     """Find out before any work, and before anything is looked up, what would stop it.
 
     Raises:
         ConfigError: If something that has to be installed is not, or settings do not fit together.
     """
     method = METHODS[config.method]
+    if has_targets and not config.data.targets:
+        raise ConfigError(
+            "no target: expected one file of examples of your task at least, as --target NAME=FILE "
+            "or data.targets"
+        )
     method.check(config)
+    if config.index.path and not any(METHODS[own].reads_index for own in config.measuring):
+        able = ", ".join(name for name, own in METHODS.items() if own.reads_index)
+        raise ConfigError(
+            f"an index serves the methods {able}; method={config.method} needs none of it: leave "
+            "--index out"
+        )
     if not method.compares:
         refuse_turns(config.policy)
     if (kind := config.model.quantization) != "none":
@@ -174,7 +216,7 @@ def check_settings(config: Config) -> None:
     choose_executor(config.engine)
 
 
-def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
+def encode(stages: RunStages, folder: Run, strict: bool, models: ModelCache | None = None) -> Job:
     """Return the job of a run, its pool and targets encoded now or before.
 
     Raises:
@@ -184,17 +226,21 @@ def encode(stages: RunStages, folder: Run, strict: bool) -> Job:
 
     config = stages.inputs.config
     load = partial(load_encoder, config.model, config.data, config.engine)
-    sets, columns = data_sets(config.data), config.data.columns
+    sets, encoding = data_sets(config.data), GroupEncoder(load, config.data.columns)
+    data_stages, executor = stages.inputs.data_stages, choose_executor(config.engine)
     if folder.find_fault([stages.inputs.pool_stage]):
-        check_first_rows(sets, columns)
+        check_first_rows(sets, config.data.columns)
         _check_count(config)
-    encode_sets(sets, stages.inputs.data_stages, folder, load, columns, strict)
-    rejected = b"".join((folder.path / layout.rejected(name)).read_bytes() for name in sets)
+    encode_sets(sets, data_stages, folder, encoding, strict, executor)
+    own = [folder.path / layout.rejected(name) for name in sets]
+    rejected = b"".join(path.read_bytes() for path in own)
     if strict and rejected:  # of a set that was encoded before, without --strict
         first = rejected.decode().partition("\n")[0]
         raise DataError(f"unusable rows under --strict, the first: {first}")
+    kept = {*(folder.path / layout.ENCODED).glob(f"*{layout.REJECTED_SUFFIX}")} - {*own}
+    rejected += b"".join(path.read_bytes() for path in sorted(kept))  # of other targets
     write_atomically(folder.path / layout.REJECTED, rejected)
-    return open_job(stages.inputs, folder)
+    return open_job(stages.inputs, folder, models)
 
 
 def _check_count(config: Config) -> None:
@@ -269,7 +315,7 @@ def _what_stands(folder: Run, data: DataConfig) -> RunStages | None:
     return None if folder.find_fault(stages) else stages
 
 
-def _keep_first_config(folder: Run, config: Config) -> None:
+def keep_first_config(folder: Run, config: Config) -> None:
     """Write the configuration before the work, where none is there that could be read."""
     damage = folder.damage(layout.CONFIG)
     if damage:

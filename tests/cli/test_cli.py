@@ -36,7 +36,7 @@ def test_select_and_explain(
     out = capsys.readouterr().out
     assert "mine: 6 picks of 90 by gist" in out
     assert "1 unusable rows" in out
-    assert (tmp_path / "run" / "log.txt").read_text().count("coordinates: ") == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count("coordinates/mine: ") == 1
     lines = (tmp_path / "run" / "selected" / "mine.jsonl").read_text().splitlines()
     first = json.loads(lines[0])["id"]
     assert call(monkeypatch, "explain", tmp_path / "run", first) == 0

@@ -188,7 +188,7 @@ def test_one_seed_is_that_of_all_that_is_drawn(
 ) -> None:
     assert call(monkeypatch, *arguments, "--method", "random", "--seed", "7") == 0
     config = (tmp_path / "run/config.yaml").read_text()
-    assert config.count("seed: 7") == 5
+    assert config.count("seed: 7") == 6
     assert "seed: 0" not in config
 
 
@@ -254,7 +254,8 @@ def test_report_advises_no_flag_that_it_lacks(
     selected: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
 ) -> None:
     config = selected / "config.yaml"
-    (tmp_path / "t.jsonl").write_text((tmp_path / "pool.jsonl").read_text().splitlines()[0] + "\n")
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text(pool.read_text().splitlines()[0] + "\n")
     assert call(monkeypatch, "report", selected) == 2
     err = capsys.readouterr().err
     assert "the content of " in err

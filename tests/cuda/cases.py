@@ -134,7 +134,8 @@ def two_targets(scene: Scene, watch: Watch, offloaded: bool) -> None:
     found = measure(EXAMPLES, scene.tokens)
     assert device == scene.device
     for name, width in widths.items():
-        expect(found[f"coordinates/{name}"], device, torch.float32, len(EXAMPLES), width)
+        expect(found[f"{name}/coordinates"], device, torch.float16, len(EXAMPLES), width)
+        expect(found[f"{name}/length"], device, torch.float32, len(EXAMPLES))
 
 
 def rows(scene: Scene, watch: Watch) -> None:

@@ -19,6 +19,7 @@ from conftest import Write
 from gradsift.data.conversations import UnusableRowError, detect, rename, to_messages
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import TULU, Encoded, Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sources import resolve
 from gradsift.errors import DataError
 
@@ -37,7 +38,9 @@ def encode(
 ) -> EncodedSet:
     encoder = Encoder(tiny_models.tokenizer(), 64)
     sources = resolve([str(spec) for spec in specs])
-    return encode_set("pool", sources, encoder, columns or {}, tmp_path / "data", strict)
+    return encode_set(
+        "pool", sources, GroupEncoder(lambda: encoder, columns or {}), tmp_path / "data", strict
+    )
 
 
 def rejections(tmp_path: Path) -> list[dict[str, Any]]:

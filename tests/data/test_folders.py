@@ -18,6 +18,7 @@ import pytest
 import tiny_models
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sources import log_contents, resolve
 from gradsift.errors import DataError
 
@@ -35,7 +36,10 @@ def put(path: Path, *given: dict[str, Any] | str) -> Path:
 
 def encode(place: Path, *specs: str | Path) -> EncodedSet:
     sources = resolve([str(spec) for spec in specs])
-    return encode_set("pool", sources, Encoder(tiny_models.tokenizer(), 64), {}, place / "encoded")
+    return encode_set(
+        "pool", sources, GroupEncoder(lambda: Encoder(tiny_models.tokenizer(), 64), {}),
+        place / "encoded",
+    )  # fmt: skip
 
 
 def rejected(place: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from gradsift.config import DataConfig
 from gradsift.data import sets as sets_module
 from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.schemas import check_schemas
 from gradsift.data.sets import data_sets, encode_sets, encoding_stages
 from gradsift.data.sources import log_contents, resolve
@@ -47,7 +48,7 @@ def encode(
 
     with open_run(run) as folder:
         stages = encoding_stages(data, "model", False, sets)
-        encode_sets(sets, stages, folder, load, data.columns)
+        encode_sets(sets, stages, folder, GroupEncoder(load, data.columns))
     return loaded
 
 
@@ -245,3 +246,27 @@ def test_a_mapped_column_that_is_misspelt_comes_with_the_nearest(
         "no column 'kind' as mapped by data.columns.task"
     )
     assert f"{path}: prompt-completion ({lacking})" in warned
+
+
+@pytest.mark.slow
+def test_several_processes_encode_to_the_same_bytes(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradsift.data import encoded
+    from gradsift.executors import local
+
+    rows = [json.dumps(QA | {"prompt": f"question {number}"}) for number in range(200)]
+    for number in range(3, 200, 17):
+        rows[number] = "{"
+    pool, target = write("pool.jsonl", rows), write("t.jsonl", [QA])
+    monkeypatch.setattr(encoded, "_GROUP", 8)
+    found = []
+    for few in (1000, 1):  # all of them here; all but one elsewhere
+        monkeypatch.setattr(local, "FEW", few)
+        encode(tmp_path / str(few), pool, {"t": target})
+        folder = tmp_path / str(few) / "data"
+        names = ("pool.parquet", "pool.rejected.jsonl")
+        found.append([(folder / name).read_bytes() for name in names])
+    assert found[0] == found[1]
+    lines = [json.loads(line)["line"] for line in found[0][1].splitlines()]
+    assert lines == [*range(4, 201, 17)]

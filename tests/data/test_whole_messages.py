@@ -15,6 +15,7 @@ from conftest import Write
 from gradsift.data.conversations import UnusableRowError, as_text, text_of, to_messages, to_tools
 from gradsift.data.encoded import EncodedSet, encode_set
 from gradsift.data.encoding import Encoded, Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sources import resolve
 
 # In the form of Qwen 2.5: tools in the system turn, calls and answers in tags
@@ -250,7 +251,9 @@ def test_rows_that_differ_in_a_call_are_not_the_same(tmp_path: Path, write: Writ
     one, other = ({"messages": [ASKED[0], ASKED[1] | {"tool_calls": [call(c)]}]} for c in "ab")
     path = write("pool.jsonl", [one, other, one | {"tools": TOOLS}, one])
     encoder = Encoder(tiny_models.tokenizer(QWEN), 400)
-    found = encode_set("pool", resolve([str(path)]), encoder, {}, tmp_path / "data")
+    found = encode_set(
+        "pool", resolve([str(path)]), GroupEncoder(lambda: encoder, {}), tmp_path / "data"
+    )
     assert isinstance(found, EncodedSet)
     hashes = found.table(["text_hash"])["text_hash"].to_pylist()
     assert hashes[0] == hashes[3]

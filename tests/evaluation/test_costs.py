@@ -66,7 +66,7 @@ def test_costs_are_those_of_the_stages_and_their_counts(config: Config, tmp_path
     products = 2 * LORA * (7 * 7 + 3 * 7 + 3 * 40)
     assert gist.flops == per_token * gist.tokens + products
 
-    own = ("warmup", "targets/t", "coordinates", "scores/gist")
+    own = ("warmup", "targets/t", "coordinates/t", "scores/gist")
     assert gist.seconds == pytest.approx(seconds(folder, *own))
     forward = seconds(folder, "base/pool")  # shared, and counted for each
     assert perplexity.seconds == pytest.approx(forward + seconds(folder, "scores/perplexity"))

@@ -102,7 +102,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 def shards(folder: Path) -> dict[str, int]:
     """Return when each shard was written."""
-    found = sorted((folder / "coordinates" / "adapter").glob("*.safetensors"))
+    found = sorted((folder / "coordinates" / "t" / "adapter").glob("*.safetensors"))
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 

@@ -66,7 +66,7 @@ def digests(folder: Path) -> dict[str, str]:
 def coordinates(folder: Path) -> np.ndarray:
     shards = sorted((folder / "coordinates").rglob("*.safetensors"))
     found = [load_file(shard) for shard in shards]
-    return np.concatenate([np.asarray(shard["coordinates/t"], np.float64) for shard in found])
+    return np.concatenate([np.asarray(shard["coordinates"], np.float64) for shard in found])
 
 
 def test_two_runs_leave_the_same_bytes(

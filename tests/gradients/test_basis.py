@@ -41,6 +41,21 @@ def test_row_blocks_change_no_product(num_rows: int) -> None:
     assert np.array_equal(found, found.T)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 8, 9, 100])
+def test_parts_have_the_same_products_in_any_company(num_rows: int) -> None:
+    model, examples = tiny_models.adapted("llama"), tiny_models.examples(14, seed=3)
+    memory = num_rows * row_bytes(model) + 5
+    found = gram_matrix(model, examples, 120, memory, parts=[3, 5, 2, 4])
+    rows = reference.gradient_rows(tiny_models.adapted("llama", dtype=torch.float64), examples)
+    expected = (rows @ rows.T).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    for kept, parts in (((0, 3), [3, 4]), ((1, 3), [5, 4]), ((0, 1, 3), [3, 5, 4])):
+        starts = np.cumsum([0, 3, 5, 2, 4])
+        own = np.concatenate([np.arange(starts[part], starts[part + 1]) for part in kept])
+        alone = gram_matrix(model, [examples[row] for row in own], 120, memory, parts=parts)
+        assert np.array_equal(found[np.ix_(own, own)], alone)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a Linux process")
 def test_a_target_of_512_examples_holds_no_more_than_its_block_of_rows() -> None:

@@ -85,7 +85,7 @@ def test_a_stage_that_methods_share_is_there_once(config: Config, tmp_path: Path
     own = fusing(own, "perplexity", "rds", "target-path", "gist", "cosine")
     names = [stage.name for stage in RunStages.of(own)]
     assert len(names) == len(set(names))
-    assert {"base/pool", "warmup", "coordinates", "cosine/pool"} < set(names)
+    assert {"base/pool", "warmup", "coordinates/t", "cosine/t"} < set(names)
     result = run(own, tmp_path / "run")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run/*/*.safetensors")}
     for method in own.fuse.methods:  # all that they need is there

@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_whole_matrix(
             tasks = np.array(sets[f"target.{name}"].column("task").to_pylist(), dtype=str)
             expected = _aggregate(parts, own, tasks, aggregation, normalize)
             error = np.abs(scores(result, name) - expected).max()
-            assert error <= 1e-4 * np.abs(expected).max(), (changes, name, error)
+            assert error <= 5e-4 * np.abs(expected).max(), (changes, name, error)  # kept in float16
     assert stamps(folder) == kept  # nothing was measured again
 
 
@@ -144,7 +144,7 @@ def test_another_damping_keeps_the_gram_matrix(config: Config, tmp_path: Path) -
     kept = stamps(folder / "influence/curvature")
     assert kept
     other = change(config, influence={"damping": 1.0})
-    with pytest.raises(RunError, match=r"'influence/pool' made with other settings .*damping"):
+    with pytest.raises(RunError, match=r"'influence/pool/t' made with other settings .*damping"):
         run(other, folder)
     second = scores(run(other, folder, overwrite=True))
     assert stamps(folder / "influence/curvature") == kept
@@ -159,11 +159,15 @@ def test_a_variant_beside_the_run_shares_what_does_not_differ(config: Config) ->
         inputs = replace(plain.inputs, config=change(config, influence=changes))
         return [stage.name for stage in plain.beside(inputs, "other").measured]
 
-    own = ["warmup", "influence/curvature", "influence/pool"]
-    assert names(aggregation="max", normalize=False) == own
-    assert names(damping=1.0)[:2] == own[:2]
-    assert [name.startswith("other/") for name in names(damping=1.0)] == [False, False, True]
-    assert [name.startswith("other/") for name in names(samples=9)] == [False, True, True]
+    curvatures, products = (
+        [f"influence/{kind}/{name}" for name in "tu"] for kind in ("curvature", "pool")
+    )
+    assert names(aggregation="max", normalize=False) == ["warmup", *curvatures, *products]
+    assert names(damping=1.0)[:3] == ["warmup", *curvatures]
+    beside = [name.startswith("other/") for name in names(damping=1.0)]
+    assert beside == [False, False, False, True, True]
+    beside = [name.startswith("other/") for name in names(samples=9)]
+    assert beside == [False, True, True, True, True]
 
 
 def test_shards_and_interruptions_change_no_bit(config: Config, tmp_path: Path) -> None:

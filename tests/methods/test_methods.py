@@ -106,7 +106,7 @@ def test_cosine_is_that_of_whole_gradients(
         F.normalize(reference.gradient_rows(model, examples_of(tmp_path / "run", name)))
         for name in ("pool", "target.t")
     )
-    np.testing.assert_allclose(found, (pool @ target.T).max(1).values.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found, (pool @ target.T).max(1).values.numpy(), atol=5e-4)
 
 
 def test_cosine_is_gist_with_all_directions_and_norm_power_1(
@@ -115,7 +115,7 @@ def test_cosine_is_gist_with_all_directions_and_norm_power_1(
     gist = config.gist.model_copy(update={"rank": "full", "norm_power": 1.0})
     one = run(config.model_copy(update={"gist": gist}), tmp_path / "a")
     other = run(by("cosine", config), tmp_path / "b")
-    np.testing.assert_allclose(scores(one), scores(other), atol=2e-5)
+    np.testing.assert_allclose(scores(one), scores(other), atol=1e-3)
 
 
 def test_the_tail_is_what_the_rank_leaves_out(config: Config, tmp_path: Path) -> None:

@@ -213,6 +213,13 @@ def test_batches_are_copied_on_the_stream_of_whoever_asks(monkeypatch: pytest.Mo
     assert threading.current_thread() not in {thread for _, thread, _ in copied}
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsift.gradients.memory.host_memory", lambda: 12 * 2**30)
+    assert memory_budget(EngineConfig(), CPU) == 6 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert memory_budget(EngineConfig(), CPU) == 2 * 2**30
+
+
 def test_what_is_set_is_taken_and_auto_is_worked_out() -> None:
     engine = EngineConfig(batch_tokens=77, memory="3GiB")
     assert start_tokens(engine, CPU) == 77

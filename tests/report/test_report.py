@@ -32,7 +32,7 @@ from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Cosines, View
 from gradsift.sections import read_yaml
 from gradsift.selection import stability
-from gradsift.selection.picks import candidates
+from gradsift.selection.picks import candidates, read_selections
 from gradsift.selection.policies import Candidates
 from gradsift.selection.score_table import read_scores
 from gradsift.selection.source_shares import SourceShare
@@ -68,15 +68,17 @@ def page_of(job: Job, name: str) -> TargetPage:
 
 
 def test_the_overview_agrees_with_the_run(folder: Path, job: Job) -> None:
-    found = overview(job, RunStages.of(job.config))
+    kept = read_selections(job.folder)
+    found = overview(job, RunStages.of(job.config), kept)
+    assert found.others == []
     assert (found.method, found.budget, found.num_pool) == ("gist", "20", 92)
     assert [(name, picks) for name, _, _, picks, _ in found.targets] == [("t", 20), ("u", 20)]
     picks = pq.read_table(folder / "selected/t.parquet")
     assert found.targets[0][4] == sum(picks["num_tokens"].to_pylist())
     sizes = {name: size for name, _, size in found.stages}
     assert sizes["scores/gist"] == (folder / "scores/gist.parquet").stat().st_size
-    assert sizes["coordinates"] == sum(
-        p.stat().st_size for p in (folder / "coordinates").rglob("*") if p.is_file()
+    assert sizes["coordinates/u"] == sum(
+        p.stat().st_size for p in (folder / "coordinates/u").rglob("*") if p.is_file()
     )
     assert [(row[0], row[2]) for row in found.rejected] == [("pool", 1), ("pool", 1)]
     assert {Path(row[3]).name for row in found.rejected} == {"pool.jsonl:93", "pool.jsonl:94"}
@@ -122,8 +124,8 @@ def test_directions_are_those_of_the_coordinates(folder: Path, job: Job) -> None
 
     page = page_of(job, "u")
     [checkpoint] = job.checkpoints()
-    coordinates = job.pool_pass("coordinates").read("coordinates/u", checkpoint.label)[:]
-    norms = job.pool_pass("coordinates").read("gradient_norm", checkpoint.label)[:]
+    coordinates = gist.COORDINATES.read(job, "u", checkpoint.label)[:]
+    norms = gist.COORDINATES.norms(job, "u", checkpoint.label)[:]
     loadings = coordinates / norms[:, None]
     ids = job.pool.column("id").to_pylist()
     sigma = stored_subspace(job, "u", checkpoint).singular_values
@@ -152,19 +154,19 @@ def test_twice_the_rank_agrees_with_a_run_of_that_rank(
     shared = len({*own} & {*other})
     refused = pq.read_table(folder / "selected/u.refused.parquet")["row"].to_numpy()
     assert compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job)) == change
-    scores = {name: read_scores(folder, "gist", name) for name in "tu"}
+    scores = read_scores(folder, "gist", "u")
     with monkeypatch.context() as everything:
         everything.setattr(stability, "_DENSITY", 10**6)  # all of the pool is in the sample
-        measure_sample(job, scores)
+        measure_sample(job, "u", scores)
         whole = compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
-    measure_sample(job, scores)
+    measure_sample(job, "u", scores)
     assert whole.sampled == 92
     with monkeypatch.context() as nothing:  # no further directions: the ranking stays as it is
         nothing.setattr(stability, "_wider", gist.stored_subspace)
         nothing.setattr(stability, "_DENSITY", 10)
-        measure_sample(job, scores)
+        measure_sample(job, "u", scores)
         same = compare_with_twice_the_rank(job, "u", np.array(own), refused, pool_of(job))
-    measure_sample(job, scores)
+    measure_sample(job, "u", scores)
     assert same.sampled is not None
     assert same.sampled < 80
     assert same.jaccard == 1

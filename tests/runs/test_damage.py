@@ -237,8 +237,8 @@ def test_one_file_of_each_kind_is_named_and_mended(
     for name in (
         "data/pool.parquet", "data/target.t.parquet", "warmup/epoch-1/adapter_model.safetensors",
         "targets/t/epoch-1.safetensors", "scores/gist.parquet", "selected/t.jsonl",
-        "selected/t.parquet", "manifests/coordinates.json", "config.yaml",
-        "coordinates/epoch-1/0000000016.safetensors",
+        "selected/t.parquet", "manifests/coordinates/t.json", "config.yaml",
+        "coordinates/t/epoch-1/0000000016.safetensors",
     ):  # fmt: skip
         with damaged(picked, name, flip, tmp_path) as folder:
             assert not mended(picked, name, folder, expected, caplog), name
@@ -283,7 +283,7 @@ def test_a_pool_is_never_measured_with_two_adapters(
     folder = tmp_path / "run"
     shutil.copytree(picked.folder, folder)
     flip(folder / "warmup/epoch-1/adapter_model.safetensors", [])
-    (folder / "coordinates/epoch-1/0000000016.safetensors").unlink()
+    (folder / "coordinates/t/epoch-1/0000000016.safetensors").unlink()
     before = {p: p.read_bytes() for p in (folder / "coordinates").rglob("*.safetensors")}
     with pytest.MonkeyPatch.context() as patch:  # other hardware, other rounding
         from gradsift.models import warmup
@@ -299,7 +299,7 @@ def test_a_pool_is_never_measured_with_two_adapters(
         patch.setattr(warmup, "save_adapter", save_otherwise)
         picked.select(folder)
     assert "targets/t is done again: warmup was made anew and is not what it was" in caplog.text
-    assert "coordinates is done again: warmup was made anew" in caplog.text
+    assert "coordinates/t is done again: warmup was made anew" in caplog.text
     now = {p: p.read_bytes() for p in before}
     assert all(now[p] != before[p] for p in before)
 
@@ -311,7 +311,7 @@ def test_another_runs_shard_is_not_taken(
         update={"warmup": picked.config.warmup.model_copy(update={"seed": 5})}
     )
     run(other, tmp_path / "other")
-    folder, name = tmp_path / "run", "coordinates/epoch-1/0000000016.safetensors"
+    folder, name = tmp_path / "run", "coordinates/t/epoch-1/0000000016.safetensors"
     shutil.copytree(picked.folder, folder)
     shutil.copyfile(tmp_path / "other" / name, folder / name)
     picked.select(folder)
@@ -342,7 +342,7 @@ def test_what_a_killed_process_left_is_cleared(picked: Made, tmp_path: Path) -> 
     shutil.copytree(picked.folder, folder)
     left = [
         folder / "scores/gist.parquet.1234.partial",
-        folder / "coordinates/epoch-1/0000000000.safetensors.abcd.partial",
+        folder / "coordinates/t/epoch-1/0000000000.safetensors.abcd.partial",
         folder / "data/pool.parquet.partial",
         folder / "targets/t/.tmpAbC123",  # as safetensors names it
     ]

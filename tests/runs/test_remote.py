@@ -85,7 +85,7 @@ def test_a_run_on_s3_is_the_run_on_disk(
     for name in (p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()):
         if name.startswith(SAME):
             assert found[name] == (here / name).read_bytes(), name
-    assert {"report.html", "config.yaml", "manifests/coordinates.json"} <= found.keys()
+    assert {"report.html", "config.yaml", "manifests/coordinates/t.json"} <= found.keys()
     assert not [n for n in found if n.endswith(".partial") or n in (".lock", ".lock.json")]
     # another machine goes on with it: nothing is done twice
     monkeypatch.setenv("GRADSIFT_CACHE", str(tmp_path / "another"))
@@ -108,8 +108,8 @@ def test_what_another_machine_removed_or_broke_is_not_kept(
     run(config, url)
     before = stored(url)
     files, root = s3(), url.removeprefix("s3://")
-    first, second = (n for n in before if n.startswith("coordinates/adapter/00000000")), None
-    first, second = next(first), "coordinates/adapter/0000000032.safetensors"
+    first, second = (n for n in before if n.startswith("coordinates/t/adapter/00000000")), None
+    first, second = next(first), "coordinates/t/adapter/0000000032.safetensors"
     files.rm(f"{root}/{first}")
     files.pipe_file(f"{root}/{second}", before[second][:-3] + b"???")
     with caplog.at_level("WARNING", "gradsift"):

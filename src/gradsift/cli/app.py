@@ -12,6 +12,7 @@ from gradsift.cli.demo import demo
 from gradsift.cli.evaluate import evaluate
 from gradsift.cli.explain import explain
 from gradsift.cli.geometry import geometry
+from gradsift.cli.index import index
 from gradsift.cli.output import output_options, with_output
 from gradsift.cli.picks import picks
 from gradsift.cli.plan import plan
@@ -44,7 +45,9 @@ _EXAMPLES = {
         f"gradsift select {_NEW_RUN}",
         "gradsift select --config runs/gsm8k/config.yaml --output-dir runs/gsm8k --budget 10% "
         "--name wide",
+        "gradsift select --index runs/index --target gsm8k=gsm8k_dev.jsonl --output-dir runs/quick",
     ),
+    index: ("gradsift index runs/index --model Qwen/Qwen2.5-1.5B --pool 'data/*.jsonl'",),
     plan: (f"gradsift plan {_NEW_RUN}", f"gradsift plan {_NEW_RUN} --check"),
     picks: ("gradsift picks runs/gsm8k", "gradsift picks runs/gsm8k --json"),
     evaluate: (

@@ -6,7 +6,7 @@ types are looked up when the app starts, so a verb's module imports them outside
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -68,6 +68,12 @@ Pool = Annotated[list[str], typer.Option(help="file, glob, folder or Hub id; may
 Target = Annotated[
     list[str], typer.Option(metavar="NAME=FILE", help="examples of the task; repeatable")
 ]
+IndexFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--index", help="made by `gradsift index`: in place of --model and --pool, no pass"
+    ),
+]
 Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
 Name = Annotated[
     str | None, typer.Option(help="keep these picks beside others (else the unnamed are replaced)")
@@ -82,7 +88,8 @@ Method = Annotated[
 RandomSeed = Annotated[
     int | None,
     typer.Option(
-        "--seed", help="seed of all that is drawn: warm-up, less, influence, target-path, random"
+        "--seed",
+        help="seed of all that is drawn, by the warm-up, methods and the index",
     ),
 ]
 Adapter = Annotated[
@@ -142,6 +149,7 @@ def settings_of_flags(
         "warmup": {"adapter": adapter, "mode": warmup and warmup.value, "seed": seed},
         "less": {"seed": seed},
         "influence": {"seed": seed},
+        "index": {"seed": seed},
         "target_path": {"seed": seed},
         "random": {"seed": seed},
         "engine": {"memory": memory},
@@ -194,12 +202,15 @@ def drop_unset(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_config(
-    file: Path | None, flags: dict[str, Any], settings: list[str]
+    file: Path | None,
+    flags: dict[str, Any],
+    settings: list[str],
+    base: Mapping[str, Any] | None = None,
 ) -> tuple[Config, set[str]]:
     """Return the whole configuration, and which settings of the policy the file decided.
 
-    `--set` overrides the flags, and these override the file. The name of a selection is never taken
-    from a file: what is picked without `--name` is the unnamed one.
+    `--set` overrides the flags, these override the file, and that `base`. The name of a selection
+    is never taken from a file: what is picked without `--name` is the unnamed one.
 
     Raises:
         ConfigError: If a setting is unknown, missing or out of range, or the file is unreadable.
@@ -209,7 +220,7 @@ def resolve_config(
 
     in_file = read_yaml(file) if file else {}
     given = merge(drop_unset(flags), *map(parse_assignment, settings))
-    config = Config.build(merge(in_file, given))
+    config = Config.build(merge(base or {}, in_file, given))
     if config.policy.name and "name" not in given.get("policy", {}):
         policy = config.policy.model_copy(update={"name": None})
         config = config.model_copy(update={"policy": policy})

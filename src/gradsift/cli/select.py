@@ -10,6 +10,7 @@ from gradsift.cli.options import (
     Budget,
     ConfigFile,
     Engine,
+    IndexFolder,
     Memory,
     Method,
     Model,
@@ -48,6 +49,7 @@ def select(
     model: Model = None,
     pool: Pool = [],  # noqa: B006
     target: Target = [],  # noqa: B006
+    index: IndexFolder = None,
     budget: Budget = None,
     name: Name = None,
     method: Method = None,
@@ -67,8 +69,14 @@ def select(
     flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
     flags |= {"method": method}
     flags["policy"] |= {"name": name}
+    flags["index"] |= {"path": index}
     flags["engine"] |= engine_settings(engine, ray_address) | {"workers": workers}
-    resolved, taken_over = resolve_config(config, flags, settings)
+    base: dict[str, Any] = {}
+    if index is not None:
+        from gradsift.runs.indexes import index_settings
+
+        base = index_settings(index)
+    resolved, taken_over = resolve_config(config, flags, settings, base)
     if resolved.engine.executor != "ray" and (ray_address or workers):
         from gradsift.errors import ConfigError
 

@@ -10,5 +10,6 @@ PUBLIC = {
     "duplicates": ("DedupColumns", "DuplicateFinder", "Refusal", "dedup_columns"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),
+    "groups": ("GroupEncoder",),
     "sets": ("check_first_rows", "count_rows", "data_sets", "encode_sets", "encoding_stages"),
 }

@@ -17,7 +17,8 @@ from datasketch import MinHash, MinHashLSH
 
 from gradsift.config import PolicyConfig
 from gradsift.data.conversations import Message, text_of
-from gradsift.data.encoded import EncodedSet, normalise
+from gradsift.data.encoded import EncodedSet
+from gradsift.data.groups import normalise
 
 _PERMUTATIONS = 128
 _TEXTS_AT_ONCE = 8192

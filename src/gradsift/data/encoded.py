@@ -6,13 +6,10 @@ have moved, and a range of examples is read without touching the rest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,44 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from gradsift.data.conversations import (
-    Message,
-    UnusableRowError,
-    rename,
-    text_of,
-    to_messages,
-    to_tools,
-)
-from gradsift.data.encoding import Encoded, Encoder, Tools
-from gradsift.data.rows import Row
+from gradsift.data.conversations import Message, rename, to_messages, to_tools
+from gradsift.data.encoding import Encoded, Tools
+from gradsift.data.groups import SCHEMA, GroupEncoder, ReadRow
 from gradsift.data.schemas import describe_empty, describe_lacking, find_schema
 from gradsift.data.sources import Source
 from gradsift.errors import DataError
+from gradsift.executors.base import Executor
+from gradsift.executors.local import Local
 from gradsift.progress import track
 from gradsift.runs import layout
 
 logger = logging.getLogger(__name__)
 
 _GROUP = 1024  # rows encoded, written and read together
-_NAME = pa.dictionary(pa.int32(), pa.string())
-_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "source": _NAME,
-        "task": _NAME,
-        "file": _NAME,
-        "line": pa.int64(),
-        "schema": _NAME,
-        "num_tokens": pa.int32(),
-        "num_supervised": pa.int32(),
-        "truncated": pa.bool_(),
-        "text_hash": pa.binary(16),  # of the conversation, but for case and white space
-        "prompt_hash": pa.binary(16),  # of all but the assistant turns; null where there are none
-        "input_ids": pa.list_(pa.int32()),
-        "supervised": pa.list_(pa.bool_()),
-        "raw": pa.large_binary(),  # picks may hold more than 2 GiB
-    }
-)
 
 
 class EncodedSet:
@@ -139,27 +112,17 @@ class EncodedSet:
             yield to_messages(fields, schema), to_tools(fields)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A row with its conversation, not yet encoded."""
-
-    row: Row
-    source: Source
-    schema: str
-    fields: Mapping[str, Any]
-    messages: list[Message]
-    tools: Tools
-
-
 def encode_set(
     name: str,
     sources: Sequence[Source],
-    encoder: Encoder,
-    columns: Mapping[str, str],
+    encode: GroupEncoder,
     directory: Path,
     strict: bool = False,
+    executor: Executor | None = None,
 ) -> EncodedSet:
     """Encode every row of the sources into `NAME.parquet`, the unusable into `NAME.rejected.jsonl`.
+
+    `executor`: by which a large set is encoded in several processes, to the same bytes.
 
     Raises:
         DataError: If no row is usable, or the first unusable row under `strict`.
@@ -170,28 +133,23 @@ def encode_set(
     partial, reasons = path.with_name(f"{path.name}{layout.PARTIAL}"), Counter[str]()
     accepted = truncated = 0
     with (
-        pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
         rejected.open("w", encoding="utf-8") as rejections,
         track(f"encoding {name}", None, "rows") as advance,
     ):
-        items = _candidates(sources, columns)
-        while group := list(islice(items, _GROUP)):
-            records = []
-            for row, outcome in _encode(group, encoder):
-                if isinstance(outcome, UnusableRowError):
-                    if strict:
-                        raise DataError(f"{row.file}:{row.line}: {outcome}")
-                    reasons[str(outcome)] += 1
-                    record = {"set": name, "file": row.file, "line": row.line}
-                    record["reason"] = str(outcome)
-                    rejections.write(json.dumps(record, ensure_ascii=False) + "\n")
-                else:
-                    records.append(outcome)
-            accepted += len(records)
-            truncated += sum(record["truncated"] for record in records)
-            if records:
-                writer.write_table(pa.Table.from_pylist(records, schema=_SCHEMA))
-            advance(len(group))
+        groups = _in_groups(_read(sources, encode.columns))
+        for group in (executor or Local()).stream(encode, groups):
+            for file, line, reason in group.rejected:
+                if strict:
+                    raise DataError(f"{file}:{line}: {reason}")
+                reasons[reason] += 1
+                record = {"set": name, "file": file, "line": line, "reason": reason}
+                rejections.write(json.dumps(record, ensure_ascii=False) + "\n")
+            accepted += len(group.table)
+            truncated += sum(group.table["truncated"].to_pylist())
+            if len(group.table):
+                writer.write_table(group.table)
+            advance(len(group.table) + len(group.rejected))
     if not accepted:
         partial.unlink()
         raise DataError(_nothing_usable(name, sources, reasons, rejected))
@@ -220,83 +178,21 @@ def _nothing_usable(
     return f"{name} has no usable row in {files}: {listed} (all in {rejected})"
 
 
-def _candidates(
-    sources: Sequence[Source], columns: Mapping[str, str]
-) -> Iterator[tuple[Row, _Candidate | UnusableRowError]]:
-    """Yield each row with its conversation; a file's schema is that of its first readable row."""
+def _in_groups(rows: Iterator[ReadRow]) -> Iterator[list[ReadRow]]:
+    while group := list(islice(rows, _GROUP)):
+        yield group
+
+
+def _read(sources: Sequence[Source], columns: Mapping[str, str]) -> Iterator[ReadRow]:
+    """Yield each row; a file's schema is that of its first readable one."""
     for source in sources:
         schema = row = None
         for row in source.rows():
-            if row.value is None:
-                yield row, UnusableRowError(row.problem or "")
-                continue
-            if schema is None:
+            if schema is None and row.value is not None:
                 schema = find_schema(row, columns)
                 lacking = describe_lacking(row, columns)
                 log = logger.warning if lacking else logger.info
                 log("%s: %s%s", source.name, schema, lacking and f" ({lacking})")
-            fields = rename(row.value, columns)
-            try:
-                messages, tools = to_messages(fields, schema), to_tools(fields)
-            except UnusableRowError as reason:
-                yield row, reason
-            else:
-                yield row, _Candidate(row, source, schema, fields, messages, tools)
+            yield ReadRow(row, source.stem, schema)
         if row is None:
             logger.warning("%s has no row: %s", source.name, describe_empty(source))
-
-
-def _encode(
-    group: Sequence[tuple[Row, _Candidate | UnusableRowError]], encoder: Encoder
-) -> Iterator[tuple[Row, dict[str, Any] | UnusableRowError]]:
-    good = [item for _, item in group if isinstance(item, _Candidate)]
-    conversations, tools = [c.messages for c in good], [c.tools for c in good]
-    encoded = iter(encoder.encode(conversations, tools))
-    for row, item in group:
-        if isinstance(item, UnusableRowError):
-            yield row, item
-            continue
-        outcome = next(encoded)
-        yield row, outcome if isinstance(outcome, UnusableRowError) else _record(item, outcome)
-
-
-def _record(candidate: _Candidate, encoded: Encoded) -> dict[str, Any]:
-    fields, row = candidate.fields, candidate.row
-    prompt = [m for m in candidate.messages if m["role"] != "assistant"]
-    return {
-        "id": _name(fields.get("id"), f"{candidate.source.stem}-{row.line}"),
-        "source": _name(fields.get("source"), candidate.source.stem),
-        "task": _name(fields.get("task"), ""),
-        "file": row.file,
-        "line": row.line,
-        "schema": candidate.schema,
-        "num_tokens": len(encoded.input_ids),
-        "num_supervised": int(encoded.supervised.sum()),
-        "truncated": encoded.truncated,
-        "text_hash": _hash(candidate.messages, candidate.tools),
-        "prompt_hash": _hash(prompt) if any(text_of(m).strip() for m in prompt) else None,
-        "input_ids": encoded.input_ids,
-        "supervised": encoded.supervised,
-        "raw": row.raw,
-    }
-
-
-def _name(value: Any, default: str) -> str:
-    return default if value is None or value == "" else str(value)
-
-
-def _hash(messages: Sequence[Message], tools: Tools = None) -> bytes:
-    """Return a hash that is blind to case, white space and Unicode's compatibility variants."""
-    text = "\0".join(f"{m['role']}\1{normalise(text_of(m))}" for m in messages)
-    if tools:
-        text += "\2" + json.dumps(tools, ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def normalise(text: str) -> str:
-    """Return the text folded to what makes two examples the same: no case, single spaces.
-
-    >>> normalise("Two   APPLES ")
-    'two apples'
-    """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

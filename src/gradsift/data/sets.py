@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
 from gradsift.config import DataConfig
 from gradsift.data.encoded import encode_set
-from gradsift.data.encoding import Encoder
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.schemas import check_schemas
 from gradsift.data.sources import log_contents, resolve
+from gradsift.executors.base import Executor
 from gradsift.runs import layout
 from gradsift.runs.atomic import room_for
 from gradsift.runs.folder import Run
@@ -77,15 +78,15 @@ def encode_sets(
     sets: Mapping[str, tuple[str, ...]],
     stages: Mapping[str, Stage],
     folder: Run,
-    load_encoder: Callable[[], Encoder],
-    columns: Mapping[str, str],
+    encode: GroupEncoder,
     strict: bool = False,
+    executor: Executor | None = None,
 ) -> None:
     """Encode what is not encoded yet, each set as its stage says.
 
     The first rows of all files are looked at before anything is encoded, and the pool, which may
-    take long, is encoded last: a fault of a target is told before. `load_encoder` is called once,
-    if there is something to encode.
+    take long, is encoded last: a fault of a target is told before. `executor`
+    says in which processes a large set is encoded.
 
     Raises:
         DataError: If a set has no usable row, or any unusable one under `strict`.
@@ -93,12 +94,11 @@ def encode_sets(
     todo = {name: own for name, own in sets.items() if folder.find_fault([stages[name]])}
     for specs in todo.values():
         log_contents(specs)
-    check_first_rows(todo, columns)
-    encoder = None
+    check_first_rows(todo, encode.columns)
     for name in sorted(sets, key=lambda name: name == layout.POOL):
         path = folder.path / stages[name].outputs[0]
         with folder.stage(stages[name]) as is_to_do:
             if is_to_do:
-                encoder = encoder or load_encoder()
+                sources = resolve(sets[name])
                 with room_for(path):
-                    encode_set(name, resolve(sets[name]), encoder, columns, path.parent, strict)
+                    encode_set(name, sources, encode, path.parent, strict, executor)

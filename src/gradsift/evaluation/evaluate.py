@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.data.encoded import EncodedSet
+from gradsift.data.groups import GroupEncoder
 from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import translate_os_errors
 from gradsift.evaluation.conclusions import Datamodeling, conclude
@@ -126,7 +127,7 @@ def _encode_tests(job: Job, settings: EvaluationConfig) -> dict[str, HeldOut]:
     identity, trusted = job.inputs.model_identity, config.model.trust_remote_code
     stages = encoding_stages(config.data, identity, trusted, specs, layout.TESTS)
     load = partial(load_encoder, config.model, config.data, config.engine)
-    encode_sets(specs, stages, job.folder, load, config.data.columns)
+    encode_sets(specs, stages, job.folder, GroupEncoder(load, config.data.columns))
     result = {}
     for name, stage in zip(settings.tests, stages.values(), strict=True):
         examples = EncodedSet(job.path(layout.encoded(layout.test_set(name), layout.TESTS)))

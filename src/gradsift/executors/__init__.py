@@ -8,6 +8,7 @@ PUBLIC = {
     "base": ("Executor",),
     "choice": ("choose_executor",),
     "environment": ("set_environment",),
+    "local": ("Local",),
     "processes": ("decided_by_first", "first_claim", "is_distributed", "is_first"),
     "torchrun": ("launched_processes",),
 }

@@ -5,11 +5,17 @@ Everything else asks an `Executor` and does not know how many machines there are
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 Task = TypeVar("Task")
+Item = TypeVar("Item")
+Begun = TypeVar("Begun")
+FEW = 8
+"""Items of a stream that are done where they are asked for: elsewhere takes seconds to begin."""
 Worker = Callable[[Iterable[Task]], Iterator[Task]]
 """Does tasks and yields each when it is done and its result is safe."""
 
@@ -26,6 +32,33 @@ class Executor(Protocol):
         """Do some work once, where there is a device for it, and return what it gives."""
         ...
 
+    def stream(self, work: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
+        """Do some work on each item, several at a time, and yield the results in their order.
+
+        Only a few items are taken before the first of their results is.
+        """
+        ...
+
     def train(self, work: Callable[[], object]) -> None:
         """Do some work in every process that takes part in a training, together."""
         ...
+
+
+def in_order(
+    begin: Callable[[Item], Begun],
+    wait: Callable[[Begun], T],
+    items: Iterable[Item],
+    at_once: int,
+) -> Iterator[T]:
+    """Begin work on some items at a time and yield what comes of each, in their order.
+
+    >>> list(in_order(lambda item: [item], lambda begun: begun[0] * 10, range(4), at_once=2))
+    [0, 10, 20, 30]
+    """
+    waiting: deque[Begun] = deque()
+    items = iter(items)
+    while True:
+        waiting.extend(begin(item) for item in islice(items, at_once - len(waiting)))
+        if not waiting:
+            return
+        yield wait(waiting.popleft())

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import RunError, check_installed
+from gradsift.executors.base import FEW, in_order
 from gradsift.executors.environment import worker_environment
 from gradsift.executors.ray_worker import (
     DEATHS,
@@ -31,6 +34,7 @@ from gradsift.executors.ray_worker import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 _TASKS_IN_FLIGHT = 2  # tasks at an actor: one is done, one is ready
 _SECONDS_BETWEEN_LOOKS = 5.0
 _CONNECT_TIMEOUT = 10.0  # seconds in which a cluster has to answer
@@ -139,6 +143,45 @@ class RayCluster:
             raise_failure(outcome)
             return outcome["value"]
         raise too_many_died()
+
+    def stream(self, work: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
+        """Do it in tasks all over the cluster, two for each processor; a few are done here.
+
+        Raises:
+            GradsiftError: As the work does.
+            RunError: If workers died at a piece of it again and again.
+        """
+        items = iter(items)
+        yield from map(work, islice(items, FEW))
+        for item in islice(items, 1):
+            yield from self._stream(work, chain([item], items))
+
+    def _stream(self, work: Callable[[Item], T], items: Iterator[Item]) -> Iterator[T]:
+        import ray
+
+        _, count = self._connect(None)
+        task = ray.remote(run_and_catch).options(
+            num_cpus=1, max_retries=0, runtime_env={"env_vars": worker_environment()}
+        )
+
+        def begin(item: Item) -> tuple[Item, Any]:
+            return item, task.remote(str(Path.cwd()), partial(work, item))
+
+        def wait(begun: tuple[Item, Any]) -> T:
+            for _ in range(DEATHS):
+                item, waiting = begun
+                try:
+                    outcome: Any = ray.get(waiting)
+                except _deaths() as error:
+                    logger.warning("a worker died: %s", error)
+                    begun = begin(item)
+                    continue
+                raise_failure(outcome)
+                return outcome["value"]
+            raise too_many_died()
+
+        processors = max(count, int(ray.cluster_resources().get("CPU", 1)))
+        yield from in_order(begin, wait, items, at_once=_TASKS_IN_FLIGHT * processors)
 
     def train(self, work: Callable[[], object]) -> None:
         """Do it under Ray Train, in `train_workers` processes.

@@ -7,14 +7,17 @@ tasks, or a training to take part in.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
+from gradsift.executors.local import Local
+
 T = TypeVar("T")
+Item = TypeVar("Item")
 _PATIENCE = timedelta(days=30)  # the others wait while the first one encodes or scores
 
 
@@ -31,6 +34,10 @@ class Torchrun:
     def call(self, work: Callable[[], T]) -> T:
         """Run it in this process."""
         return work()
+
+    def stream(self, work: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
+        """Do it by the processors of this machine: none but the first process has work then."""
+        yield from Local().stream(work, items)
 
     def train(self, work: Callable[[], object]) -> None:
         """Do it in all processes."""

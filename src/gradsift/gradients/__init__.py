@@ -19,10 +19,11 @@ PUBLIC = {
         "sines",
     ),
     "lanczos": ("lanczos_bytes",),
-    "memory": ("memory_budget",),
+    "memory": ("memory_budget", "small_batch"),
     "per_example": ("blocks", "gradient_rows"),
     "projection": ("Projections", "project"),
     "random_projection": ("Projection", "has_kernel", "project_at_random"),
+    "sketch": ("fit_sketch", "load_sketch", "quantize", "read_expected_error"),
     "subspace": (
         "Subspace",
         "describe",

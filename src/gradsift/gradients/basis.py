@@ -27,6 +27,7 @@ from gradsift.models.batch_size import within_memory
 from gradsift.models.batches import device_of, group_examples, lengths_of, to_device
 
 _ALIGNED = 256  # entries
+_ROUND = 64  # bytes
 Shapes = Mapping[str, tuple[int, int]]
 """Each block's shape (out, in) by its name."""
 
@@ -42,8 +43,12 @@ class Basis:
         blocks: Mapping[str, Float[Tensor, "direction _"]],
         offloaded: frozenset[str],
         device: torch.device,
+        ranks: Sequence[int] | None = None,
     ) -> None:
-        """Take the blocks, those that are `offloaded` from host memory (pinned, for a GPU)."""
+        """Take the blocks, those that are `offloaded` from host memory (pinned, for a GPU).
+
+        `ranks`: how many of the directions belong to each target; by default there is one.
+        """
         self._blocks, self._offloaded = blocks, offloaded
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -53,12 +58,21 @@ class Basis:
         largest = max((blocks[name].numel() for name in offloaded), default=0)
         first = next(iter(blocks.values()))
         self.rank, self._free = len(first), 0
+        self.ranks = [self.rank] if ranks is None else [*ranks]
         # both begin at a round address, as a block of its own does: else a matrix product may take
         # another kernel for them, and other bits come out
         width = -(-largest // _ALIGNED) * _ALIGNED
         self._slots = torch.empty(2, width, dtype=first.dtype, device=device)
         if self._stream:
             self._slots.record_stream(self._stream)  # a copy may still run when they are freed
+
+    def parts(self, name: str) -> list[Float[Tensor, "direction _"]]:
+        """Return the parts of a block that belong to each target.
+
+        At a round address each, as one alone would be: see `__init__`.
+        """
+        parts = self[name].split(self.ranks)
+        return [part if part.data_ptr() % _ROUND == 0 else part.clone() for part in parts]
 
     def __getitem__(self, name: str) -> Float[Tensor, "direction _"]:
         if name not in self._offloaded:
@@ -159,7 +173,7 @@ def build_basis(
     Raises:
         ModelError: If they fit neither into `memory` bytes of the device nor into host memory.
     """
-    shapes, device, dtype = blocks(model), device_of(model), _dtype_kept(model)
+    shapes, device, dtype = blocks(model), device_of(model), dtype_kept(model)
     rank = sum(combination.shape[1] for _, combination in targets)
     # on a GPU only as much stays free for sums: what waits in host memory is brought for each batch
     free = memory // 4 if device.type == "cpu" else _largest_sums(shapes, rank)
@@ -171,7 +185,7 @@ def build_basis(
     while len(done) < len(shapes):
         here = sum(block.nbytes for name, block in done.items() if name not in offloaded)
         left = {name: shape for name, shape in shapes.items() if name not in done}
-        part = _first_part(left, (memory - here) // (FLOAT_BYTES * max(1, rank)))
+        part = first_part(left, (memory - here) // (FLOAT_BYTES * max(1, rank)))
         added_up = [
             _combine_rows(model, examples, combination, part, max_tokens)
             for examples, combination in targets
@@ -179,7 +193,7 @@ def build_basis(
         for name in part:
             block = torch.cat([own.pop(name) for own in added_up]).to(dtype)
             done[name] = waiting[name].copy_(block) if name in offloaded else block
-    return Basis(done, offloaded, device)
+    return Basis(done, offloaded, device, [own.shape[1] for _, own in targets])
 
 
 def _combine_rows(
@@ -206,7 +220,8 @@ def _combine_rows(
     return sums
 
 
-def _dtype_kept(model: nn.Module) -> torch.dtype:
+def dtype_kept(model: nn.Module) -> torch.dtype:
+    """Return the precision of a basis: the model's on a GPU, float32 on the CPU."""
     dtype = model.dtype if device_of(model).type == "cuda" else torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -223,7 +238,7 @@ def whole_bytes(shapes: Shapes, rank: int, itemsize: int) -> int:
     return kept + _largest_sums(shapes, rank)
 
 
-def _first_part(shapes: Shapes, num_parameters: int) -> Shapes:
+def first_part(shapes: Shapes, num_parameters: int) -> Shapes:
     """Return the first blocks that have at most so many parameters together, one at least."""
     part: dict[str, tuple[int, int]] = {}
     for name, shape in shapes.items():
@@ -247,7 +262,7 @@ def fitting_basis(
     tokens, shapes = small_batch(config.engine), blocks(model)
     rank = sum(combination.shape[1] for _, combination in targets)
     lengths = np.concatenate([lengths_of(examples) for examples, _ in targets])
-    whole = whole_bytes(shapes, rank, _dtype_kept(model).itemsize)
+    whole = whole_bytes(shapes, rank, dtype_kept(model).itemsize)
     memory, kept = basis_memory(config, model, tokens, whole)
     work = partial(build_basis, model, targets, memory=memory, kept=kept)
     return within_memory(work, tokens, lengths)[0]

@@ -18,6 +18,7 @@ from gradsift.data.encoding import Encoded
 from gradsift.gradients.per_example import each_batch
 from gradsift.models.batch_size import FEW_TOKENS, fits, run_worst
 from gradsift.models.batches import device_of, group_examples, positions_of
+from gradsift.models.devices import local_processes
 
 _SPARED = 32  # one part in so many of what is free on a GPU: memory comes in pieces
 
@@ -38,8 +39,14 @@ def host_memory() -> int:
 
 
 def memory_budget(engine: EngineConfig, device: torch.device) -> int:
-    """Return how many bytes gradient rows and bases may take on the device; `auto`: half of it."""
-    return free_memory(device) // 2 if engine.memory == "auto" else int(engine.memory)
+    """Return how many bytes gradient rows and bases may take on the device.
+
+    `auto`: half of it; of the host's memory half of a share for each process that was begun here.
+    """
+    if engine.memory != "auto":
+        return int(engine.memory)
+    sharing = 1 if device.type == "cuda" else local_processes()[1]
+    return free_memory(device) // (2 * sharing)
 
 
 def free_memory(device: torch.device) -> int:

@@ -34,6 +34,7 @@ def project(
 ) -> Projections:
     """Return every example's coordinates in the basis, its loss and the norm of its gradient.
 
+    A product for each target: in a stacked one its bits would depend on the targets beside it.
     Coordinates and squared norms are sums over blocks, accumulated in float32 while the backward
     pass is at each. Nothing here waits for the device.
     """
@@ -43,13 +44,18 @@ def project(
     groups = group_examples(model, examples, max_tokens)
     for group, backpropagate in each_batch(model, examples, groups):
         inner = torch.zeros(len(group), basis.rank, device=device)
+        by_target = inner.split(basis.ranks, dim=1)
         squares = torch.zeros(len(group), device=device)
 
         def contract(
-            name: str, gradient: Tensor, inner: Tensor = inner, squares: Tensor = squares
+            name: str,
+            gradient: Tensor,
+            by_target: Sequence[Tensor] = by_target,
+            squares: Tensor = squares,
         ) -> None:
             flat = gradient.flatten(1)
-            inner.add_(product(flat, basis[name]))
+            for own, part in zip(by_target, basis.parts(name), strict=True):
+                own.add_(product(flat, part))
             squares.add_(torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square_())
 
         indices = to_device(group, device)

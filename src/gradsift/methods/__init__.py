@@ -6,9 +6,17 @@ May import: `scores`, `pool` and what is beneath them.
 """
 
 PUBLIC = {
-    "gist": ("align", "stored_subspace", "views"),
+    "gist": ("COORDINATES", "align", "stored_subspace", "views"),
     "job": ("Inputs", "Job", "open_job"),
     "less": ("adam_direction",),
+    "pool_index": (
+        "check_index",
+        "expected_error",
+        "index_stages",
+        "measure_index",
+        "stages_of_index",
+        "take_from_index",
+    ),
     "registry": ("METHODS",),
     "work": ("Sizes", "Work"),
 }

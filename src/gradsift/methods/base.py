@@ -36,7 +36,8 @@ class Method:
     there. `settings`: what else the scores depend on. `facts`: columns for the table of scores that
     it knows of every pool example, whatever the target. `check`: finds out before any work what
     would stop it. `compares`: whether it compares with target examples, each of which may then pick
-    in turn. `work`: what it has the base model do.
+    in turn. `work`: what it has the base model do. `reads_index`: whether it can read what it needs
+    of the pool out of an index.
     """
 
     scores: Callable[[Job], Mapping[str, Scores]]
@@ -47,3 +48,4 @@ class Method:
     check: Callable[[Config], object] = _nothing
     compares: bool = True
     work: Callable[[Config, Sizes], Sequence[Work]] = _no_work
+    reads_index: bool = False

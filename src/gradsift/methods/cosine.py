@@ -5,6 +5,7 @@ The directions of the pool pass are the target gradients themselves, at length 1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,28 +17,33 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.products import Products
 from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
-from gradsift.pool.coordinates import (
-    by_target,
-    coordinates_key,
-    losses_and_norms,
-    make_projection_measure,
-)
-from gradsift.pool.examples import MeasureFactory, not_finite
+from gradsift.pool.coordinates import Directions, by_target
+from gradsift.pool.examples import not_finite
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import PerNorm, Table
+from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
 
 
+_PRODUCTS = Products(layout.cosine_products)
+
+
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
-    """Return the warm-up and the pass over the pool."""
-    targets = [inputs.target_stage(name) for name in inputs.target_names]
-    warmup = inputs.warmup_stage
-    return warmup, inputs.make_pool_pass_stage(layout.COSINE_PRODUCTS, warmup, *targets)
+    """Return the warm-up and the pass over the pool for each target."""
+    return inputs.warmup_stage, *_product_stages(inputs).values()
+
+
+def _product_stages(inputs: Inputs) -> dict[str, Stage]:
+    warmup, names = inputs.warmup_stage, inputs.target_names
+    return {
+        name: _PRODUCTS.stage(inputs, name, warmup, inputs.target_stage(name)) for name in names
+    }
 
 
 def check(config: Config) -> None:
@@ -56,30 +62,24 @@ def measure(job: Job) -> None:
     Raises:
         NumericsError: If a gradient is not finite.
     """
-    warmup, products = stages(job.inputs)
-    checkpoints = job.warm_up(warmup)
-    factories = {c.label: partial(_factory, job, c.path) for c in checkpoints}
-    job.pool_pass(products.name).run(products, factories)
+    checkpoints = job.warm_up(job.inputs.warmup_stage)
+    products = _product_stages(job.inputs)
+    _PRODUCTS.measure(job, products, checkpoints, partial(_directions, job))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines, aggregated as `gist.aggregation` says."""
-    checkpoints = job.checkpoints()
-    aggregation, products = job.config.gist.aggregation, job.pool_pass(layout.COSINE_PRODUCTS)
-    norms = [products.read("gradient_norm", c.label) for c in checkpoints]
     found = {}
     for name in job.targets:
-        stored = [products.read(coordinates_key(name), c.label) for c in checkpoints]
-        cosines = map(PerNorm, stored, norms)
-        weights = (checkpoint.weight for checkpoint in checkpoints)
-        table = Table([*zip(cosines, weights, strict=True)])
-        found[name] = Alignment(table, job.tasks(name), aggregation)
+        cosines = [
+            (
+                PerNorm(_PRODUCTS.read(job, name, c.label), _PRODUCTS.norms(job, name, c.label)),
+                c.weight,
+            )
+            for c in job.checkpoints()
+        ]
+        found[name] = Alignment(Table(cosines), job.tasks(name), job.config.gist.aggregation)
     return found
-
-
-def facts(job: Job) -> dict[str, np.ndarray]:
-    """Return loss and gradient norm of every pool example at the last checkpoint."""
-    return losses_and_norms(job.pool_pass(layout.COSINE_PRODUCTS), job.checkpoints()[-1].label)
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -93,23 +93,21 @@ def work(config: Config, sizes: Sizes) -> list[Work]:
     return [
         *warm_up(config.warmup, sizes),
         *gram_of_targets(config, sizes, "gradients of"),
-        *projected(targets, sizes.pool, targets.num_examples, config.warmup),
+        *projected(targets, sizes, targets.num_examples, config.warmup),
     ]
 
 
-METHOD = Method(scores, stages, measure, settings, facts, check, work=work)
+METHOD = Method(
+    scores, stages, measure, settings, _PRODUCTS.facts, check, work=work, reads_index=True
+)
 
 
-def _factory(job: Job, adapter: Path) -> MeasureFactory:
-    """Return what projects on the target gradients of an adapter, brought to length 1."""
-    units = {
-        name: job.call(
-            partial(_to_unit_length, job.models, adapter, name, target, job.config.engine)
-        )
-        for name, target in job.targets.items()
-    }
-    parts, widths = by_target(job.targets, units)
-    return partial(make_projection_measure, job.models, adapter, parts, widths, job.config)
+def _directions(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> Directions:
+    """Return some targets' gradients at a checkpoint, brought to length 1."""
+    engine = job.config.engine
+    args = {name: (job.models, checkpoint.path, name, job.targets[name], engine) for name in names}
+    units = {name: job.call(partial(_to_unit_length, *own)) for name, own in args.items()}
+    return by_target(job.targets, units)
 
 
 def _to_unit_length(

@@ -2,7 +2,7 @@
 
 Min, Huang, Wan, Chen: Gradient Isometric Subspace Transformation, ICML 2026, arXiv 2602.18584.
 Target gradients give a subspace per target; one pass over the pool projects every example's
-gradient on the subspaces of all targets at once; coordinates are compared by cosine.
+gradient on the subspaces of all targets that are new; coordinates are compared by cosine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,10 @@ from gradsift.gradients.subspace import (
 )
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.products import Products
 from gradsift.methods.work import Sizes, Work, gram_of_targets, projected, warm_up
-from gradsift.pool.coordinates import (
-    by_target,
-    coordinates_key,
-    losses_and_norms,
-    make_projection_measure,
-)
-from gradsift.pool.examples import MeasureFactory, not_finite
+from gradsift.pool.coordinates import Directions, by_target
+from gradsift.pool.examples import not_finite
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.stage import Stage
@@ -45,16 +41,30 @@ from gradsift.types import Checkpoint
 logger = logging.getLogger(__name__)
 
 
+COORDINATES = Products(layout.coordinates)
+
+
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
-    """Return the warm-up, the subspace of each target, and the coordinates of the pool."""
+    """Return the warm-up, and each target's subspace and coordinates of the pool."""
     warmup = inputs.warmup_stage
+    subspaces = _subspace_stages(inputs, warmup)
+    return warmup, *subspaces.values(), *_coordinate_stages(inputs, warmup, subspaces).values()
+
+
+def _subspace_stages(inputs: Inputs, warmup: Stage) -> dict[str, Stage]:
     settings = inputs.config.gist.model_dump(include={"rank", "directions"})
     folders = {name: inputs.at(layout.target_folder(name)) for name in inputs.target_names}
-    subspaces = [
-        Stage(folder, settings, (folder,), (inputs.target_stage(name), warmup))
+    cheap = inputs.asks is not None  # no pass over the pool follows from it
+    return {
+        name: Stage(folder, settings, (folder,), (inputs.target_stage(name), warmup), cheap)
         for name, folder in folders.items()
-    ]
-    return warmup, *subspaces, inputs.make_pool_pass_stage(layout.COORDINATES, warmup, *subspaces)
+    }
+
+
+def _coordinate_stages(
+    inputs: Inputs, warmup: Stage, subspaces: Mapping[str, Stage]
+) -> dict[str, Stage]:
+    return {name: COORDINATES.stage(inputs, name, warmup, own) for name, own in subspaces.items()}
 
 
 def measure(job: Job) -> None:
@@ -63,25 +73,21 @@ def measure(job: Job) -> None:
     Raises:
         NumericsError: If a gradient is not finite or the rank asked for is not there.
     """
-    warmup, *subspaces, coordinates = stages(job.inputs)
+    warmup = job.inputs.warmup_stage
+    subspaces = _subspace_stages(job.inputs, warmup)
     checkpoints = job.warm_up(warmup)
-    for name, stage in zip(job.targets, subspaces, strict=True):
+    for name, stage in subspaces.items():
         with job.folder.stage(stage) as todo:
             if todo:
                 job.call(partial(_measure_subspaces, job, name, checkpoints), job.path(stage.name))
-    factories = {c.label: partial(_factory, job, c) for c in checkpoints}
-    job.pool_pass(coordinates.name).run(coordinates, factories)
+    coordinates = _coordinate_stages(job.inputs, warmup, subspaces)
+    COORDINATES.measure(job, coordinates, checkpoints, partial(_directions, job))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return the cosines of coordinates, aggregated as `gist.aggregation` says."""
     aggregation = job.config.gist.aggregation
     return {name: align(job, name, views(job, name), aggregation) for name in job.targets}
-
-
-def facts(job: Job) -> dict[str, np.ndarray]:
-    """Return loss and gradient norm of every pool example at the last checkpoint."""
-    return losses_and_norms(job.pool_pass(layout.COORDINATES), job.checkpoints()[-1].label)
 
 
 def settings(config: Config) -> Mapping[str, Any]:
@@ -100,11 +106,11 @@ def work(config: Config, sizes: Sizes) -> list[Work]:
                 gram_of_targets(config, sizes, "subspace of"), ranks.values(), strict=True
             )
         ),
-        *projected(sizes.all_targets, sizes.pool, sum(ranks.values()), config.warmup),
+        *projected(sizes.all_targets, sizes, sum(ranks.values()), config.warmup),
     ]
 
 
-METHOD = Method(scores, stages, measure, settings, facts, work=work)
+METHOD = Method(scores, stages, measure, settings, COORDINATES.facts, work=work, reads_index=True)
 
 
 def stored_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
@@ -114,13 +120,12 @@ def stored_subspace(job: Job, name: str, checkpoint: Checkpoint) -> Subspace:
 
 def views(job: Job, name: str) -> list[View]:
     """Return coordinates of pool and target at every checkpoint."""
-    coordinates = job.pool_pass(layout.COORDINATES)
     return [
         View(
-            pool=coordinates.read(coordinates_key(name), checkpoint.label),
+            pool=COORDINATES.read(job, name, checkpoint.label),
             target=stored_subspace(job, name, checkpoint).coordinates.astype(np.float32),
             weight=checkpoint.weight,
-            gradient_norms=coordinates.read("gradient_norm", checkpoint.label),
+            gradient_norms=COORDINATES.norms(job, name, checkpoint.label),
         )
         for checkpoint in job.checkpoints()
     ]
@@ -131,14 +136,10 @@ def align(job: Job, name: str, compared: Sequence[View], aggregation: str) -> Al
     return Alignment(Cosines(compared, job.config.gist.norm_power), job.tasks(name), aggregation)
 
 
-def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
-    """Return what projects on the subspaces of all targets at a checkpoint."""
-    combinations = {
-        name: stored_subspace(job, name, checkpoint).combination for name in job.targets
-    }
-    parts, widths = by_target(job.targets, combinations)
-    args = (job.models, checkpoint.path, parts, widths, job.config)
-    return partial(make_projection_measure, *args)
+def _directions(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> Directions:
+    """Return the bases of the subspaces of some targets at a checkpoint."""
+    combinations = {name: stored_subspace(job, name, checkpoint).combination for name in names}
+    return by_target(job.targets, combinations)
 
 
 def _measure_subspaces(job: Job, name: str, checkpoints: Sequence[Checkpoint]) -> None:

@@ -28,13 +28,10 @@ from gradsift.gradients.curvature import (
 from gradsift.gradients.distinct import merge_equal, merge_rows
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
+from gradsift.methods.products import Products
 from gradsift.methods.work import Sizes, Work, num_checkpoints, projected, warm_up
-from gradsift.pool.coordinates import (
-    coordinates_key,
-    losses_and_norms,
-    make_projection_measure,
-)
-from gradsift.pool.examples import MeasureFactory, not_finite
+from gradsift.pool import coordinates as directions
+from gradsift.pool.examples import not_finite
 from gradsift.runs import layout
 from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
@@ -47,15 +44,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_PRODUCTS = Products(layout.influence_products, from_index=False)
+
+
 def stages(inputs: Inputs) -> tuple[Stage, ...]:
-    """Return the warm-up, the Gram matrices of targets and sample, and the pass over the pool."""
-    warmup, config = inputs.warmup_stage, inputs.config.influence
-    sources = (inputs.pool_stage, *map(inputs.target_stage, inputs.target_names), warmup)
-    drawn = config.model_dump(include={"samples", "seed"})
-    kept = inputs.at(layout.CURVATURE)
-    curvature = Stage(kept, drawn, (kept,), sources)
-    name, damping = layout.INFLUENCE_PRODUCTS, config.damping
-    return warmup, curvature, inputs.make_pool_pass_stage(name, curvature, damping=damping)
+    """Return the warm-up, and each target's Gram matrix with the sample and pass over the pool."""
+    curvatures = _curvature_stages(inputs)
+    products = _product_stages(inputs, curvatures)
+    return inputs.warmup_stage, *curvatures.values(), *products.values()
+
+
+def _curvature_stages(inputs: Inputs) -> dict[str, Stage]:
+    drawn = inputs.config.influence.model_dump(include={"samples", "seed"})
+    folders = {name: inputs.at(layout.curvatures(name)) for name in inputs.target_names}
+    pool, warmup = inputs.pool_stage, inputs.warmup_stage
+    return {
+        name: Stage(folder, drawn, (folder,), (pool, inputs.target_stage(name), warmup))
+        for name, folder in folders.items()
+    }
+
+
+def _product_stages(inputs: Inputs, curvatures: Mapping[str, Stage]) -> dict[str, Stage]:
+    damping = inputs.config.influence.damping
+    return {
+        name: _PRODUCTS.stage(inputs, name, curvature, damping=damping)
+        for name, curvature in curvatures.items()
+    }
 
 
 def measure(job: Job) -> None:
@@ -64,33 +78,30 @@ def measure(job: Job) -> None:
     Raises:
         NumericsError: If a gradient is not finite, or all of a target or of the sample are zero.
     """
-    warmup, curvature, products = stages(job.inputs)
-    checkpoints = job.warm_up(warmup)
-    with job.folder.stage(curvature) as todo:
-        if todo:
-            job.call(partial(_measure_curvatures, job, checkpoints), job.path(curvature.name))
-    factories = {c.label: partial(_factory, job, c) for c in checkpoints}
-    job.pool_pass(products.name).run(products, factories)
+    checkpoints, curvatures = job.warm_up(job.inputs.warmup_stage), _curvature_stages(job.inputs)
+    with job.folder.stages([(stage, True) for stage in curvatures.values()]) as todo:
+        names = [name for name, is_to_do in zip(curvatures, todo, strict=True) if is_to_do]
+        if names:
+            outputs = [job.path(curvatures[name].name) for name in names]
+            job.call(partial(_measure_curvatures, job, checkpoints, names), *outputs)
+    products = _product_stages(job.inputs, curvatures)
+    _PRODUCTS.measure(job, products, checkpoints, partial(_directions, job))
 
 
 def scores(job: Job) -> dict[str, Alignment]:
     """Return ⟨g, F⁻¹q⟩ over both lengths, aggregated as `influence.aggregation` says."""
-    checkpoints, pool = job.checkpoints(), job.pool_pass(layout.INFLUENCE_PRODUCTS)
-    inverses = [_invert(job, checkpoint) for checkpoint in checkpoints]
-    norms = [_norms(job, *pair) for pair in zip(checkpoints, inverses, strict=True)]
-    weights = [checkpoint.weight for checkpoint in checkpoints]
-    found = {}
-    for name, own in _places(job).items():
-        stored = [pool.read(coordinates_key(name), c.label) for c in checkpoints]
-        parts = [*zip(map(PerNorm, stored, norms), weights, strict=True)]
-        directions = Directions(parts, [inverse.products[own, own] for inverse in inverses])
+    checkpoints, found = job.checkpoints(), {}
+    for name in job.targets:
+        parts, grams = [], []
+        for checkpoint in checkpoints:
+            inverse = _invert(job, name, checkpoint)
+            stored = _PRODUCTS.read(job, name, checkpoint.label)
+            cosines = PerNorm(stored, _norms(job, name, checkpoint, inverse))
+            parts.append((cosines, checkpoint.weight))
+            grams.append(inverse.products)
+        directions = Directions(parts, grams)
         found[name] = Alignment(directions, job.tasks(name), job.config.influence.aggregation)
     return found
-
-
-def facts(job: Job) -> dict[str, np.ndarray]:
-    """Return loss and gradient norm of every pool example at the last checkpoint."""
-    return losses_and_norms(job.pool_pass(layout.INFLUENCE_PRODUCTS), job.checkpoints()[-1].label)
 
 
 def settings(config: Config) -> Mapping[str, Any]:
@@ -100,18 +111,17 @@ def settings(config: Config) -> Mapping[str, Any]:
 
 def work(config: Config, sizes: Sizes) -> list[Work]:
     """Return the warm-up, the Gram matrix of targets and sample, and the pass over the pool."""
-    num_targets = sizes.all_targets.num_examples
     sample = sizes.pool.of_part(min(config.influence.samples, sizes.pool.num_examples))
     gathered, passes = sizes.all_targets + sample, num_checkpoints(config.warmup)
     rows = gathered.num_examples
     return [
         *warm_up(config.warmup, sizes),
         Work("curvature", "gram", gathered, passes, directions=rows, kept=8 * rows),
-        *projected(gathered, sizes.pool, num_targets, config.warmup),
+        *projected(gathered, sizes, sizes.all_targets.num_examples, config.warmup),
     ]
 
 
-METHOD = Method(scores, stages, measure, settings, facts, work=work)
+METHOD = Method(scores, stages, measure, settings, _PRODUCTS.facts, work=work)
 
 
 def _sample(job: Job) -> np.ndarray:
@@ -121,81 +131,91 @@ def _sample(job: Job) -> np.ndarray:
     return np.sort(rng.choice(num_pool, size=min(config.samples, num_pool), replace=False))
 
 
-def _examples(job: Job) -> tuple[list[Encoded], np.ndarray]:
-    """Return the different examples of all targets and the sample, and for each which it is."""
-    asked_for = [(target, np.arange(len(target))) for target in job.targets.values()]
-    asked_for.append((job.pool, _sample(job)))
-    return merge_equal([e for encoded, rows in asked_for for e in encoded.examples(rows)])
+def _of_target(job: Job, name: str) -> list[Encoded]:
+    return job.targets[name].examples(range(len(job.targets[name])))
 
 
-def _places(job: Job) -> dict[str, slice]:
-    """Return where each target's examples stand among those of all targets."""
-    ends = np.cumsum([len(target) for target in job.targets.values()]).tolist()
-    return dict(zip(job.targets, map(slice, [0, *ends], ends), strict=True))
+def _of_sample(job: Job) -> list[Encoded]:
+    return job.pool.examples(_sample(job))
 
 
-def _measure_curvatures(job: Job, checkpoints: Sequence[Checkpoint]) -> None:
-    """Store the inner products of the gradients of all targets and the sample."""
+def _rows(job: Job, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return where each target's examples, and the sample's, are among all, which come last."""
+    ends = np.cumsum([len(job.targets[name]) for name in names])
+    sample = ends[-1] + np.arange(len(_sample(job)))
+    starts = [0, *ends[:-1]]
+    return {
+        name: np.concatenate([np.arange(start, end), sample])
+        for name, start, end in zip(names, starts, ends, strict=True)
+    }
+
+
+def _measure_curvatures(job: Job, checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> None:
+    """Store the inner products of the gradients of each target and the sample."""
     from gradsift.gradients.gram import fitting_gram
     from gradsift.models.kernels import precision_of
 
-    examples, inverse = _examples(job)
-    num_samples = len(_sample(job))
+    found = [merge_equal(own) for own in (*(_of_target(job, n) for n in names), _of_sample(job))]
+    parts, num_samples = [len(examples) for examples, _ in found], len(_sample(job))
+    starts = [0, *np.cumsum(parts)[:-1].tolist()]
+    examples = [example for own, _ in found for example in own]
+    inverse = np.concatenate([s + own for s, (_, own) in zip(starts, found, strict=True)])
     for checkpoint in checkpoints:
         model = job.models.with_adapter(checkpoint.path)
-        gram = fitting_gram(model, examples, job.config.engine)[np.ix_(inverse, inverse)]
-        _check(job, np.diag(gram))
-        curvature = measure_curvature(gram, num_samples, precision_of(model))
-        save_curvature(curvature, job.path(layout.curvature(checkpoint.label)))
+        gram = fitting_gram(model, examples, job.config.engine, parts)[np.ix_(inverse, inverse)]
+        for name, rows in _rows(job, names).items():
+            own = gram[np.ix_(rows, rows)]
+            _check(job, name, np.diag(own))
+            curvature = measure_curvature(own, num_samples, precision_of(model))
+            save_curvature(curvature, job.path(layout.curvature(name, checkpoint.label)))
         counts = (checkpoint.label, len(inverse) - num_samples, num_samples)
         logger.info("curvature at %s: %d target examples, %d of the pool", *counts)
 
 
-def _check(job: Job, squares: np.ndarray) -> None:
-    """Find out whether the squared lengths of the gradients can be worked with.
+def _check(job: Job, name: str, squares: np.ndarray) -> None:
+    """Find out whether the squared lengths of a target's and the sample's gradients are of use.
 
     Raises:
-        NumericsError: If one is not finite, or all of a target are zero.
+        NumericsError: If one is not finite, or all of the target are zero.
     """
-    for name, own in _places(job).items():
-        broken = np.flatnonzero(~np.isfinite(squares[own]))
-        if len(broken):
-            raise not_finite(f"gradient of the target {name!r}", job.targets[name], broken)
-        if not squares[own].any():
-            raise NumericsError(
-                f"every gradient of the target {name!r} is zero: the model already predicts it "
-                "with certainty"
-            )
     sample = _sample(job)
-    broken = np.flatnonzero(~np.isfinite(squares[-len(sample) :]))
+    of_target, of_sample = squares[: -len(sample)], squares[-len(sample) :]
+    broken = np.flatnonzero(~np.isfinite(of_target))
+    if len(broken):
+        raise not_finite(f"gradient of the target {name!r}", job.targets[name], broken)
+    if not of_target.any():
+        raise NumericsError(
+            f"every gradient of the target {name!r} is zero: the model already predicts it with "
+            "certainty"
+        )
+    broken = np.flatnonzero(~np.isfinite(of_sample))
     if len(broken):
         raise not_finite("gradient of the pool", job.pool, sample[broken])
 
 
-def _invert(job: Job, checkpoint: Checkpoint) -> InverseFisher:
-    """Return F⁻¹ on the target gradients at a checkpoint."""
-    curvature = load_curvature(job.path(layout.curvature(checkpoint.label)))
+def _invert(job: Job, name: str, checkpoint: Checkpoint) -> InverseFisher:
+    """Return F⁻¹ on a target's gradients at a checkpoint."""
+    curvature = load_curvature(job.path(layout.curvature(name, checkpoint.label)))
     return curvature.invert(job.config.influence.damping)
 
 
-def _norms(job: Job, checkpoint: Checkpoint, inverse: InverseFisher) -> np.ndarray:
+def _norms(job: Job, name: str, checkpoint: Checkpoint, inverse: InverseFisher) -> np.ndarray:
     """Return what the products of each pool example are divided by: ‖g‖, or 1.
 
     For one of the sample, times what makes its product that under the F that lacks it.
     """
-    pool = job.pool_pass(layout.INFLUENCE_PRODUCTS)
-    normalize = job.config.influence.normalize
-    norms = pool.read("gradient_norm", checkpoint.label)[:] if normalize else np.ones(len(job.pool))
+    stored = _PRODUCTS.norms(job, name, checkpoint.label)
+    norms = stored[:] if job.config.influence.normalize else np.ones(len(job.pool))
     norms = np.array(norms, np.float32)
     norms[_sample(job)] *= inverse.left_out
     return norms
 
 
-def _factory(job: Job, checkpoint: Checkpoint) -> MeasureFactory:
-    """Return what multiplies with the F⁻¹q of all targets at a checkpoint."""
-    examples, inverse = _examples(job)
-    combination = _invert(job, checkpoint).combination
-    parts = [(examples, merge_rows(combination, inverse, len(examples)))]
-    widths = {name: len(target) for name, target in job.targets.items()}
-    args = (job.models, checkpoint.path, parts, widths, job.config)
-    return partial(make_projection_measure, *args)
+def _directions(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> directions.Directions:
+    """Return the F⁻¹q of some targets at a checkpoint, each made of its examples and the sample."""
+    parts = []
+    for name in names:
+        examples, inverse = merge_equal(_of_target(job, name) + _of_sample(job))
+        own = _invert(job, name, checkpoint).combination
+        parts.append((examples, merge_rows(own, inverse, len(examples))))
+    return parts, {name: len(job.targets[name]) for name in names}

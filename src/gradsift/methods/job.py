@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,7 @@ from gradsift.models.identity import identity
 from gradsift.pool.pool_pass import PoolPass
 from gradsift.runs import layout
 from gradsift.runs.folder import Run
+from gradsift.runs.indexes import AskedIndex
 from gradsift.runs.stage import Stage
 from gradsift.types import Checkpoint
 
@@ -38,13 +39,15 @@ class Inputs:
 
     `data_stages`: those that encode the pool and every target, by the name of their set, the pool
     first. `places`: where in the folder a stage is kept that differs from the run's own of that
-    name, for what looks at other settings beside the run.
+    name, for what looks at other settings beside the run. `index`: that of the pool which the run
+    asks, if any.
     """
 
     config: Config
     model_identity: str
     data_stages: Mapping[str, Stage]
     places: Mapping[str, str] = field(default_factory=dict)
+    index: AskedIndex | None = None
 
     def at(self, name: str) -> str:
         """Return where a stage, or something beneath it, is kept, given its name in `layout`."""
@@ -67,6 +70,18 @@ class Inputs:
     def target_stage(self, name: str) -> Stage:
         """Return the stage that encodes a target."""
         return self.data_stages[layout.target_set(name)]
+
+    def of_target(self, name: str) -> Inputs:
+        """Return the same with this target alone."""
+        data = self.config.data.model_copy(
+            update={"targets": {name: self.config.data.targets[name]}}
+        )
+        kept = (layout.POOL, layout.target_set(name))
+        return replace(
+            self,
+            config=self.config.model_copy(update={"data": data}),
+            data_stages={kind: self.data_stages[kind] for kind in kept},
+        )
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -101,6 +116,12 @@ class Inputs:
     def gradients_key(self, target: str) -> str:
         """Return a key of a target's gradients: of their adapter and examples."""
         return f"{self.warmup_stage.fingerprint} {self.target_stage(target).fingerprint}"
+
+    @property
+    def asks(self) -> AskedIndex | None:
+        """The index, if gradients are measured at the adapters that it was made with."""
+        fits = self.index is not None and self.index.warmup == self.warmup_stage.fingerprint
+        return self.index if fits else None
 
     def make_pool_pass_stage(self, name: str, *sources: Stage, **settings: Any) -> Stage:
         """Return the stage of that name that measures the pool, shard by shard."""
@@ -162,11 +183,10 @@ class Job:
                 do(work, directory)
         return self.checkpoints(stage.name)
 
-    def pool_pass(self, name: str) -> PoolPass:
-        """Return the pass over the pool that the stage of this name keeps."""
-        return PoolPass(
-            self.inputs.at(name), self.pool, self.folder, self.executor, self.config.engine
-        )
+    def pool_pass(self, name: str, part: str = "") -> PoolPass:
+        """Return the pass over the pool that the stage of this name keeps; see `PoolPass`."""
+        place, engine = self.inputs.at(name), self.config.engine
+        return PoolPass(place, self.pool, self.folder, self.executor, engine, part)
 
     def call(self, work: Callable[[], T], *outputs: Path) -> T:
         """Do some work where there is a device for it; `outputs` are the paths that it writes.

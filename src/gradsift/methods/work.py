@@ -119,17 +119,17 @@ def warm_up(warmup: WarmupConfig, sizes: Sizes) -> tuple[Work, ...]:
 
 
 def projected(
-    gathered: Amount, pool: Amount, directions: int, warmup: WarmupConfig
+    gathered: Amount, sizes: Sizes, directions: int, warmup: WarmupConfig
 ) -> tuple[Work, Work]:
     """Return the pass over the pool that projects on combinations of gathered gradients.
 
-    The combinations are added up first, in another pass over what they are made of; coordinates,
-    loss and norm are kept in float32.
+    The combinations are added up first, in another pass over what they are made of. Kept are
+    coordinates in float16 and, for each target, their length, loss and norm in float32.
     """
-    passes, kept = num_checkpoints(warmup), 4 * directions + 8
+    passes, kept = num_checkpoints(warmup), 2 * directions + 12 * len(sizes.targets)
     return (
         Work("pool pass", "basis", gathered, passes, directions),
-        Work("pool pass", "projection", pool, passes, directions, kept),
+        Work("pool pass", "projection", sizes.pool, passes, directions, kept),
     )
 
 

@@ -27,7 +27,7 @@ PUBLIC = {
     ),
     "cache": ("ModelCache",),
     "checkpoints": ("read_checkpoints",),
-    "devices": ("use_device",),
+    "devices": ("local_processes", "use_device"),
     "files": ("load_tokenizer", "refuse_pickled_weights", "translate_load_errors"),
     "forward": ("run_forward",),
     "fused": ("fused_elementwise",),

@@ -49,7 +49,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
             f"cannot use the device {asked!r}: GPUs that PyTorch {torch.__version__} finds here: "
             f"{num_gpus}; see nvidia-smi and CUDA_VISIBLE_DEVICES, or set model.device=cpu"
         )
-    _, num_processes = _local_processes()
+    _, num_processes = local_processes()
     if number and num_processes > 1 and num_gpus > 1:
         raise ModelError(
             f"cannot use the device {asked!r} in {num_processes} processes on this machine: all "
@@ -61,7 +61,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 def _own_gpu(num_gpus: int) -> int:
     """Return the number of the GPU that is this process's own; 0 if it sees only one."""
-    rank, num_processes = _local_processes()
+    rank, num_processes = local_processes()
     if num_gpus <= 1:
         return 0
     if num_processes > num_gpus:
@@ -73,7 +73,7 @@ def _own_gpu(num_gpus: int) -> int:
     return rank
 
 
-def _local_processes() -> tuple[int, int]:
+def local_processes() -> tuple[int, int]:
     """Return this process's number on its machine, and how many were begun together there."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     return rank, int(os.environ.get("LOCAL_WORLD_SIZE", str(rank + 1)))

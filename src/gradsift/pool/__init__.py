@@ -6,9 +6,18 @@ May import: `gradients` and what is beneath it.
 """
 
 PUBLIC = {
-    "coordinates": ("by_target", "coordinates_key", "losses_and_norms", "make_projection_measure"),
+    "coordinates": (
+        "Directions",
+        "StoredCoordinates",
+        "by_target",
+        "losses_and_norms",
+        "make_projection_measure",
+        "read_coordinates",
+        "to_store",
+    ),
     "examples": ("Measure", "MeasureFactory", "check_finite", "measure_examples", "not_finite"),
     "hidden_states": ("make_forward_measure", "make_loss_measure"),
-    "pool_pass": ("FactoriesByCheckpoint", "PoolPass"),
-    "shards": ("StoredTensor", "save_shard", "shard_size", "window_size"),
+    "pool_pass": ("FactoriesByCheckpoint", "PoolPass", "run_together", "store_together"),
+    "shards": ("Shard", "StoredTensor", "save_shard", "shard_size", "window_size"),
+    "sketches": ("StoredSketches", "make_sketch_measure", "sketch_combinations"),
 }

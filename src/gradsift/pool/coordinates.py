@@ -1,12 +1,14 @@
 """What is measured for methods that compare gradients: one backward pass serves all targets.
 
 What is stored of an example are its gradient's inner products with combinations of other gradients:
-an orthonormal basis of each target's subspace, or one direction per target example.
+an orthonormal basis of each target's subspace, or one direction per target example. They are kept
+at length 1 in float16, with their length beside them: half the disk, and cosines to 1e-4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.data.encoding import Encoded
 from gradsift.pool.examples import Measure
 from gradsift.pool.pool_pass import PoolPass
+from gradsift.pool.shards import Rows, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 Part = tuple[Sequence[Encoded], Float[np.ndarray, "_ _"]]
 """Examples, and a combination (example × direction) of their gradients."""
+Directions = tuple[Sequence[Part], Mapping[str, int]]
+"""Parts, whose directions stand one below the other, and how many of them each target has."""
 
 
 def make_projection_measure(
@@ -40,7 +45,7 @@ def make_projection_measure(
     """Return what measures coordinates, losses and gradient norms at an adapter, and its device.
 
     `parts` make the directions, one below the other; `widths` says how many of them, in that order,
-    belong to each target.
+    belong to each target, whose tensors are `TARGET/NAME`.
     """
     from gradsift.gradients.basis import fitting_basis
     from gradsift.gradients.projection import project
@@ -51,15 +56,48 @@ def make_projection_measure(
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         found = project(model, examples, max_tokens, basis)
         pieces = zip(widths, found.coordinates.split([*widths.values()], dim=1), strict=True)
-        coordinates = {coordinates_key(name): piece for name, piece in pieces}
-        return coordinates | {"loss": found.losses, "gradient_norm": found.gradient_norms}
+        tensors = {"loss": found.losses, "gradient_norm": found.gradient_norms}
+        for name, piece in pieces:
+            tensors |= {f"{name}/{key}": value for key, value in to_store(piece).items()}
+        return tensors
 
     return measure, model.device
 
 
+def to_store(coordinates: Float[Tensor, "example direction"]) -> dict[str, Tensor]:
+    """Return coordinates as they are kept, by the names of what `read_coordinates` reads."""
+    lengths = coordinates.norm(dim=1)
+    units = coordinates / lengths.masked_fill(lengths == 0, 1)[:, None]
+    return {"coordinates": units.half(), "length": lengths}
+
+
+@dataclass(frozen=True)
+class StoredCoordinates:
+    """Coordinates as they were before they were stored, in float32, read row by row."""
+
+    units: StoredTensor | np.ndarray
+    lengths: StoredTensor | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, rows: Rows) -> Float[np.ndarray, "row direction"]:
+        return self.units[rows].astype(np.float32) * self.lengths[rows][:, None]
+
+
+def read_coordinates(pool_pass: PoolPass, checkpoint: str) -> StoredCoordinates:
+    """Return what a pass stored of the pool at a checkpoint.
+
+    Raises:
+        RunError: If shards are missing or damaged.
+    """
+    read = pool_pass.read
+    return StoredCoordinates(read("coordinates", checkpoint), read("length", checkpoint))
+
+
 def by_target(
     targets: Mapping[str, EncodedSet], combinations: Mapping[str, Float[np.ndarray, "_ _"]]
-) -> tuple[list[Part], dict[str, int]]:
+) -> Directions:
     """Return parts and widths where each target's directions are made of its own gradients.
 
     `combinations`: (query × direction) by target.
@@ -71,11 +109,6 @@ def by_target(
         examples, inverse = distinct_examples(targets[name])
         parts.append((examples, merge_rows(combination, inverse, len(examples))))
     return parts, {name: combination.shape[1] for name, combination in combinations.items()}
-
-
-def coordinates_key(target: str) -> str:
-    """Return the name under which an example's coordinates for a target are stored."""
-    return f"coordinates/{target}"
 
 
 def losses_and_norms(pool_pass: PoolPass, checkpoint: str) -> dict[str, np.ndarray]:

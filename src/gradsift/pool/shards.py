@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -34,22 +34,41 @@ _ENTRY, _HASH = "gradsift", "sha256"
 _LARGEST, _SHARDS = 4096, 64
 _TOKENS_OF_EXAMPLE = 8  # of a batch, at most: a window holds sixteen batches of 128 tokens each
 Rows = slice | Int[np.ndarray, " row"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Shard:
     """A fixed range of the pool and the file that holds its results.
 
-    `key` tells its stage, with all that it was made from, from every other.
+    `key` tells its stage, with all that it was made from, from every other. `part`: where one
+    measure serves several stages, which of its tensors are this one's.
     """
 
     start: int
     stop: int
     path: Path
     key: str
+    part: str = ""
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def own(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Return those of `PART/NAME`, by NAME, and those that belong to no part."""
+        found = {name: value for name, value in tensors.items() if "/" not in name}
+        prefix = f"{self.part}/"
+        return found | {
+            n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)
+        }
+
+    def is_whole(self) -> bool:
+        """Return whether its file is there and holds what was written."""
+        return self.path.exists() and find_damage(self) is None
+
+
+Task = tuple[Shard, ...]
+"""Shards of one range, of several stages that are measured together."""
 
 
 def shard_size(engine: EngineConfig, num_examples: int) -> int:
@@ -84,11 +103,14 @@ def window_size(engine: EngineConfig, size: int, batch_tokens: int, device: torc
     return gcd(max(engine.least_window, wanted), size)
 
 
-def plan_shards(num_examples: int, size: int, directory: Path, key: str) -> list[Shard]:
+def plan_shards(
+    num_examples: int, size: int, directory: Path, key: str, part: str = ""
+) -> list[Shard]:
     """Return the ranges that the pool is cut into, the same for every run and worker."""
+    stops = [min(start + size, num_examples) for start in range(0, num_examples, size)]
     return [
-        Shard(start, min(start + size, num_examples), directory / f"{start:010d}{SUFFIX}", key)
-        for start in range(0, num_examples, size)
+        Shard(start, stop, directory / f"{start:010d}{SUFFIX}", key, part)
+        for start, stop in zip(range(0, num_examples, size), stops, strict=True)
     ]
 
 
@@ -171,7 +193,7 @@ class StoredTensor:
     def __len__(self) -> int:
         return self._num_examples
 
-    def __getitem__(self, rows: Rows) -> Float[np.ndarray, "row ..."]:
+    def __getitem__(self, rows: Rows) -> Shaped[np.ndarray, "row ..."]:
         """Return some rows, in the order asked for, reading only their shards."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self._num_examples)

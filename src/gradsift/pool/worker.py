@@ -25,8 +25,7 @@ from gradsift.pool.examples import MeasureFactory, check_finite
 from gradsift.pool.shards import (
     BATCH_TOKENS,
     WINDOW,
-    Shard,
-    find_damage,
+    Task,
     save_shard,
     shard_size,
     window_size,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Measures shards and stores them; `worker(shards)` yields each when it is safe."""
+    """Measures shards and stores them; `worker(tasks)` yields each when it is safe."""
 
     def __init__(
         self,
@@ -68,22 +67,22 @@ class Worker:
         else:
             self._window = window_size(engine, size, self._max_tokens, device)
 
-    def __call__(self, shards: Iterable[Shard]) -> Iterator[Shard]:
-        """Measure the shards, and yield each when its file is whole."""
-        writing: tuple[Shard, Future[None]] | None = None
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Measure the shards of each task, and yield it when its files are whole."""
+        writing: tuple[Task, Future[None]] | None = None
         parts: list[Mapping[str, Tensor]] = []
         with ThreadPoolExecutor(1) as writer:
             try:
-                for shard, is_last, examples in prefetch(self._windows(shards)):
-                    if not examples:
-                        yield shard
+                for task, left, is_last, examples in prefetch(self._windows(tasks)):
+                    if not left:
+                        yield task
                         continue
                     parts.append(self._measure_window(examples))
                     if is_last:
                         if writing:
                             writing[1].result()
                             yield writing[0]
-                        writing = shard, writer.submit(self._write, shard, parts, self._max_tokens)
+                        writing = task, writer.submit(self._write, left, parts, self._max_tokens)
                         parts = []
             finally:
                 if writing:
@@ -91,18 +90,21 @@ class Worker:
             if writing:
                 yield writing[0]
 
-    def _windows(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, bool, list[Encoded]]]:
-        """Yield the examples of each window, and whether it is the last of its shard.
+    def _windows(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Task, bool, list[Encoded]]]:
+        """Yield each window: its task, the shards of it to write, whether it is the last, examples.
 
-        A shard that is there already has none: a worker stored it and died before it could say so.
+        A task whose shards are there already has none to write: a worker stored them and died
+        before it could say so.
         """
-        for shard in shards:
-            if shard.path.exists() and find_damage(shard) is None:
-                yield shard, True, []
+        for task in tasks:
+            left = tuple(shard for shard in task if not shard.is_whole())
+            if not left:
+                yield task, left, True, []
                 continue
-            for start in range(shard.start, shard.stop, self._window):
-                stop = min(start + self._window, shard.stop)
-                yield shard, stop == shard.stop, self._pool.examples(np.arange(start, stop))
+            first, end = task[0].start, task[0].stop
+            for start in range(first, end, self._window):
+                stop = min(start + self._window, end)
+                yield task, left, stop == end, self._pool.examples(np.arange(start, stop))
 
     def _measure_window(self, examples: Sequence[Encoded]) -> Mapping[str, Tensor]:
         def work(max_tokens: int) -> Mapping[str, Tensor]:
@@ -114,9 +116,10 @@ class Worker:
         found, self._max_tokens = within_memory(work, self._max_tokens, lengths_of(examples))
         return found
 
-    def _write(self, shard: Shard, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
-        names = parts[0]
-        tensors = {name: torch.cat([part[name] for part in parts]).numpy() for name in names}
-        check_finite(tensors, "of the pool", self._pool, shard.start)
-        save_shard(shard, tensors, {BATCH_TOKENS: max_tokens, WINDOW: self._window})
-        self._folder.publish(shard.path)
+    def _write(self, shards: Task, parts: Sequence[Mapping[str, Tensor]], max_tokens: int) -> None:
+        tensors = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        for shard in shards:
+            own = shard.own(tensors)
+            check_finite(own, "of the pool", self._pool, shard.start)
+            save_shard(shard, own, {BATCH_TOKENS: max_tokens, WINDOW: self._window})
+            self._folder.publish(shard.path)

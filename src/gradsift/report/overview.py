@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradsift.methods.job import Job
+from gradsift.methods.pool_index import expected_error
 from gradsift.runs import layout
-from gradsift.selection.picks import read_selection
+from gradsift.selection.picks import Selection, kept_targets, read_selection
 from gradsift.selection.stages import RunStages
 
 
@@ -29,6 +30,10 @@ class Overview:
     budget: str
     targets: Sequence[tuple[str, str, int, int, int]]
     """Name, files, examples, picks, tokens of the picks."""
+    expected_error: float | None
+    """Of a product of two gradients of length 1, where scores were read out of an index."""
+    others: Sequence[str]
+    """Targets whose picks are kept in the folder and were not asked for this time."""
     stages: Sequence[tuple[str, float, int]]
     """Name, seconds, bytes."""
     versions: Mapping[str, str]
@@ -38,8 +43,8 @@ class Overview:
     config: str
 
 
-def overview(job: Job, stages: RunStages) -> Overview:
-    """Return what was asked, what came out and what it took."""
+def overview(job: Job, stages: RunStages, kept: Sequence[Selection] = ()) -> Overview:
+    """Return what was asked, what came out and what it took; `kept`: all picks in the folder."""
     config, path = job.config, job.folder.path
     facts = job.folder.facts(stages)
     targets = []
@@ -57,6 +62,8 @@ def overview(job: Job, stages: RunStages) -> Overview:
         num_tokens=int(job.pool.column("num_tokens").to_numpy().sum()),
         budget=config.policy.budget,
         targets=targets,
+        expected_error=expected_error(job),
+        others=kept_targets(job, kept),
         stages=[
             (stage.name, facts[stage.name]["seconds"], sum(_sizes(path, stage.outputs)))
             for stage in stages

@@ -47,8 +47,7 @@ def write_report(run: str | Path) -> Path:
         folder.prepare(stages)
         job = open_job(stages.inputs, folder)
         fault = folder.find_fault(stages)
-        if not fault and _needs_sample(job):
-            fault = folder.find_fault([sampling_stage(stages.scores)])
+        fault = fault or folder.find_fault(_samples(job).values())
         if fault:
             raise RunError(f"{run} has not finished; run `gradsift select` with it again ({fault})")
         for fault in filter(None, (exhibits_fault(folder, part) for part in PARTS)):
@@ -74,11 +73,10 @@ def refresh_report(job: Job, stages: RunStages) -> None:
 def build_report(job: Job, stages: RunStages) -> Path:
     """Write `report.html`, measuring first what only it needs, and return its path."""
     path = job.folder.path
-    if _needs_sample(job):
-        with job.folder.stage(sampling_stage(stages.scores)) as todo:
+    for name, stage in _samples(job).items():
+        with job.folder.stage(stage) as todo:
             if todo:
-                ranked = {name: read_scores(path, "gist", name) for name in job.targets}
-                measure_sample(job, ranked)
+                measure_sample(job, name, read_scores(path, "gist", name))
     pool, scores = candidates(job.pool, job.config.data.columns), scores_of(job)
     pages, selections = [], read_selections(job.folder)
     for name in job.targets:
@@ -87,7 +85,9 @@ def build_report(job: Job, stages: RunStages) -> Path:
             own = stages.with_policy(policy)
             own_job = replace(job, inputs=own.inputs)
             pages.append(target_page(own_job, own, name, pool, scores[name], kept))
-    write_atomically(path / layout.REPORT, render(overview(job, stages), pages).encode())
+    write_atomically(
+        path / layout.REPORT, render(overview(job, stages, selections), pages).encode()
+    )
     logger.info("%s explains it", path / layout.REPORT)
     return path / layout.REPORT
 
@@ -98,17 +98,22 @@ def _policies(job: Job, stage: Stage, kept: Sequence[Selection]) -> list[PolicyC
     `stage`: that of the run's settings, whose policy comes first. `kept`: all of the target.
     """
     first = job.config.policy
+    scored = {key: stage.inputs[key] for key in ("method", "scores", "version")}
     others = [
         selection.policy
         for selection in kept
         if selection.policy.name != first.name
-        and job.folder.is_made_from(layout.selection(selection.key), stage.sources)
+        and job.folder.is_made_from(layout.selection(selection.key), stage.sources, scored)
     ]
     return [first, *others]
 
 
-def _needs_sample(job: Job) -> bool:
-    """Return whether a part of the pool has to be measured in more directions than were kept."""
-    return job.config.method == "gist" and any(
-        can_compare_twice_the_rank(job, name) for name in job.targets
-    )
+def _samples(job: Job) -> dict[str, Stage]:
+    """Return the stages that measure a part of the pool in more directions than were kept.
+
+    By target: those where more could have been kept.
+    """
+    if job.config.method != "gist":
+        return {}
+    names = (name for name in job.targets if can_compare_twice_the_rank(job, name))
+    return {name: sampling_stage(job.inputs, name) for name in names}

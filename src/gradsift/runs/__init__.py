@@ -9,6 +9,7 @@ PUBLIC = {
     "atomic": ("room_for", "write_atomically"),
     "folder": ("Run",),
     "hashing": ("HASH_THREADS", "hash_tensors"),
+    "indexes": ("AskedIndex", "ask_index", "index_settings", "read_index_config", "take_over"),
     "layout": ("*",),
     "opening": ("local_folder", "open_run", "read_config"),
     "provenance": ("package_versions", "peak_memory"),

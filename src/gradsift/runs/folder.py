@@ -14,8 +14,9 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,27 @@ from gradsift.errors import RunError
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.hashing import digest
-from gradsift.runs.manifests import Manifest, Manifests, describe_change, describe_replaced
+from gradsift.runs.manifests import (
+    Manifest,
+    Manifests,
+    describe_change,
+    describe_replaced,
+    differs_by,
+)
 from gradsift.runs.provenance import package_versions, peak_memory
 from gradsift.runs.remote import RemoteFolder
 from gradsift.runs.stage import Stage
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """The beginning of a stage's manifest; whether it broke off before, after so many seconds."""
+
+    begun: dict[str, Any]
+    seconds_before: float
+    resumed: bool
 
 
 class Run:
@@ -94,19 +110,29 @@ class Run:
         if self._remote:
             self._remote.remove(self._name(path))
 
-    def prepare(self, stages: Iterable[Stage], overwrite: bool | None = None) -> None:
+    def prepare(
+        self,
+        stages: Iterable[Stage],
+        overwrite: bool | None = None,
+        may_change: Iterable[str] = (),
+    ) -> None:
         """Compare every stage with what the folder holds, before any work.
 
         `overwrite`: whether `--overwrite` was given, None for a command that has no such flag.
+        `may_change`: the names of stages that may be others than before, and so may all that
+        differs by them alone.
 
         Raises:
             RunError: If that would cost work, unless `overwrite`: it names the stage, and the
                 first difference, which may lie in an earlier stage.
         """
-        reason = ""
+        reason, allowed = "", {*may_change}
         for stage in stages:
             manifest = self._manifests.read(stage.name)
             if manifest is None or not (change := describe_change(manifest, stage)):
+                continue
+            if stage.name in allowed or differs_by(manifest, stage, allowed):
+                allowed.add(stage.name)
                 continue
             reason = reason or f"{stage.name}: {change}"
             costly = not stage.cheap and (manifest["complete"] or stage.keeps_parts)
@@ -133,35 +159,57 @@ class Run:
         that it was made from are as they were written, and `whole` is true. Otherwise what it
         stored is removed first (unless it broke off and `keeps_parts`).
         """
+        with self.stages([(stage, whole)]) as [todo]:
+            yield todo
+
+    @contextmanager
+    def stages(self, stages: Sequence[tuple[Stage, bool]]) -> Iterator[list[bool]]:
+        """Yield which of some stages are still to do, each as in `stage`; one work does them all.
+
+        Its seconds are shared out equally. None of them is made from another.
+        """
+        found = [self._find(stage, whole) for stage, whole in stages]
+        todo = [(stage, own) for (stage, _), own in zip(stages, found, strict=True) if own]
+        for stage, own in todo:
+            own.begun["among"] = len(todo)
+            self._begin(stage, own)
+        started = time.perf_counter()
+        yield [own is not None for own in found]
+        seconds = (time.perf_counter() - started) / max(1, len(todo))
+        for stage, own in todo:
+            self._finish(stage, own, seconds)
+
+    def _find(self, stage: Stage, whole: bool) -> _Todo | None:
+        """Return what a stage begins with, nothing if done; what cannot be kept is removed."""
         found, made_from = self._manifests.read(stage.name), self._manifests.contents(stage.sources)
-        spent = self._seconds_spent(stage, found)
+        spent = self._manifests.seconds_spent(stage, found)
         manifest = self._keep_or_remove(stage, found, made_from)
         if manifest and manifest["complete"] and whole:
             logger.info("%s: already done", stage.name)
             self._relied_on.add(stage.name)
-            yield False
-            return
+            return None
         begun = {"stage": stage.name, "inputs": stage.inputs, "made_from": made_from}
-        before = spent if manifest and stage.keeps_parts else 0.0
-        self._write(stage.name, begun | {"complete": False, "outputs": {}, "seconds": before})
-        for output in () if stage.keeps_parts else stage.outputs:
-            if (self.path / output).exists():
-                self.remove(self.path / output)
-        started = time.perf_counter()
-        yield True
-        seconds = time.perf_counter() - started
+        return _Todo(begun, spent if manifest and stage.keeps_parts else 0.0, manifest is not None)
+
+    def _begin(self, stage: Stage, todo: _Todo) -> None:
+        begun = {"complete": False, "outputs": {}, "seconds": todo.seconds_before}
+        self._write(stage.name, todo.begun | begun)
+        if not stage.keeps_parts:
+            self.discard(stage)
+
+    def _finish(self, stage: Stage, todo: _Todo, seconds: float) -> None:
         hashes = {} if stage.keeps_parts else self._manifests.seal(stage.outputs)
         for output in stage.outputs:
             self.publish(self.path / output)
         done = {
             "complete": True,
             "outputs": hashes,
-            "seconds": round(before + seconds, 3),
-            "resumed": manifest is not None,
+            "seconds": round(todo.seconds_before + seconds, 3),
+            "resumed": todo.resumed,
             "peak_memory_bytes": peak_memory(),
             "versions": package_versions(),
         }
-        self._write(stage.name, begun | done)
+        self._write(stage.name, todo.begun | done)
         self._relied_on.add(stage.name)
         logger.info("%s: %.1f s", stage.name, seconds)
 
@@ -170,15 +218,21 @@ class Run:
         manifest = self._manifests.read(stage.name)
         return describe_change(manifest, stage) if manifest and manifest["complete"] else ""
 
-    def is_made_from(self, name: str, sources: Iterable[Stage]) -> bool:
-        """Return whether a stage is there, whole, and made from these as they are now."""
+    def is_made_from(
+        self, name: str, sources: Iterable[Stage], settings: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Return whether a stage is there, whole, and made from these as they are now.
+
+        And with these settings, if it has others beside them.
+        """
         manifest = self._manifests.read(name)
         if manifest is None or not manifest["complete"] or self._manifests.damage(manifest):
             return False
         sources = [*sources]
-        made_from = self._manifests.contents(sources)
-        planned = {source.name: source.fingerprint for source in sources}
-        return manifest["inputs"]["sources"] == planned and manifest["made_from"] == made_from
+        wanted = {source.name: source.fingerprint for source in sources}
+        wanted = {"sources": wanted, **(settings or {})}
+        as_planned = all(manifest["inputs"].get(key) == value for key, value in wanted.items())
+        return as_planned and manifest["made_from"] == self._manifests.contents(sources)
 
     def find_fault(self, stages: Iterable[Stage]) -> str:
         """Return why a stage is not there as it is planned; nothing if all of them are."""
@@ -206,14 +260,32 @@ class Run:
         manifests = {stage.name: self._manifests.read(stage.name) for stage in stages}
         return {name: m for name, m in manifests.items() if m and m["complete"]}
 
-    def write_config(self, config: Config) -> None:
-        """Keep the resolved configuration."""
-        path = self.path / layout.CONFIG
+    def inputs_of(self, name: str) -> dict[str, Any]:
+        """Return what a finished stage of this name depended on.
+
+        Raises:
+            RunError: If there is none.
+        """
+        manifest = self._manifests.read(name)
+        if manifest is None or not manifest["complete"]:
+            raise RunError(f"{self.path}: {name} is not finished")
+        return manifest["inputs"]
+
+    def discard(self, stage: Stage) -> None:
+        """Remove what a stage stored, if anything."""
+        for output in stage.outputs:
+            if (self.path / output).exists():
+                self.remove(self.path / output)
+
+    def write_config(self, config: Config, name: str = layout.CONFIG) -> None:
+        """Keep a resolved configuration."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
         write_atomically(path, config.to_yaml().encode())
-        hashes = self._manifests.seal((layout.CONFIG,))
+        hashes = self._manifests.seal((name,))
         self.publish(path)
-        done = {"stage": layout.CONFIG, "inputs": {}, "made_from": {}, "complete": True}
-        self._write(layout.CONFIG, done | {"outputs": hashes})
+        done = {"stage": name, "inputs": {}, "made_from": {}, "complete": True}
+        self._write(name, done | {"outputs": hashes})
 
     def damage(self, name: str) -> str:
         """Return what is wrong with what was kept under this name, nothing if nothing is."""
@@ -254,22 +326,6 @@ class Run:
             path = self._manifests.path(stage.name)
             logger.warning("%s is gone or damaged: %s is done again", path, stage.name)
         return None
-
-    def _seconds_spent(self, stage: Stage, manifest: Manifest | None) -> float:
-        """Return the seconds that went into what a stage stored, all its beginnings together.
-
-        One that broke off could not write how long it had worked: from its manifest, written when
-        it began, to the last file that it finished, as their times on the disk say.
-        """
-        if manifest is None:
-            return 0.0
-        spent = float(manifest.get("seconds", 0.0))
-        if not manifest["complete"]:
-            began = self._manifests.path(stage.name).stat().st_mtime
-            files = [f for output in stage.outputs for f in (self.path / output).rglob("*.*")]
-            # nothing, where it broke off again before it had finished a file
-            spent += max([0.0, *(file.stat().st_mtime - began for file in files)])
-        return round(spent, 3)
 
     def _remove(self, stage: Stage, manifest: Manifest) -> None:
         """Remove a stage's outputs; broken off in between, it is what it was, but incomplete."""

@@ -24,14 +24,11 @@ CHECKPOINTS = "checkpoints.json"  # of a warm-up: its adapters' labels and weigh
 TRAINING_LOG = "log.json"  # of a warm-up
 GIVEN_ADAPTER, FRESH_ADAPTER = "adapter", "fresh"  # of a warm-up that trains none
 OPTIMIZER_STATE = "optimizer.safetensors"  # Adam's moments, in the folder of an adapter
-COORDINATES = "coordinates"
-COSINE_PRODUCTS = "cosine/pool"
-CURVATURE = "influence/curvature"
-INFLUENCE_PRODUCTS = "influence/pool"
+INDEX = "index/pool"  # a sketch of every gradient
+SKETCHES = "index/sketches"  # what gradients are multiplied with
+INDEX_CONFIG = f"index/{CONFIG}"
 BASE_FORWARD, LESS, EMBED = "base", "less", "embed"  # measurements of pool and targets
 TARGET_PATH = "target-path"
-STABILITY = "stability"
-STABILITY_SAMPLE = f"{STABILITY}/sample.safetensors"
 SELECTED = "selected"
 LLAMA_FACTORY_ENTRIES = f"{SELECTED}/dataset_info.json"
 AXOLOTL_ENTRIES = f"{SELECTED}/axolotl.yaml"
@@ -90,9 +87,49 @@ def spectrum(target: str) -> str:
     return f"{target_folder(target)}/spectrum.json"
 
 
-def curvature(checkpoint: str) -> str:
+def coordinates(target: str) -> str:
+    """Return the pool's coordinates in a target's subspace."""
+    return f"coordinates/{target}"
+
+
+def cosine_products(target: str) -> str:
+    """Return the pool's inner products with a target's gradients at length 1."""
+    return f"cosine/{target}"
+
+
+def curvatures(target: str) -> str:
+    """Return the folder of what makes the inverse Fisher matrix of a target."""
+    return f"influence/curvature/{target}"
+
+
+def curvature(target: str, checkpoint: str) -> str:
     """Return the inner products that make the inverse Fisher matrix at a checkpoint."""
-    return f"{CURVATURE}/{checkpoint}.safetensors"
+    return f"{curvatures(target)}/{checkpoint}.safetensors"
+
+
+def influence_products(target: str) -> str:
+    """Return the pool's inner products with F⁻¹q of a target's examples."""
+    return f"influence/pool/{target}"
+
+
+def stability(target: str) -> str:
+    """Return the stage that measures a sample of the pool in further directions of a target."""
+    return f"stability/{target}"
+
+
+def stability_sample(target: str) -> str:
+    """Return what that stage stores."""
+    return f"{stability(target)}.safetensors"
+
+
+def from_index(name: str) -> str:
+    """Return where what an index says of the pool is kept, beside what a pass would."""
+    return f"index/{name}"
+
+
+def sketch(checkpoint: str) -> str:
+    """Return what gradients at a checkpoint are multiplied with for the index."""
+    return f"{SKETCHES}/{checkpoint}.safetensors"
 
 
 def measured_pool(name: str) -> str:

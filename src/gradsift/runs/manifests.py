@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,23 @@ class Manifests:
         paths = self.damaged(manifest)
         return "; ".join(f"{path} is {'damaged' if path.is_file() else 'gone'}" for path in paths)
 
+    def seconds_spent(self, stage: Stage, manifest: Manifest | None) -> float:
+        """Return the seconds that went into what a stage stored, all its beginnings together.
+
+        One that broke off could not write how long it had worked: from its manifest, written when
+        it began, to the last file that it finished, as their times on the disk say.
+        """
+        if manifest is None:
+            return 0.0
+        spent = float(manifest.get("seconds", 0.0))
+        if not manifest["complete"]:
+            began = self.path(stage.name).stat().st_mtime
+            files = [f for output in stage.outputs for f in (self._run / output).rglob("*.*")]
+            # nothing, where it broke off again before it had finished a file
+            so_far = max([0.0, *(file.stat().st_mtime - began for file in files)])
+            spent += so_far / manifest.get("among", 1)
+        return round(spent, 3)
+
 
 def describe_change(manifest: Manifest, stage: Stage) -> str:
     """Return how a stage differs from the one that was done; nothing if it does not.
@@ -116,8 +133,23 @@ def describe_change(manifest: Manifest, stage: Stage) -> str:
     changes = [*_differences(old, new)]
     if not changes:
         names = {**before, **now}
-        changes = [f"{name} changed" for name in names if before.get(name) != now.get(name)]
+        changed = [name for name in names if before.get(name) != now.get(name)]
+        changes = [f"{name} {_become(name, before, now)}" for name in changed]
     return "; ".join(changes)
+
+
+def _become(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    if name not in now:
+        return "is not used any more"
+    return "changed" if name in before else "is new"
+
+
+def differs_by(manifest: Manifest, stage: Stage, allowed: Collection[str]) -> bool:
+    """Return whether a stage differs from the one that was done by some of its sources alone."""
+    old, new = dict(manifest["inputs"]), dict(stage.inputs)
+    before, now = old.pop("sources", {}), new.pop("sources", {})
+    changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    return old == new and changed <= {*allowed}
 
 
 def describe_replaced(manifest: Manifest, made_from: Mapping[str, str | None]) -> str:

@@ -12,6 +12,7 @@ PUBLIC = {
         "Selection",
         "candidates",
         "jaccard",
+        "kept_targets",
         "list_selections",
         "overlap",
         "read_selection",

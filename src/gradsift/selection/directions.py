@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from gradsift.methods import gist
 from gradsift.methods.job import Job
-from gradsift.pool.coordinates import coordinates_key
 from gradsift.runs import layout
 
 _DIRECTIONS, _EACH_SIDE = 5, 3
@@ -43,9 +43,8 @@ def leading_directions(job: Job, target: str) -> list[Direction]:
     A loading is the cosine of an example's whole gradient with the direction.
     """
     label = job.checkpoints()[-1].label
-    coordinates = job.pool_pass(layout.COORDINATES)
-    own = coordinates.read(coordinates_key(target), label)
-    norms = coordinates.read("gradient_norm", label)
+    own = gist.COORDINATES.read(job, target, label)
+    norms = gist.COORDINATES.norms(job, target, label)
     pieces = [slice(start, start + _AT_ONCE) for start in range(0, len(job.pool), _AT_ONCE)]
     tiny = np.finfo(np.float32).tiny
     loadings = np.concatenate(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from gradsift.data.conversations import as_text
 from gradsift.errors import DataError, RunError, translate_os_errors
 from gradsift.methods.job import Job, open_job
+from gradsift.methods.pool_index import expected_error
 from gradsift.runs import layout
 from gradsift.runs.folder import Run
 from gradsift.runs.opening import local_folder, read_config
@@ -39,7 +40,8 @@ class Neighbour:
 class Explanation:
     """How one pool example fared for one target; `position` counts from 1, the best.
 
-    `projected_share`, `loss` and `nearest` are there where the method knows them.
+    `projected_share`, `loss` and `nearest` are there where the method knows them. `expected_error`:
+    of the cosine of two gradients, where scores were read out of an index.
     """
 
     target: str
@@ -56,6 +58,7 @@ class Explanation:
     num_tokens: int
     example: str
     nearest: tuple[Neighbour, ...]
+    expected_error: float | None = None
 
     def text(self) -> str:
         """Return the explanation in plain lines."""
@@ -68,6 +71,7 @@ class Explanation:
             f"{self.id} (row {self.row}, source {self.source}, {self.num_tokens} tokens{loss})",
             f"for {self.target}, by {self.method}: {self.verdict}",
             f"  score {self.score:.4f}, number {self.position:,} of {self.num_pool:,}{share}",
+            *self._approximation(),
             "  " + self.example.replace("\n", "\n  "),
         ]
         if self.nearest:
@@ -76,6 +80,13 @@ class Explanation:
             lines.append(f"    {near.alignment:+.4f}  {near.id}")
             lines.append("      " + near.text.replace("\n", "\n      "))
         return "\n".join(lines)
+
+    def _approximation(self) -> list[str]:
+        if self.expected_error is None:
+            return []
+        error = f"off by about {self.expected_error:.2g}"
+        inside = ", a score by that over the share in the subspace"
+        return [f"  approximate, out of an index: the cosine of two gradients is {error}{inside}"]
 
 
 @translate_os_errors()
@@ -163,6 +174,7 @@ def _explain(
         num_tokens=facts["num_tokens"],
         example=as_text(conversation, _CHARACTERS),
         nearest=() if by_example is None else _nearest(job, name, by_example[0]),
+        expected_error=expected_error(job),
     )
 
 

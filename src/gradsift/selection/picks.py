@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -168,6 +168,17 @@ def read_selections(folder: Run) -> list[Selection]:
             continue
         found.append(read_selection(folder.path, key))
     return sorted(found, key=lambda selection: (selection.target, selection.policy.name or ""))
+
+
+def kept_targets(job: Job, selections: Iterable[Selection]) -> list[str]:
+    """Return the targets not asked for now whose picks are of this pool and adapter."""
+    found = set()
+    for selection in selections:
+        sources = job.folder.inputs_of(layout.selection(selection.key))["sources"]
+        shared = (job.inputs.pool_stage, job.inputs.warmup_stage)
+        if all(sources.get(s.name, s.fingerprint) == s.fingerprint for s in shared):
+            found.add(selection.target)
+    return sorted(found - {*job.targets})
 
 
 def _log(name: str, picks: Picks) -> None:

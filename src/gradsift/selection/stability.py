@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,8 +14,8 @@ from gradsift.config import PolicyConfig
 from gradsift.data.duplicates import DuplicateFinder, dedup_columns
 from gradsift.gradients.subspace import Subspace, fit_subspace, load_gram
 from gradsift.methods import gist
-from gradsift.methods.job import Job
-from gradsift.pool.coordinates import by_target, coordinates_key, make_projection_measure
+from gradsift.methods.job import Inputs, Job
+from gradsift.pool.coordinates import StoredCoordinates, by_target, make_projection_measure
 from gradsift.pool.examples import measure_examples
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -24,6 +24,7 @@ from gradsift.scores.alignment import Alignment
 from gradsift.scores.ranking import Scores
 from gradsift.scores.similarity import Rows, RowStore, View
 from gradsift.selection.policies import Candidates, pick
+from gradsift.selection.stages import scored_by
 from gradsift.types import Budget, Checkpoint
 
 _SEED = 0
@@ -137,33 +138,32 @@ def _variants(job: Job, name: str) -> dict[str, Alignment]:
     return {change: gist.align(job, name, *variant) for change, variant in wanted.items()}
 
 
-def sampling_stage(scores: Stage) -> Stage:
+def sampling_stage(inputs: Inputs, name: str) -> Stage:
     """Return the stage that measures a sample of the pool in twice as many directions."""
-    return Stage(
-        layout.STABILITY, {}, (layout.STABILITY_SAMPLE,), (scores, *scores.sources), cheap=True
-    )
+    settings, sources = scored_by(inputs, name)
+    output = inputs.at(layout.stability_sample(name))
+    return Stage(inputs.at(layout.stability(name)), settings, (output,), sources, cheap=True)
 
 
-def measure_sample(job: Job, scores: Mapping[str, Float[np.ndarray, " example"]]) -> None:
-    """Store coordinates of a sample of the pool in twice the rank of every target.
+def measure_sample(job: Job, name: str, scores: Float[np.ndarray, " example"]) -> None:
+    """Store coordinates of a sample of the pool in the directions after a target's own.
 
     An example is in it with a probability that falls with its place in the ranking: what is
     picked or nearly is dense, the rest is thin, and weights make up for it.
     """
-    chances = np.max([_chances(values) for values in scores.values()], axis=0)
+    chances = _chances(scores)
     drawn = np.random.default_rng(_SEED).random(len(chances)) < chances
     rows = np.flatnonzero(drawn)
     tensors = {"rows": rows, "weights": 1 / chances[rows]}
     for checkpoint in job.checkpoints():
         # the leading half is stored: the basis of the rest is no larger than that of the pool pass
-        further = {name: _further(job, name, checkpoint) for name in job.targets}
-        parts, widths = by_target(job.targets, further)
+        parts, widths = by_target(job.targets, {name: _further(job, name, checkpoint)})
         args = (job.models, checkpoint.path, parts, widths, job.config)
         factory = partial(make_projection_measure, *args)
         work = partial(measure_examples, job.pool, rows, factory, job.config.engine)
         measured = job.call(work)
         tensors |= {f"{checkpoint.label}/{key}": values for key, values in measured.items()}
-    path = job.path(layout.STABILITY_SAMPLE)
+    path = job.path(layout.stability_sample(name))
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, partial(save_file, tensors))
 
@@ -172,6 +172,7 @@ def can_compare_twice_the_rank(job: Job, name: str) -> bool:
     """Return whether more directions could have been kept, and picks be compared on a sample.
 
     On a sample there is only the plain top by count: no rankings, no caps, no count of tokens.
+    Where an index is asked, no sample of the pool is measured.
     """
     policy, gist_config = job.config.policy, job.config.gist
     plain = policy.strategy == "top" and not policy.source_cap
@@ -179,6 +180,7 @@ def can_compare_twice_the_rank(job: Job, name: str) -> bool:
     return (
         plain
         and counted
+        and job.inputs.asks is None
         and gist_config.directions == "leading"
         and any(_further(job, name, checkpoint).shape[1] for checkpoint in job.checkpoints())
     )
@@ -195,12 +197,13 @@ def compare_with_twice_the_rank(
 
     As many are picked as the sample says were picked before, so that the same ranking gives 1.
     """
-    coordinates = job.pool_pass(layout.COORDINATES)
-    tensors = load_file(job.path(layout.STABILITY_SAMPLE))
+    tensors = load_file(job.path(layout.stability_sample(name)))
     rows, weights, views, ranks = tensors["rows"], tensors["weights"], [], set()
     for checkpoint in job.checkpoints():
-        stored = coordinates.read(coordinates_key(name), checkpoint.label)[rows]
-        further = tensors[f"{checkpoint.label}/{coordinates_key(name)}"]
+        stored = gist.COORDINATES.read(job, name, checkpoint.label)[rows]
+        of_target = f"{checkpoint.label}/{name}"
+        units, lengths = (tensors[f"{of_target}/{key}"] for key in ("coordinates", "length"))
+        further = StoredCoordinates(units, lengths)[:]
         wider = _wider(job, name, checkpoint)
         ranks.add(wider.rank)
         views.append(

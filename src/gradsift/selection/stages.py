@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gradsift.config import Config, PolicyConfig
 from gradsift.data.sets import data_sets, encoding_stages
@@ -14,6 +15,7 @@ from gradsift.methods.job import Inputs
 from gradsift.methods.registry import METHODS
 from gradsift.models.identity import identity
 from gradsift.runs import layout
+from gradsift.runs.indexes import AskedIndex, ask_index
 from gradsift.runs.stage import Stage
 from gradsift.selection.picks import FILES_VERSION
 
@@ -28,18 +30,22 @@ class RunStages:
     selections: Mapping[str, Stage]
 
     @classmethod
-    def of(cls, config: Config) -> RunStages:
-        """Return the stages of a configuration.
+    def of(cls, config: Config, index: AskedIndex | None = None) -> RunStages:
+        """Return the stages of a configuration; `index`: that which it asks, if it is at hand.
 
         Raises:
-            DataError: If a pool or target file is not there.
+            DataError: If a pool or target file is not there; an index has its pool.
             ModelError: If the model or adapter is not there.
+            RunError: If the index is not there.
         """
-        model = identity(config.model.name)
+        model, stages = identity(config.model.name), dict[str, Stage]()
         sets, trusted = data_sets(config.data), config.model.trust_remote_code
-        return cls.of_inputs(
-            Inputs(config, model, encoding_stages(config.data, model, trusted, sets))
-        )
+        if config.index.path is not None:
+            index = index or ask_index(config.index.path)
+            stages[layout.POOL] = index.pool
+            del sets[layout.POOL]
+        stages |= encoding_stages(config.data, model, trusted, sets)
+        return cls.of_inputs(Inputs(config, model, stages, index=index))
 
     @classmethod
     def of_inputs(cls, inputs: Inputs) -> RunStages:
@@ -54,7 +60,7 @@ class RunStages:
             (*inputs.data_stages.values(), *measured),
             cheap=True,
         )
-        selections = {name: _selection(inputs, name, scores) for name in config.data.targets}
+        selections = {name: _selection(inputs, name) for name in config.data.targets}
         return cls(inputs, measured, scores, selections)
 
     def beside(self, inputs: Inputs, folder: str) -> RunStages:
@@ -78,9 +84,7 @@ class RunStages:
         inputs = replace(self.inputs, config=config)
         names = config.data.targets
         return replace(
-            self,
-            inputs=inputs,
-            selections={name: _selection(inputs, name, self.scores) for name in names},
+            self, inputs=inputs, selections={name: _selection(inputs, name) for name in names}
         )
 
     def __iter__(self) -> Iterator[Stage]:
@@ -90,12 +94,21 @@ class RunStages:
         yield from self.selections.values()
 
 
-def _selection(inputs: Inputs, target: str, scores: Stage) -> Stage:
+def scored_by(inputs: Inputs, target: str) -> tuple[dict[str, Any], tuple[Stage, ...]]:
+    """Return what a target's scores depend on, whatever other targets there are.
+
+    The settings of the method, and the stages that it reads.
+    """
+    own, method = inputs.of_target(target), METHODS[inputs.config.method]
+    settings = {"method": inputs.config.method, "scores": dict(method.settings(inputs.config))}
+    return settings, (*own.data_stages.values(), *method.stages(own))
+
+
+def _selection(inputs: Inputs, target: str) -> Stage:
     policy = inputs.config.policy
     key = policy.selection_of(target)
-    settings = {"method": inputs.config.method, "version": FILES_VERSION}
-    settings |= policy.model_dump(exclude={"name"})
+    settings, sources = scored_by(inputs, target)
+    settings |= policy.model_dump(exclude={"name"}) | {"version": FILES_VERSION}
     names = (layout.picks, layout.messages, layout.reasons, layout.refusals)
     outputs = tuple(name(key) for name in names)
-    sources = (scores, inputs.pool_stage, inputs.target_stage(target))
     return Stage(layout.selection(key), settings, outputs, sources, cheap=True)

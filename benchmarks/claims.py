@@ -63,7 +63,13 @@ def main(folder: Path, shared: Path, arguments: list[str]) -> dict[str, object]:
         f"(paper: {PAPER['bytes of the pool']}); {per_example['gist']:,.0f} and "
         f"{per_example['less']:,.0f} bytes per example"
     )
-    return {"num_pool": num_pool, "seconds": seconds, "bytes": sizes}
+    of_target = {name: _bytes(folder, f"coordinates/{name}") / num_pool for name in TARGETS}
+    for name, size in of_target.items():  # as the paper counts it
+        console.print(
+            f"{name} by itself: {size:,.0f} bytes per example, {size / per_example['less']:.2%}"
+        )
+    found = {"num_pool": num_pool, "seconds": seconds, "bytes": sizes}
+    return found | {"bytes_per_example_by_target": of_target}
 
 
 def _by_stage(folder: Path, method: str, measure: object) -> dict[str, float]:

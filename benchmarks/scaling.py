@@ -25,7 +25,7 @@ from rich.console import Console
 
 import gradsift
 from gradsift.config import Config
-from gradsift.data.encoded import _SCHEMA
+from gradsift.data.groups import SCHEMA
 from gradsift.gradients.subspace import fit_subspace
 from gradsift.models.checkpoints import write_checkpoints
 from gradsift.pool.shards import plan_shards, save_shard
@@ -74,7 +74,7 @@ def workers(folder: Path) -> None:
             f"{str(folder / str(count))!r})"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
-        shards = [*(folder / str(count) / "coordinates" / "adapter").iterdir()]
+        shards = [*(folder / str(count) / "coordinates" / "t" / "adapter").iterdir()]
         times = sorted(shard.stat().st_mtime for shard in shards)[count:-count]  # all are at work
         rates[count] = (len(times) - 1) * 128 / (times[-1] - times[0])
         say(f"{count} workers: {rates[count]:.1f} examples/s")
@@ -105,9 +105,11 @@ def memory(folder: Path) -> None:
         command += ["--adapter", folder / "adapter", "--output-dir", folder / str(size)]
         command += ["--budget", "500", "--workers", "1", "--set", "engine.shard_size=8192"]
         peaks = _watched(list(map(str, command)))
-        facts = json.loads((folder / str(size) / "manifests" / "coordinates.json").read_text())
+        facts = json.loads(
+            (folder / str(size) / "manifests" / "coordinates" / "t.json").read_text()
+        )
         say(f"{size} examples: {peaks}; pool pass {facts['seconds']} s")
-        for stage in ("data/pool", "coordinates", "scores/gist", "selected/t"):
+        for stage in ("data/pool", "coordinates/t", "scores/gist", "selected/t"):
             path = folder / str(size) / "manifests" / f"{stage}.json"
             facts = json.loads(path.read_text())
             peak = facts["peak_memory_bytes"] / 2**20
@@ -182,7 +184,7 @@ def _encoded(path: Path, count: int) -> None:
     if path.stem.startswith("target"):
         path.with_name(f"{path.stem}.rejected.jsonl").touch()
     raw = json.dumps(_short(1)).encode()
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
         for start in range(0, count, AT_ONCE):
             rows = np.arange(start, min(start + AT_ONCE, count))
             size = len(rows)
@@ -210,7 +212,7 @@ def _encoded(path: Path, count: int) -> None:
                 "supervised": pa.ListArray.from_arrays(offsets, marks),
                 "raw": pa.array([raw] * size, pa.large_binary()),
             }
-            table = pa.table({n: c.cast(_SCHEMA.field(n).type) for n, c in columns.items()})
+            table = pa.table({n: c.cast(SCHEMA.field(n).type) for n, c in columns.items()})
             writer.write_table(table, row_group_size=1024)
 
 
@@ -240,12 +242,13 @@ def _subspace(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _coordinates(folder: Path, rng: np.random.Generator) -> None:
-    directory = folder / "coordinates" / "fresh"
+    directory = folder / "coordinates" / "t" / "fresh"
     directory.mkdir(parents=True)
-    for shard in plan_shards(ROWS, 65536, directory, Run(folder).key("coordinates")):
+    for shard in plan_shards(ROWS, 65536, directory, Run(folder).key("coordinates/t")):
         values = rng.normal(size=(len(shard), COORDINATES)).astype(np.float32)
-        norms = np.linalg.norm(values, axis=1) * 2
-        tensors = {"coordinates/t": values, "gradient_norm": norms, "loss": norms}
+        lengths = np.linalg.norm(values, axis=1)
+        tensors = {"coordinates": (values / lengths[:, None]).astype(np.float16)}
+        tensors |= {"length": lengths, "gradient_norm": 2 * lengths, "loss": lengths}
         save_shard(shard, tensors, {"batch_tokens": 2048})
 
 
@@ -254,7 +257,7 @@ _MADE_UP = {
     "data/target.t": _target,
     "warmup": _warmup,
     "targets/t": _subspace,
-    "coordinates": _coordinates,
+    "coordinates/t": _coordinates,
 }
 
 if __name__ == "__main__":

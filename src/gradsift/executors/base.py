@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
@@ -42,6 +42,22 @@ class Executor(Protocol):
     def train(self, work: Callable[[], object]) -> None:
         """Do some work in every process that takes part in a training, together."""
         ...
+
+
+def few_here(
+    work: Callable[[Item], T],
+    items: Iterable[Item],
+    elsewhere: Callable[[Iterator[Item]], Iterator[T]],
+) -> Iterator[T]:
+    """Do the first items of a stream here, and let the rest, if there is any, be done elsewhere.
+
+    >>> list(few_here(abs, range(-2, 8), lambda rest: (10 * item for item in rest)))
+    [2, 1, 0, 1, 2, 3, 4, 5, 60, 70]
+    """
+    items = iter(items)
+    yield from map(work, islice(items, FEW))
+    for item in islice(items, 1):
+        yield from elsewhere(chain([item], items))
 
 
 def in_order(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice
+from functools import partial
 from typing import Any, TypeVar
 
 from gradsift.errors import RunError
-from gradsift.executors.base import FEW, in_order
+from gradsift.executors.base import few_here, in_order
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -35,10 +35,7 @@ class Local:
         Raises:
             RunError: If one of the processes dies.
         """
-        items = iter(items)
-        yield from map(work, islice(items, FEW))
-        for item in islice(items, 1):
-            yield from _in_processes(work, chain([item], items))
+        yield from few_here(work, items, partial(_in_processes, work))
 
     def train(self, work: Callable[[], object]) -> None:
         """Run it in this process."""

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradsift.config import EngineConfig
 from gradsift.errors import RunError, check_installed
-from gradsift.executors.base import FEW, in_order
+from gradsift.executors.base import few_here, in_order
 from gradsift.executors.environment import worker_environment
 from gradsift.executors.ray_worker import (
     DEATHS,
@@ -134,15 +134,8 @@ class RayCluster:
         task = ray.remote(run_and_catch).options(
             max_retries=0, runtime_env={"env_vars": worker_environment()}, **share
         )
-        for _ in range(DEATHS):
-            try:
-                outcome = ray.get(task.remote(str(Path.cwd()), work))
-            except _deaths() as error:
-                logger.warning("a worker died: %s", error)
-                continue
-            raise_failure(outcome)
-            return outcome["value"]
-        raise too_many_died()
+        begin = partial(task.remote, str(Path.cwd()), work)
+        return _result(begin(), begin)
 
     def stream(self, work: Callable[[Item], T], items: Iterable[Item]) -> Iterator[T]:
         """Do it in tasks all over the cluster, two for each processor; a few are done here.
@@ -151,10 +144,7 @@ class RayCluster:
             GradsiftError: As the work does.
             RunError: If workers died at a piece of it again and again.
         """
-        items = iter(items)
-        yield from map(work, islice(items, FEW))
-        for item in islice(items, 1):
-            yield from self._stream(work, chain([item], items))
+        yield from few_here(work, items, partial(self._stream, work))
 
     def _stream(self, work: Callable[[Item], T], items: Iterator[Item]) -> Iterator[T]:
         import ray
@@ -164,24 +154,13 @@ class RayCluster:
             num_cpus=1, max_retries=0, runtime_env={"env_vars": worker_environment()}
         )
 
-        def begin(item: Item) -> tuple[Item, Any]:
-            return item, task.remote(str(Path.cwd()), partial(work, item))
-
-        def wait(begun: tuple[Item, Any]) -> T:
-            for _ in range(DEATHS):
-                item, waiting = begun
-                try:
-                    outcome: Any = ray.get(waiting)
-                except _deaths() as error:
-                    logger.warning("a worker died: %s", error)
-                    begun = begin(item)
-                    continue
-                raise_failure(outcome)
-                return outcome["value"]
-            raise too_many_died()
+        def begin(item: Item) -> tuple[Any, Callable[[], Any]]:
+            again = partial(task.remote, str(Path.cwd()), partial(work, item))
+            return again(), again
 
         processors = max(count, int(ray.cluster_resources().get("CPU", 1)))
-        yield from in_order(begin, wait, items, at_once=_TASKS_IN_FLIGHT * processors)
+        at_once = _TASKS_IN_FLIGHT * processors
+        yield from in_order(begin, lambda begun: _result(*begun), items, at_once)
 
     def train(self, work: Callable[[], object]) -> None:
         """Do it under Ray Train, in `train_workers` processes.
@@ -256,6 +235,26 @@ class RayCluster:
         own = max(1, min([*cpus, sum(cpus) // (workers or len(cpus))]))
         room = sum(count // own for count in cpus)
         return {"num_gpus": 0, "num_cpus": own}, min(room, workers or room)
+
+
+def _result(begun: Any, begin: Callable[[], Any]) -> Any:
+    """Return what a task gives, which is begun again where its worker or machine dies.
+
+    Raises:
+        GradsiftError: As the task does.
+        RunError: If workers died at it again and again.
+    """
+    import ray
+
+    for task in chain([begun], (begin() for _ in range(DEATHS - 1))):
+        try:
+            outcome: Any = ray.get(task)
+        except _deaths() as error:
+            logger.warning("a worker died: %s", error)
+            continue
+        raise_failure(outcome)
+        return outcome["value"]
+    raise too_many_died()
 
 
 def _unreachable(address: str | None, error: Exception) -> RunError:

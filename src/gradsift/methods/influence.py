@@ -25,7 +25,7 @@ from gradsift.gradients.curvature import (
     measure_curvature,
     save_curvature,
 )
-from gradsift.gradients.distinct import merge_equal, merge_rows
+from gradsift.gradients.distinct import distinct_examples, merge_equal, merge_rows
 from gradsift.methods.base import Method
 from gradsift.methods.job import Inputs, Job
 from gradsift.methods.products import Products
@@ -39,7 +39,7 @@ from gradsift.scores.similarity import Directions, PerNorm
 from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
-    from gradsift.data.encoding import Encoded
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +131,6 @@ def _sample(job: Job) -> np.ndarray:
     return np.sort(rng.choice(num_pool, size=min(config.samples, num_pool), replace=False))
 
 
-def _of_target(job: Job, name: str) -> list[Encoded]:
-    return job.targets[name].examples(range(len(job.targets[name])))
-
-
-def _of_sample(job: Job) -> list[Encoded]:
-    return job.pool.examples(_sample(job))
-
-
 def _rows(job: Job, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return where each target's examples, and the sample's, are among all, which come last."""
     ends = np.cumsum([len(job.targets[name]) for name in names])
@@ -155,7 +147,8 @@ def _measure_curvatures(job: Job, checkpoints: Sequence[Checkpoint], names: Sequ
     from gradsift.gradients.gram import fitting_gram
     from gradsift.models.kernels import precision_of
 
-    found = [merge_equal(own) for own in (*(_of_target(job, n) for n in names), _of_sample(job))]
+    found = [distinct_examples(job.targets[name]) for name in names]
+    found.append(distinct_examples(job.pool, _sample(job)))
     parts, num_samples = [len(examples) for examples, _ in found], len(_sample(job))
     starts = [0, *np.cumsum(parts)[:-1].tolist()]
     examples = [example for own, _ in found for example in own]
@@ -215,7 +208,9 @@ def _directions(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> direc
     """Return the F⁻¹q of some targets at a checkpoint, each made of its examples and the sample."""
     parts = []
     for name in names:
-        examples, inverse = merge_equal(_of_target(job, name) + _of_sample(job))
+        target = job.targets[name]
+        sample = job.pool.examples(_sample(job))
+        examples, inverse = merge_equal([*target.examples(range(len(target))), *sample])
         own = _invert(job, name, checkpoint).combination
         parts.append((examples, merge_rows(own, inverse, len(examples))))
     return parts, {name: len(job.targets[name]) for name in names}

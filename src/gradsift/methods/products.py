@@ -113,13 +113,11 @@ def _read_index(
 ) -> Callable[[Shard], Mapping[str, np.ndarray]]:
     """Return what reads the products of some targets for a shard out of the index."""
     given, index = directions(checkpoint, names), read_sketches(job, checkpoint)
-    rows, widths = sketch_directions(job, checkpoint, given), [*given[1].values()]
+    rows, widths = sketch_directions(job, checkpoint, given), given[1]
 
     def measure(shard: Shard) -> dict[str, np.ndarray]:
         found = index.products(rows, shard.start, shard.stop)
-        pieces = zip(given[1], found.pop("products").split(widths, dim=1), strict=True)
-        for name, piece in pieces:
-            found |= {f"{name}/{key}": value for key, value in to_store(piece).items()}
+        found |= to_store(found.pop("products"), widths)
         return {name: tensor.numpy() for name, tensor in found.items()}
 
     return measure

@@ -55,20 +55,22 @@ def make_projection_measure(
 
     def measure(examples: Sequence[Encoded], max_tokens: int) -> dict[str, Tensor]:
         found = project(model, examples, max_tokens, basis)
-        pieces = zip(widths, found.coordinates.split([*widths.values()], dim=1), strict=True)
         tensors = {"loss": found.losses, "gradient_norm": found.gradient_norms}
-        for name, piece in pieces:
-            tensors |= {f"{name}/{key}": value for key, value in to_store(piece).items()}
-        return tensors
+        return tensors | to_store(found.coordinates, widths)
 
     return measure, model.device
 
 
-def to_store(coordinates: Float[Tensor, "example direction"]) -> dict[str, Tensor]:
-    """Return coordinates as they are kept, by the names of what `read_coordinates` reads."""
-    lengths = coordinates.norm(dim=1)
-    units = coordinates / lengths.masked_fill(lengths == 0, 1)[:, None]
-    return {"coordinates": units.half(), "length": lengths}
+def to_store(
+    coordinates: Float[Tensor, "example direction"], widths: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return coordinates as they are kept: for each target what `read_coordinates` reads."""
+    found = {}
+    for name, own in zip(widths, coordinates.split([*widths.values()], dim=1), strict=True):
+        lengths = own.norm(dim=1)
+        units = own / lengths.masked_fill(lengths == 0, 1)[:, None]
+        found |= {f"{name}/coordinates": units.half(), f"{name}/length": lengths}
+    return found
 
 
 @dataclass(frozen=True)

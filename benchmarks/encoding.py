@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.console import Console
+
 from gradsift.config import DataConfig, EngineConfig, ModelConfig
 from gradsift.data.encoded import encode_set
 from gradsift.data.groups import GroupEncoder
@@ -29,6 +31,7 @@ from gradsift.executors.local import Local
 from gradsift.models.loading import load_encoder
 from gradsift.runs.provenance import peak_memory
 
+say = Console(soft_wrap=True, highlight=False).print
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -81,12 +84,6 @@ def compare(folder: Path, rows: int, turns: int) -> None:
     one, several = (median(float(result[0]) for result in found[side]) for side in SIDES)
     say(f"{rows:,} rows: {one:.1f} s by one process, {several:.1f} s by several: "
         f"{one / several:.2f} times; the same bytes")  # fmt: skip
-
-
-def say(text: str) -> None:
-    """Print at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from scipy.stats import spearmanr
 
 import gradsift
@@ -33,6 +33,7 @@ from gradsift.runs.provenance import peak_memory
 from gradsift.runs.stage import Stage
 from gradsift.sections import merge
 
+say = Console(soft_wrap=True, highlight=False).print
 SHARED = Path(__file__).parents[2] / "shared"
 TARGETS = ("gsm8k", "sql", "emotion", "bbh")
 SETTINGS = {
@@ -145,12 +146,6 @@ def _jaccard(one: np.ndarray, other: np.ndarray, share: float = 0.05) -> float:
         {*np.argsort(-scores, kind="stable")[: int(share * len(scores))]} for scores in (one, other)
     ]
     return len(best[0] & best[1]) / len(best[0] | best[1])
-
-
-def say(text: str) -> None:
-    """Print at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

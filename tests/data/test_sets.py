@@ -253,7 +253,7 @@ def test_several_processes_encode_to_the_same_bytes(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gradsift.data import encoded
-    from gradsift.executors import local
+    from gradsift.executors import base
 
     rows = [json.dumps(QA | {"prompt": f"question {number}"}) for number in range(200)]
     for number in range(3, 200, 17):
@@ -262,7 +262,7 @@ def test_several_processes_encode_to_the_same_bytes(
     monkeypatch.setattr(encoded, "_GROUP", 8)
     found = []
     for few in (1000, 1):  # all of them here; all but one elsewhere
-        monkeypatch.setattr(local, "FEW", few)
+        monkeypatch.setattr(base, "FEW", few)
         encode(tmp_path / str(few), pool, {"t": target})
         folder = tmp_path / str(few) / "data"
         names = ("pool.parquet", "pool.rejected.jsonl")

@@ -46,10 +46,10 @@ def read_csv(name: str) -> Iterator[Row]:
                     raise DataError(f"{name}:{number}: the header cannot be read: {found}")
                 check_names(name, header := found)
             elif isinstance(found, str):
-                yield Row(name, number, _bytes(lines), problem=found)
+                yield Row(name, number, _bytes(lines), unreadable=found)
             else:
                 value = dict(zip(header, found, strict=True))
-                yield Row(name, number, json.dumps(value, ensure_ascii=False).encode(), value)
+                yield Row(name, number, json.dumps(value, ensure_ascii=False).encode())
 
 
 class _Records:

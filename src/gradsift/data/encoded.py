@@ -187,12 +187,13 @@ def _read(sources: Sequence[Source], columns: Mapping[str, str]) -> Iterator[Rea
     """Yield each row; a file's schema is that of its first readable one."""
     for source in sources:
         schema = row = None
+        stem = source.stem
         for row in source.rows():
             if schema is None and row.value is not None:
                 schema = find_schema(row, columns)
                 lacking = describe_lacking(row, columns)
                 log = logger.warning if lacking else logger.info
                 log("%s: %s%s", source.name, schema, lacking and f" ({lacking})")
-            yield ReadRow(row, source.stem, schema)
+            yield ReadRow(row, stem, schema)
         if row is None:
             logger.warning("%s has no row: %s", source.name, describe_empty(source))

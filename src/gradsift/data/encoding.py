@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,8 @@ class Encoder:
         ]
 
     def _mask(self, tokens: Any, spans: list[tuple[int, int]]) -> Encoded | UnusableRowError:
-        offsets = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2)
+        ends = chain.from_iterable(tokens.offsets)  # much faster than an array of pairs
+        offsets = np.fromiter(ends, np.int64, 2 * len(tokens)).reshape(-1, 2)
         supervised = np.zeros(len(offsets), dtype=bool)
         for start, end in spans:
             supervised |= (offsets[:, 1] > start) & (offsets[:, 0] < end)

@@ -127,7 +127,8 @@ def _understand(read: ReadRow, columns: Mapping[str, str]) -> _Candidate | Unusa
 
 def _record(candidate: _Candidate, encoded: Encoded) -> dict[str, Any]:
     fields, row, source = candidate.fields, candidate.read.row, candidate.read.source
-    prompt = [m for m in candidate.messages if m["role"] != "assistant"]
+    turns = [(m["role"], normalise(text_of(m))) for m in candidate.messages]
+    prompt = [turn for turn in turns if turn[0] != "assistant"]
     return {
         "id": _name(fields.get("id"), f"{source}-{row.line}"),
         "source": _name(fields.get("source"), source),
@@ -138,8 +139,8 @@ def _record(candidate: _Candidate, encoded: Encoded) -> dict[str, Any]:
         "num_tokens": len(encoded.input_ids),
         "num_supervised": int(encoded.supervised.sum()),
         "truncated": encoded.truncated,
-        "text_hash": _hash(candidate.messages, candidate.tools),
-        "prompt_hash": _hash(prompt) if any(text_of(m).strip() for m in prompt) else None,
+        "text_hash": _hash(turns, candidate.tools),
+        "prompt_hash": _hash(prompt) if any(text for _, text in prompt) else None,
         "input_ids": encoded.input_ids,
         "supervised": encoded.supervised,
         "raw": row.raw,
@@ -150,9 +151,9 @@ def _name(value: Any, default: str) -> str:
     return default if value is None or value == "" else str(value)
 
 
-def _hash(messages: Sequence[Message], tools: Tools = None) -> bytes:
-    """Return a hash that is blind to case, white space and Unicode's compatibility variants."""
-    text = "\0".join(f"{m['role']}\1{normalise(text_of(m))}" for m in messages)
+def _hash(turns: Sequence[tuple[str, str]], tools: Tools = None) -> bytes:
+    """Return a hash of the roles and normalised texts of some turns, and of their tools."""
+    text = "\0".join(f"{role}\1{said}" for role, said in turns)
     if tools:
         text += "\2" + json.dumps(tools, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

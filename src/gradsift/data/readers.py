@@ -16,10 +16,9 @@ from typing import Any
 import fsspec
 
 from gradsift.data.rows import Row, check_names
-from gradsift.errors import DataError, shorten
+from gradsift.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_DEEPEST = 100  # brackets inside each other in one row: other readers give up soon after
 _ROWS_AT_ONCE = 1024
 _NO_VALUE = "it has NaN or Infinity, which are no JSON, or a key that stands twice in an object"
 
@@ -32,64 +31,13 @@ def read_lines(name: str) -> Iterator[Row]:
             if number == 1:
                 raw = raw.removeprefix(_BYTE_ORDER_MARK)
             if raw.strip():
-                yield parse_row(name, number, raw)
-
-
-def parse_row(name: str, number: int, raw: bytes) -> Row:
-    """Return a row of JSON, or what is wrong with it."""
-    try:
-        # decoded first: JSON readers guess at encodings, and other readers guess differently
-        value = json.loads(
-            raw.decode(), parse_constant=_no_number, object_pairs_hook=_each_key_once
-        )
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON: {error.msg} at column {error.colno}"
-    except UnicodeDecodeError as error:
-        problem = f"not valid UTF-8 at byte {error.start}"
-    except UnicodeEncodeError:
-        problem = "not valid Unicode: half of a surrogate pair"
-    except RecursionError:
-        problem = f"nested deeper than {_DEEPEST} levels"
-    except ValueError as error:
-        problem = f"not readable JSON: {error}"
-    else:
-        if not isinstance(value, dict):
-            problem = f"expected a JSON object, found {type(value).__name__}"
-        elif raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
-            problem = f"nested deeper than {_DEEPEST} levels"
-        else:
-            return Row(name, number, raw, value)
-    return Row(name, number, raw, problem=problem)
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON value; write null")
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shorten(repr(twice), 60)} stands twice in an object")
-    return value
+                yield Row(name, number, raw)
 
 
 def _marked_if_twice(pairs: list[tuple[str, Any]]) -> Any:
     """Return the object, or what JSON has no form for, so that its row alone is rejected."""
     value = dict(pairs)
     return value if len(value) == len(pairs) else math.nan
-
-
-def _depth(value: Any) -> int:
-    """Return how many lists and objects lie inside each other, at most."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
-        level = [item for item in inner if isinstance(item, dict | list)]
-    return depth
 
 
 def read_json(name: str) -> Iterator[Row]:
@@ -117,9 +65,9 @@ def read_json(name: str) -> Iterator[Row]:
             raw = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except ValueError:
             raw = _as_json(value)
-            yield Row(name, number, raw, problem=_NO_VALUE)
+            yield Row(name, number, raw, unreadable=_NO_VALUE)
         else:
-            yield parse_row(name, number, raw.encode("utf-8", "surrogatepass"))
+            yield Row(name, number, raw.encode("utf-8", "surrogatepass"))
 
 
 def read_parquet(name: str) -> Iterator[Row]:
@@ -138,7 +86,7 @@ def read_parquet(name: str) -> Iterator[Row]:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1
-                    yield parse_row(name, number, _as_json(value))
+                    yield Row(name, number, _as_json(value))
     except (pa.ArrowException, OverflowError) as error:  # dates beyond Python's
         raise DataError(f"cannot read {name!r} after row {number}: {error}") from error
 
@@ -146,7 +94,7 @@ def read_parquet(name: str) -> Iterator[Row]:
 def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:
     """Yield the rows of a data set that is read by somebody else."""
     for number, value in enumerate(values, start=1):
-        yield parse_row(name, number, _as_json(value))
+        yield Row(name, number, _as_json(value))
 
 
 def _as_json(value: Any) -> bytes:

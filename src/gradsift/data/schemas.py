@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 
 from gradsift.data.conversations import EXPECTED, detect
-from gradsift.data.readers import parse_row, read_lines
+from gradsift.data.readers import read_lines
 from gradsift.data.rows import Row, check_names
 from gradsift.data.sources import Source, reading
 from gradsift.errors import DataError, shorten, suggest
@@ -120,7 +120,7 @@ def _columns_of_parquet(name: str) -> Iterator[Row]:
         raise DataError(f"cannot read {name!r}: {error}") from error
     check_names(name, columns)
     if num_rows:
-        yield Row(name, 1, b"", dict.fromkeys(columns))
+        yield Row(name, 1, json.dumps(dict.fromkeys(columns)).encode())
 
 
 def _first_of_json(name: str) -> Iterator[Row]:
@@ -134,4 +134,4 @@ def _first_of_json(name: str) -> Iterator[Row]:
         value, _ = json.JSONDecoder().raw_decode(text[1:].lstrip())
     except (ValueError, RecursionError):
         return  # too long, or broken: the whole file will tell
-    yield parse_row(name, 1, json.dumps(value).encode())
+    yield Row(name, 1, json.dumps(value).encode())

@@ -63,20 +63,23 @@ def _parse(raw: bytes) -> dict[str, Any] | str:
         if b"\\u" in raw:  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        problem = f"not valid JSON: {error.msg} at column {error.colno}"
     except UnicodeDecodeError as error:
-        return f"not valid UTF-8 at byte {error.start}"
+        problem = f"not valid UTF-8 at byte {error.start}"
     except UnicodeEncodeError:
-        return "not valid Unicode: half of a surrogate pair"
+        problem = "not valid Unicode: half of a surrogate pair"
     except RecursionError:
-        return f"nested deeper than {_DEEPEST} levels"
+        problem = f"nested deeper than {_DEEPEST} levels"
     except ValueError as error:
-        return f"not readable JSON: {error}"
-    if not isinstance(value, dict):
-        return f"expected a JSON object, found {type(value).__name__}"
-    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
-        return f"nested deeper than {_DEEPEST} levels"
-    return value
+        problem = f"not readable JSON: {error}"
+    else:
+        if not isinstance(value, dict):
+            problem = f"expected a JSON object, found {type(value).__name__}"
+        elif raw.count(b"[") + raw.count(b"{") > _DEEPEST and _depth(value) > _DEEPEST:
+            problem = f"nested deeper than {_DEEPEST} levels"
+        else:
+            return value
+    return problem
 
 
 def _no_number(constant: str) -> None:

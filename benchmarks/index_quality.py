@@ -28,7 +28,7 @@ from gradsift.pool.pool_pass import PoolPass
 from gradsift.pool.shards import plan_shards, save_shard, shard_size
 from gradsift.pool.sketches import StoredSketches
 from gradsift.runs.folder import Run
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.runs.provenance import peak_memory
 from gradsift.runs.stage import Stage
 from gradsift.sections import merge
@@ -93,7 +93,7 @@ def query(folder: Path, num_examples: int, dimension: int) -> None:
     """Print what reading a target's products out of a made-up index takes."""
     engine, rng = EngineConfig(), np.random.default_rng(0)
     stage = Stage("index/pool", {"made up": dimension}, ("index/pool",), keeps_parts=True)
-    with open_run(folder / f"made-up-{num_examples}-{dimension}") as run:
+    with locked_run(folder / f"made-up-{num_examples}-{dimension}") as run:
         pool = _Pool(num_examples)
         own = PoolPass(stage.name, pool, run, Local(), engine)  # type: ignore[arg-type]
         with run.stage(stage) as todo:

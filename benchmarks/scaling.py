@@ -31,7 +31,7 @@ from gradsift.models.checkpoints import write_checkpoints
 from gradsift.pool.shards import plan_shards, save_shard
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.sections import merge
 from gradsift.selection.stages import RunStages
 
@@ -170,7 +170,7 @@ def _stored_run(folder: Path) -> Config:
     }
     config = Config.build(given)
     stages, rng = RunStages.of(config), np.random.default_rng(0)
-    with open_run(folder) as run:
+    with locked_run(folder) as run:
         for stage in [*stages.inputs.data_stages.values(), *stages.measured]:
             with run.stage(stage) as todo:
                 if todo:

@@ -29,7 +29,7 @@ from gradsift.methods.job import Job
 from gradsift.models import cache
 from gradsift.models.loading import load_base
 from gradsift.pipeline import encode
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.sections import merge
 from gradsift.selection.stages import RunStages
 
@@ -51,7 +51,7 @@ def job(
     for path, rows in ((pool, pool_rows), (target, target_rows)):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages = RunStages.of(configure(base, pool, {"mine": target}))
-    with open_run(folder / "run") as run:
+    with locked_run(folder / "run") as run:
         return encode(stages, run, strict=False)
 
 

@@ -25,7 +25,7 @@ from gradsift.data.encoding import Encoded
 from gradsift.errors import NumericsError
 from gradsift.methods.job import Job
 from gradsift.models.batches import lengths_of
-from gradsift.pipeline import RunResult
+from gradsift.selection.run_result import RunResult
 from gradsift.trials import Trials, _try_pool
 
 Rows = list[dict[str, Any]]

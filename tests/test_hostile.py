@@ -30,7 +30,7 @@ from gradsift.models.adapters import load_adapter, save_adapter
 from gradsift.models.loading import load_base
 from gradsift.pipeline import run
 from gradsift.progress import LogFile
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.sections import parse_assignment, read_yaml
 from gradsift.types import Budget
 
@@ -405,7 +405,7 @@ def test_a_small_disk_is_told_whoever_writes(tmp_path: Path, base: Path, adapter
             (mount / f"{number}").touch()
         with (
             pytest.raises(RunError, match=r"cannot write to the run folder .*No space left"),
-            open_run(mount / "run"),
+            locked_run(mount / "run"),
         ):
             pass
     finally:

@@ -27,8 +27,9 @@ from gradsift.data.encoded import EncodedSet
 from gradsift.errors import ConfigError, DataError, ModelError, NumericsError, RunError
 from gradsift.models.adapters import load_adapter
 from gradsift.models.loading import load_base
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
 from gradsift.sections import merge
+from gradsift.selection.run_result import RunResult
 
 Rows = list[dict[str, Any]]
 

@@ -13,16 +13,16 @@ from gradsift.cli.app import app
 PUBLIC_NAMES = [
     "Budget", "Config", "Evaluation", "EvaluationConfig", "Explanation", "Forecast",
     "GradsiftError", "Index", "RunResult", "Selection", "evaluate", "explain", "index",
-    "measure_geometry", "open_index", "plan", "run", "select", "write_report",
+    "measure_geometry", "open_index", "open_run", "plan", "run", "select", "write_report",
 ]  # fmt: skip
 
 OF_EVERY_VERB = ["--json", "--quiet", "-q", "--verbose", "-v"]
 COMMANDS = {
     "select": [
         "--output-dir", "--model", "--pool", "--target", "--index", "--budget", "--name",
-        "--method", "--adapter", "--warmup", "--memory", "--seed", "--engine", "--ray-address",
-        "--workers", "--config", "--set", "--strict", "--no-strict", "--overwrite",
-        "--no-overwrite",
+        "--weights", "--method", "--adapter", "--warmup", "--memory", "--seed", "--engine",
+        "--ray-address", "--workers", "--config", "--set", "--strict", "--no-strict",
+        "--overwrite", "--no-overwrite",
     ],
     "index": [
         "run", "--model", "--pool", "--adapter", "--warmup", "--memory", "--seed",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from gradsift.config import Config
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from gradsift.forecast import Forecast, plan
     from gradsift.geometry.measure import measure_geometry
     from gradsift.indexing import Index, index, open_index
-    from gradsift.pipeline import RunResult, run, select
+    from gradsift.pipeline import run, select
     from gradsift.report.write import write_report
     from gradsift.selection.explanation import Explanation, explain
     from gradsift.selection.picks import Selection
+    from gradsift.selection.run_result import RunResult, open_run
     from gradsift.types import Budget
 
 _HOME = {
@@ -35,13 +36,14 @@ _HOME = {
     "Forecast": "forecast",
     "GradsiftError": "errors",
     "Index": "indexing",
-    "RunResult": "pipeline",
+    "RunResult": "selection.run_result",
     "Selection": "selection.picks",
     "evaluate": "evaluation.evaluate",
     "explain": "selection.explanation",
     "index": "indexing",
     "measure_geometry": "geometry.measure",
     "open_index": "indexing",
+    "open_run": "selection.run_result",
     "plan": "forecast",
     "run": "pipeline",
     "select": "pipeline",
@@ -63,6 +65,7 @@ __all__ = [
     "index",
     "measure_geometry",
     "open_index",
+    "open_run",
     "plan",
     "run",
     "select",
@@ -77,3 +80,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"gradsift.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__version__"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     ByteSize,
     Field,
     field_validator,
     model_validator,
 )
 
-from gradsift.errors import shorten, suggest
+from gradsift.errors import suggest
 from gradsift.method_config import (
     EmbedConfig,
     FuseConfig,
@@ -23,6 +25,7 @@ from gradsift.method_config import (
     RandomConfig,
     TargetPathConfig,
 )
+from gradsift.policy_config import PolicyConfig, check_file_name
 from gradsift.sections import (
     MAX_COUNT,
     Count,
@@ -30,33 +33,26 @@ from gradsift.sections import (
     Seed,
     Share,
     Sources,
+    as_texts,
     merge,
-    parse_share,
     setting,
 )
-from gradsift.types import Budget, MethodName
+from gradsift.types import MethodName
 
 LayerNames = Annotated[tuple[str, ...], Field(min_length=1)]
+TrackerName = Literal["tensorboard", "wandb"]
+TrackerNames = Annotated[tuple[TrackerName, ...], BeforeValidator(as_texts)]
 LEAST_WINDOW = 1024  # examples, where none are set
-_LONGEST_NAME = 100  # of a target or selection: file names are made of it
-NAMES_OF_FILES = ("messages", "refused")
-"""What no selection may be called: `TARGET.messages.jsonl` and so on belong to the one without a
-name."""
 _FIELDS = ("messages", "prompt", "completion", "system", "tools", "id", "source", "task")
 
 
-def check_file_name(name: str, whose: str) -> str:
-    """Return the name of a target or selection, if files can be named by it.
+def target_name(path: str) -> str:
+    """Return the name of a target that is given by its file alone.
 
-    Raises:
-        ValueError: If they cannot.
+    >>> target_name("data/gsm8k.dev.jsonl")
+    'gsm8k'
     """
-    if not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > _LONGEST_NAME:
-        raise ValueError(
-            f"a {whose}'s name becomes a file name: expected letters, digits, '_' and '-', "
-            f"{_LONGEST_NAME} bytes at most, found {shorten(repr(name))}"
-        )
-    return name
+    return Path(path).name.split(".")[0]
 
 
 class ModelConfig(Section):
@@ -102,6 +98,12 @@ class DataConfig(Section):
                     f"{field!r} is no field; expected one of {', '.join(_FIELDS)}{hint}"
                 )
         return columns
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _named_by_its_file(cls, targets: Any) -> Any:
+        alone = isinstance(targets, str | Path) and str(targets)
+        return {target_name(str(targets)): targets} if alone else targets
 
     @field_validator("targets")
     @classmethod
@@ -167,61 +169,6 @@ class WarmupConfig(Section):
         return self
 
 
-class PolicyConfig(Section):
-    """From scores to picks."""
-
-    name: str | None = setting(
-        None, "keeps these picks beside others (--name); the next command does not take it over"
-    )
-    budget: str = setting("5%", "how much is picked: 5%, 2000 (examples) or 3Mtok (tokens)", "5%")
-    strategy: Literal["top", "round-robin", "balanced"] = setting(
-        "top",
-        "best scores first; target examples pick in turn; or the one served least so far",
-        "top",
-    )
-    per: Literal["example", "task"] = setting(
-        "example", "whose turn it is in round-robin and balanced"
-    )
-    source_cap: str | dict[str, str] | None = setting(
-        None, "largest part of the budget from one source: '20%' or {dolly: 10%}"
-    )
-    duplicates: Literal["keep", "exact", "near"] = setting("exact", "repeated picks to refuse")
-    decontaminate: Literal["none", "exact", "near"] = setting(
-        "near", "repeats of target examples to refuse"
-    )
-    similarity: Share = setting(0.8, "Jaccard similarity from which texts are near")
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_a_file_name(cls, name: str | None) -> str | None:
-        if name in NAMES_OF_FILES:
-            raise ValueError(
-                f"expected another name than {name!r}, which is that of a file of every selection, "
-                f"found {name!r}"
-            )
-        return None if name is None else check_file_name(name, "selection")
-
-    def selection_of(self, target: str) -> str:
-        """Return the key of a target's selection: its files in the run folder are named by it.
-
-        >>> PolicyConfig(name="tight").selection_of("gsm8k")
-        'gsm8k.tight'
-        """
-        return target if self.name is None else f"{target}.{self.name}"
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget(cls, budget: Any) -> str:
-        return str(Budget.parse(str(budget)))
-
-    @field_validator("source_cap")
-    @classmethod
-    def _source_cap(cls, cap: str | dict[str, str] | None) -> str | dict[str, str] | None:
-        for share in cap.values() if isinstance(cap, dict) else filter(None, [cap]):
-            parse_share(share)
-        return cap
-
-
 class EngineConfig(Section):
     """How the work is cut and where it runs; no setting here changes a score beyond rounding.
 
@@ -253,6 +200,10 @@ class EngineConfig(Section):
     )
     shard_size: Literal["auto"] | Count = setting(
         "auto", "examples per stored shard: whole windows; auto: 1,024 to 4,096, by the pool"
+    )
+
+    report_to: TrackerNames = setting(
+        (), "where trainings are logged besides: tensorboard, wandb (the Trainer's `report_to`)"
     )
 
     @model_validator(mode="after")
@@ -307,6 +258,22 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
     index: IndexConfig = IndexConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_in_place_of_a_model(cls, values: Any) -> Any:
+        """Take a PEFT folder that is given as the model for an adapter of the model it names."""
+        model = values.get("model") if isinstance(values, Mapping) else None
+        name = model.get("name") if isinstance(model, Mapping) else None
+        warmup = values.get("warmup", {}) if model else {}
+        if not isinstance(name, str) or not isinstance(warmup, Mapping) or warmup.get("adapter"):
+            return values
+        try:
+            adapter = json.loads((Path(name) / "adapter_config.json").read_text())
+            base = adapter["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return values  # a model, or an adapter that does not say of what
+        return merge(values, {"model": {"name": base}, "warmup": {"adapter": name}})
 
     @property
     def measuring(self) -> tuple[str, ...]:

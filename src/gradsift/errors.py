@@ -17,7 +17,16 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 class GradsiftError(Exception):
-    """A fault that the user can mend; the command line prints its message and exits with 2."""
+    """A fault that the user can mend; the command line prints its message and exits with 2.
+
+    Examples:
+        >>> import gradsift
+        >>> try:
+        ...     gradsift.Config.build({"modle": {"name": "m"}})
+        ... except gradsift.GradsiftError as error:
+        ...     print(error)
+        missing setting 'model': give --model...
+    """
 
 
 class ConfigError(GradsiftError):

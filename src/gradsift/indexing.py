@@ -6,19 +6,28 @@ A folder like that of a run, which holds the pool, the adapter and a sketch of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.config import Config, ModelConfig, PolicyConfig
+from gradsift.data.given import Data, keep_given
 from gradsift.errors import DataError, translate_os_errors
 from gradsift.methods.pool_index import check_index, index_stages, measure_index
-from gradsift.pipeline import RunResult, check_settings, configure, encode, keep_first_config, run
+from gradsift.pipeline import (
+    check_settings,
+    configure,
+    encode,
+    keep_first_config,
+    name_of_model,
+    run,
+)
 from gradsift.runs import layout
 from gradsift.runs.folder import Run
 from gradsift.runs.indexes import AskedIndex, ask_index, index_settings, read_index_config
-from gradsift.runs.opening import local_folder, open_run, read_config
+from gradsift.runs.opening import local_folder, locked_run, read_config
 from gradsift.sections import merge
+from gradsift.selection.run_result import RunResult
 from gradsift.selection.stages import RunStages
 
 if TYPE_CHECKING:
@@ -28,8 +37,8 @@ if TYPE_CHECKING:
 def index(
     run: str | Path,
     *,
-    model: str | None = None,
-    pool: str | Sequence[str] | None = None,
+    model: str | Path | None = None,
+    pool: Data | None = None,
     settings: Mapping[str, Any] | None = None,
     strict: bool = False,
     overwrite: bool = False,
@@ -40,7 +49,7 @@ def index(
     are taken where none are given; `settings` are as for `select`. Returns the folder (of a URL,
     its copy here).
 
-    Example:
+    Examples:
         >>> gradsift.index("runs/index", model="Qwen/Qwen2.5-1.5B",          # doctest: +SKIP
         ...                pool="data/*.jsonl")
         PosixPath('runs/index')
@@ -50,9 +59,9 @@ def index(
     """
     given: dict[str, Any] = {"model": {}, "data": {}}
     if model is not None:
-        given["model"]["name"] = str(model)
+        given["model"]["name"] = name_of_model(model)
     if pool is not None:
-        given["data"]["pool"] = pool
+        given["data"]["pool"] = keep_given(pool, "pool", local_folder(run))
     config = Config.build(merge(settings_in(run), given, settings or {}))
     return make_index(config, run, strict, overwrite)
 
@@ -85,7 +94,7 @@ def make_index(
     check_settings(config, has_targets=False)
     stages = RunStages.of(config)
     inputs = stages.inputs
-    with open_run(location) as folder:
+    with locked_run(location) as folder:
         folder.prepare([inputs.pool_stage, inputs.warmup_stage, *index_stages(inputs)], overwrite)
         folder.write_config(config, layout.INDEX_CONFIG)
         keep_first_config(folder, config)
@@ -100,9 +109,10 @@ def make_index(
 def open_index(path: str | Path) -> Index:
     """Return an index that `gradsift index` made, of which any number of targets may be asked.
 
-    Example:
+    Examples:
         >>> index = gradsift.open_index("runs/index")                        # doctest: +SKIP
-        >>> index.select(target={"gsm8k": "gsm8k_dev.jsonl"}).selections     # doctest: +SKIP
+        >>> [*index.select(target="gsm8k_dev.jsonl").selections]             # doctest: +SKIP
+        ['gsm8k_dev']
 
     Raises:
         RunError: If the folder holds no index, or one that is not finished or not whole.
@@ -114,7 +124,13 @@ def open_index(path: str | Path) -> Index:
 
 
 class Index:
-    """An index; the model is loaded with the first target and kept."""
+    """An index; the model is loaded with the first target and kept.
+
+    Examples:
+        >>> index = gradsift.open_index("runs/index")                        # doctest: +SKIP
+        >>> for name in ("gsm8k_dev", "gsm8k_test"):                         # doctest: +SKIP
+        ...     result = index.select(target=f"{name}.jsonl", output_dir=f"runs/{name}")
+    """
 
     def __init__(self, path: str | Path, config: Config, asked: AskedIndex) -> None:
         self.path = path
@@ -128,7 +144,7 @@ class Index:
     def select(
         self,
         *,
-        target: Mapping[str, str | Sequence[str]],
+        target: Mapping[str, Data] | Data,
         budget: str = "5%",
         method: str = "gist",
         output_dir: str | Path | None = None,
@@ -142,8 +158,9 @@ class Index:
         from gradsift.models.cache import ModelCache
 
         config = configure(
-            target=target, index=self.path, budget=budget, method=method, settings=settings
-        )
+            target=target, output_dir=output_dir or self.path, index=self.path, budget=budget,
+            method=method, settings=settings,
+        )  # fmt: skip
         if self._models is None or self._models[0] != config.model:
             self._models = (config.model, ModelCache(config.model, config.engine.deterministic))
         folder = output_dir or self.path

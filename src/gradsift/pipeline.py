@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from gradsift.config import Config, DataConfig
+from gradsift.data.given import Data, keep_given, keep_targets
 from gradsift.data.groups import GroupEncoder
 from gradsift.data.sets import check_first_rows, count_rows, data_sets, encode_sets
 from gradsift.errors import (
@@ -34,20 +33,20 @@ from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
 from gradsift.runs.indexes import AskedIndex, index_settings
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import local_folder, locked_run
 from gradsift.runs.stage import Stage
 from gradsift.scores.ranking import Scores, refuse_turns
 from gradsift.sections import merge, read_yaml
 from gradsift.selection.export import export_entries
 from gradsift.selection.picks import (
-    Selection,
     kept_targets,
     read_selection,
     read_selections,
     write_selection,
 )
 from gradsift.selection.policies import check_policy
-from gradsift.selection.score_table import read_table, write_scores
+from gradsift.selection.run_result import RunResult
+from gradsift.selection.score_table import write_scores
 from gradsift.selection.stages import RunStages
 from gradsift.types import Budget
 
@@ -57,31 +56,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left in its folder: selections by target, seconds by stage.
-
-    `peak_memory` is the largest resident size that any stage's process had reached, in bytes.
-    """
-
-    path: Path
-    method: str
-    selections: Mapping[str, Selection]
-    num_pool: int
-    num_rejected: int
-    seconds: Mapping[str, float]
-    peak_memory: int
-
-    def scores(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the method's scores: one row per pool example, `T/score` and so on per target."""
-        return read_table(self.path, self.method, columns)
-
-
 def select(  # noqa: PLR0913
     *,
-    model: str | None = None,
-    pool: str | Sequence[str] | None = None,
-    target: Mapping[str, str | Sequence[str]],
+    model: str | Path | None = None,
+    pool: Data | None = None,
+    target: Mapping[str, Data] | Data,
     output_dir: str | Path,
     index: str | Path | None = None,
     budget: str = "5%",
@@ -92,34 +71,41 @@ def select(  # noqa: PLR0913
 ) -> RunResult:
     """Pick from `pool`, for each named target, what helps it most within the budget.
 
-    `model` and `pool` are to be given, or an `index` of them (`gradsift.index`), out of which the
+    `pool` and each target are files (paths, globs, Hub ids), or what is held in memory: a
+    `datasets.Dataset`, a list of dicts, a table of pandas or Arrow, which is written into the run
+    folder. A target that is given without a name is called after its file, or `target`.
+    `model` (a folder or Hub id; a PEFT folder stands for its base model and for `warmup.adapter`)
+    and `pool` are to be given, or an `index` of them (`gradsift.index`), out of which the
     scores are read, approximately and without a pass. `output_dir` is a folder, or a URL that
     fsspec knows (`s3://bucket/run`). `settings` holds everything else by section, as in a
     configuration file. Run it again with the same folder to go on after a crash, or with another
     target, budget, policy or method: what is stored is used again.
 
-    Example:
+    Examples:
         >>> result = gradsift.select(                           # doctest: +SKIP
         ...     model="Qwen/Qwen2.5-1.5B", pool="data/*.jsonl",
         ...     target={"gsm8k": "gsm8k_dev.jsonl"}, output_dir="runs/gsm8k",
         ...     settings={"lora": {"rank": 64}})
-        >>> result.selections["gsm8k"].picks.to_pandas()        # doctest: +SKIP
+        >>> result.selections["gsm8k"].picks.column_names[:4]   # doctest: +SKIP
+        ['rank', 'row', 'id', 'source']
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     config = configure(
-        model=model, pool=pool, target=target, index=index, budget=budget, method=method,
-        settings=settings,
+        model=model, pool=pool, target=target, output_dir=output_dir, index=index, budget=budget,
+        method=method, settings=settings,
     )  # fmt: skip
     return run(config, output_dir, strict, overwrite)
 
 
+@translate_os_errors()
 def configure(  # noqa: PLR0913
     *,
-    model: str | None = None,
-    pool: str | Sequence[str] | None = None,
-    target: Mapping[str, str | Sequence[str]],
+    model: str | Path | None = None,
+    pool: Data | None = None,
+    target: Mapping[str, Data] | Data,
+    output_dir: str | Path,
     index: str | Path | None = None,
     budget: str = "5%",
     method: str = "gist",
@@ -129,20 +115,37 @@ def configure(  # noqa: PLR0913
 
     Raises:
         ConfigError: If a setting is unknown or its value is not allowed.
+        DataError: If pool or target are neither files nor rows.
     """
+    folder = local_folder(output_dir, fetch=False)
     given: dict[str, Any] = {
         "method": method,
-        "data": {"targets": target},  # what it is not is said with all other settings
+        "data": {"targets": keep_targets(target, folder)},
         "policy": {"budget": budget},
     }
     if model is not None:
-        given["model"] = {"name": str(model)}
+        given["model"] = {"name": name_of_model(model)}
     if pool is not None:
-        given["data"]["pool"] = pool
+        given["data"]["pool"] = keep_given(pool, "pool", folder)
     if index is None:
         return Config.build(merge(given, settings or {}))
     path = {"index": {"path": str(index)}}
     return Config.build(merge(index_settings(index), given, settings or {}, path))
+
+
+def name_of_model(model: Any) -> str:
+    """Return what names a model in the settings.
+
+    Raises:
+        ConfigError: If it is no name.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    raise ConfigError(
+        f"model: expected a folder or Hub id, found an object of type {type(model).__name__}: each "
+        "process loads the model by itself, and who goes on with the run has to find the same; "
+        "save it and its tokenizer with save_pretrained(FOLDER), and give FOLDER"
+    )
 
 
 @translate_os_errors()
@@ -158,13 +161,20 @@ def run(
 
     `models`: where the base model may be loaded; `index`: that which is asked, if it is at hand.
 
+    Examples:
+        >>> config = gradsift.Config.build({                    # doctest: +SKIP
+        ...     "model": {"name": "Qwen/Qwen2.5-1.5B"}, "lora": {"rank": 64},
+        ...     "data": {"pool": "data/*.jsonl", "targets": {"gsm8k": "gsm8k_dev.jsonl"}}})
+        >>> gradsift.run(config, "runs/gsm8k").method           # doctest: +SKIP
+        'gist'
+
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
     check_settings(config)
     stages = RunStages.of(config, index)
     check_index(stages.inputs)
-    with open_run(output_dir) as folder:
+    with locked_run(output_dir) as folder:
         targets = [stages.inputs.target_stage(name).name for name in config.data.targets]
         planned = [*stages_of_index(folder, stages.inputs), *stages]
         folder.prepare(planned, overwrite, may_change=targets)
@@ -213,6 +223,8 @@ def check_settings(config: Config, has_targets: bool = True) -> None:
         refuse_turns(config.policy)
     if (kind := config.model.quantization) != "none":
         check_installed("bitsandbytes", f"model.quantization={kind}", "quantized")
+    for tracker in config.engine.report_to:
+        check_installed(tracker, f"engine.report_to={tracker}", tracker)
     choose_executor(config.engine)
 
 

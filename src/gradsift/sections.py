@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,7 +22,8 @@ from gradsift.errors import ConfigError, shorten, suggest_share
 from gradsift.wrong_settings import describe_errors
 
 
-def _as_texts(value: Any) -> Any:
+def as_texts(value: Any) -> Any:
+    """Return one or several texts or paths as a list of texts, anything else as it is."""
     values = (value,) if isinstance(value, str | Path) else value
     if not isinstance(values, list | tuple):
         return values  # the model says what it expected
@@ -30,7 +31,7 @@ def _as_texts(value: Any) -> Any:
 
 
 Source = Annotated[str, Field(min_length=1)]
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_texts), Field(min_length=1)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(as_texts), Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 MAX_COUNT = 2**31 - 1
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -77,7 +78,7 @@ class Setting:
 class Section(BaseModel):
     """Frozen settings under one name; unknown keys are refused with the nearest match."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
 
@@ -154,9 +155,17 @@ def merge(
 
     >>> merge({"lora": {"rank": 8, "alpha": 16}}, {"lora": {"rank": 4}})
     {'lora': {'rank': 4, 'alpha': 16}}
+
+    Raises:
+        ConfigError: If an overlay is no mapping.
     """
     result = dict(base)
     for overlay in overlays:
+        if not isinstance(overlay, Mapping):
+            found = shorten(repr(overlay))
+            raise ConfigError(
+                f"expected settings such as {{'lora': {{'rank': 16}}}}, found {found}"
+            )
         for key, value in overlay.items():
             old = result.get(key)
             mixed = isinstance(old, dict) and isinstance(value, Mapping) and key not in replaced

@@ -236,16 +236,18 @@ def test_help_needs_neither_torch_nor_time() -> None:
 def test_a_target_without_a_name_in_python_is_told() -> None:
     code = (  # in a process of its own: here the type would be refused before we can
         "import gradsift\n"
-        "for target in ('t.jsonl', ['t.jsonl'], 3):\n"
+        "for target in (['t.jsonl', 'u.jsonl'], 3):\n"
         "    try: gradsift.select(model='m', pool='p', target=target, output_dir='r')\n"
         "    except gradsift.GradsiftError as error: print(error)"
     )
-    done = subprocess.run(
+    files, number = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    assert len(done) == 3
-    for line in done:
-        assert line.startswith("data.targets (--target NAME=FILE): expected a name for each target")
+    assert files.startswith("data.targets (--target NAME=FILE): expected a name for each target")
+    assert number == (
+        "target: expected paths, a datasets.Dataset, a list of dicts, or a table of pandas or "
+        "Arrow, found int: 3"
+    )
 
 
 def test_python_api(

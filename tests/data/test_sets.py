@@ -23,7 +23,7 @@ from gradsift.data.schemas import check_schemas
 from gradsift.data.sets import data_sets, encode_sets, encoding_stages
 from gradsift.data.sources import log_contents, resolve
 from gradsift.errors import DataError
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 
 QA = {"prompt": "q", "completion": "a"}
 ALONE = [{"role": "user", "content": "q"}]
@@ -46,7 +46,7 @@ def encode(
         loaded.append("encoder")
         return Encoder(tiny_models.tokenizer(), 64)
 
-    with open_run(run) as folder:
+    with locked_run(run) as folder:
         stages = encoding_stages(data, "model", False, sets)
         encode_sets(sets, stages, folder, GroupEncoder(load, data.columns))
     return loaded

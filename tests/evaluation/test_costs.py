@@ -14,7 +14,7 @@ from gradsift.config import Config
 from gradsift.evaluation.costs import Cost, cost_of
 from gradsift.methods.job import open_job
 from gradsift.pipeline import run
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
@@ -31,13 +31,13 @@ def cost(config: Config, method: str, folder: Path) -> Cost:
     config = config.model_copy(update={"method": method})
     run(config, folder)
     stages = RunStages.of(config)
-    with open_run(folder) as opened:
+    with locked_run(folder) as opened:
         return cost_of(open_job(stages.inputs, opened), stages)
 
 
 def tokens(folder: Path, config: Config, name: str) -> int:
     stages = RunStages.of(config)
-    with open_run(folder) as opened:
+    with locked_run(folder) as opened:
         job = open_job(stages.inputs, opened)
         encoded = {"pool": job.pool} | dict(job.targets)
         return sum(encoded[name].column("num_tokens").to_pylist())

@@ -17,8 +17,9 @@ from conftest import Write, configure
 from gradsift.demo.base_model import cached_base
 from gradsift.demo.skills import SKILLS, make_examples
 from gradsift.models.batches import device_of
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
 from gradsift.sections import merge
+from gradsift.selection.run_result import RunResult
 
 pytestmark = pytest.mark.gpu
 

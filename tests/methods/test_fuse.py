@@ -17,7 +17,8 @@ from gradsift.config import Config
 from gradsift.demo.skills import make_examples
 from gradsift.errors import ConfigError
 from gradsift.methods.fuse import fuse_ranks
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
+from gradsift.selection.run_result import RunResult
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]

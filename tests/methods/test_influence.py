@@ -20,8 +20,9 @@ from gradsift.gradients.curvature import measure_curvature
 from gradsift.models.adapters import load_adapter
 from gradsift.models.checkpoints import read_checkpoints
 from gradsift.models.loading import load_base
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
 from gradsift.sections import merge
+from gradsift.selection.run_result import RunResult
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]

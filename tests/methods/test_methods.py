@@ -23,8 +23,9 @@ from gradsift.errors import ConfigError, ModelError, NumericsError
 from gradsift.methods.registry import METHODS
 from gradsift.models.adapters import load_adapter
 from gradsift.models.loading import load_base
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
 from gradsift.selection.explanation import explain
+from gradsift.selection.run_result import RunResult
 from gradsift.types import MethodName
 
 Rows = list[dict[str, Any]]

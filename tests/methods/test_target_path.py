@@ -19,7 +19,8 @@ from gradsift.config import Config
 from gradsift.data.encoded import EncodedSet
 from gradsift.demo.skills import make_examples
 from gradsift.methods.target_path import normalised_drop
-from gradsift.pipeline import RunResult, run
+from gradsift.pipeline import run
+from gradsift.selection.run_result import RunResult
 
 Rows = list[dict[str, Any]]
 TRAINING = {"rank": 2, "steps": 30, "learning_rate": 1e-2, "batch_size": 2}

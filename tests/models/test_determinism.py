@@ -23,7 +23,7 @@ from gradsift.models.batches import Batch
 from gradsift.models.cache import ModelCache
 from gradsift.models.losses import label_logits
 from gradsift.pipeline import encode, run
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.selection.stages import RunStages
 
 Rows = list[dict[str, Any]]
@@ -75,7 +75,7 @@ def test_they_are_on_before_a_method_takes_a_device(
     """An encoder of `embed`, say, which is no model of the cache."""
     pool, target = write("pool.jsonl", pool_rows), write("t.jsonl", target_rows)
     config = configure(base, pool, {"t": target}, engine={"deterministic": wanted})
-    with open_run(tmp_path / "run") as folder:
+    with locked_run(tmp_path / "run") as folder:
         stages = RunStages.of(config)
         folder.prepare(stages)
         encode(stages, folder, strict=False)

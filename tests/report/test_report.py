@@ -222,6 +222,7 @@ def test_the_page_is_small_and_loads_nothing(folder: Path) -> None:
     assert "@import" not in outside
     assert "url(" not in outside
     assert "<script>hacked" not in page
+    assert "Permission is hereby granted" in page  # Plotly's license goes where its code goes
 
 
 def test_no_data_makes_the_page_larger_than_12_megabytes(job: Job) -> None:

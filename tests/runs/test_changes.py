@@ -18,7 +18,7 @@ from gradsift.config import Config
 from gradsift.errors import RunError
 from gradsift.runs.folder import Run
 from gradsift.runs.manifests import describe_change
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.runs.stage import Stage
 from gradsift.selection.stages import RunStages
 
@@ -120,7 +120,7 @@ def test_what_was_edited_is_named_and_no_hash_is_shown(
     config, here = copied(base, adapter, write, pool_rows)
     expected = said.format(here=here)
     stage_name, _, what = expected.partition(": ")
-    with open_run(here / "run") as folder, caplog.at_level(logging.INFO, "gradsift"):
+    with locked_run(here / "run") as folder, caplog.at_level(logging.INFO, "gradsift"):
         for stage in RunStages.of(config):
             done(folder, stage)
         edit(here / name)

@@ -12,7 +12,7 @@ from gradsift.models.checkpoints import read_checkpoints, write_checkpoints
 from gradsift.models.identity import identity
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
-from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.opening import locked_run, read_config
 from gradsift.runs.stage import Stage
 
 STAGE = Stage("warmup", {"lora": {"rank": 8}, "seed": 0}, ("warmup",))
@@ -27,13 +27,13 @@ def do(run: Run, stage: Stage) -> bool:
 
 
 def test_a_stage_runs_once(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run") as run:
+    with locked_run(tmp_path / "run") as run:
         assert [do(run, STAGE), do(run, STAGE)] == [True, False]
         assert run.facts([STAGE])["warmup"]["seconds"] >= 0
 
 
 def test_a_stage_that_broke_off_runs_again(tmp_path: Path) -> None:
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         with pytest.raises(KeyError), run.stage(STAGE) as todo:
             raise KeyError(todo)
         assert do(run, STAGE)
@@ -42,7 +42,7 @@ def test_a_stage_that_broke_off_runs_again(tmp_path: Path) -> None:
 
 def test_a_changed_stage_is_named_with_the_difference(tmp_path: Path) -> None:
     changed = Stage("warmup", {"lora": {"rank": 16}, "seed": 0}, ("warmup",))
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         do(run, STAGE)
         run.prepare([STAGE])
         with pytest.raises(RunError) as error:
@@ -62,7 +62,7 @@ def test_a_stage_that_broke_off_may_change_unless_it_keeps_parts(tmp_path: Path)
     for keeps_parts in (False, True):
         stage = Stage("s", {"seed": 0}, ("s",), keeps_parts=keeps_parts)
         changed = Stage("s", {"seed": 1}, ("s",), keeps_parts=keeps_parts)
-        with open_run(tmp_path / str(keeps_parts)) as run:
+        with locked_run(tmp_path / str(keeps_parts)) as run:
             with pytest.raises(KeyError), run.stage(stage) as todo:
                 raise KeyError(todo)
             if keeps_parts:
@@ -75,7 +75,7 @@ def test_a_stage_that_broke_off_may_change_unless_it_keeps_parts(tmp_path: Path)
 
 def test_the_first_difference_is_told_and_nothing_is_removed_on_refusal(tmp_path: Path) -> None:
     early, late = Stage("data", {"file": "a"}, ("data",), cheap=True), STAGE
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         do(run, early)
         do(run, late)
         changed = [Stage("data", {"file": "b"}, ("data",), cheap=True), Stage("warmup", {}, ())]
@@ -88,7 +88,7 @@ def test_a_removal_that_broke_off_is_no_whole_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = Stage("warmup", {"seed": 1}, ("warmup",))
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         do(run, STAGE)
         with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
             patch.setattr("shutil.rmtree", lambda _: (_ for _ in ()).throw(OSError("killed")))
@@ -102,7 +102,7 @@ def test_a_removal_that_broke_off_is_no_whole_stage(
 def test_a_cheap_stage_that_changed_is_done_again(tmp_path: Path) -> None:
     stage = Stage("scores", {"power": 0}, ("scores",), cheap=True)
     changed = Stage("scores", {"power": 1}, ("scores",), cheap=True)
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         do(run, stage)
         run.prepare([changed])
         assert do(run, changed)
@@ -112,7 +112,7 @@ def test_a_stage_that_goes_on_adds_up_the_seconds_of_its_parts(tmp_path: Path) -
     """Whoever is killed writes nothing: the times of its files tell how long it had worked."""
     stage = Stage("pool", {}, ("pool",), keeps_parts=True)
     whole = Stage("adapter", {}, ("adapter",))
-    with open_run(tmp_path) as run:
+    with locked_run(tmp_path) as run:
         began = 0.0
         for part, seconds in (("a.safetensors", 100), ("b.safetensors", 20)):
             for each in (stage, whole):
@@ -141,10 +141,10 @@ def test_a_stage_that_goes_on_adds_up_the_seconds_of_its_parts(tmp_path: Path) -
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from gradsift.runs.opening import open_run\n"
-        f"with open_run(Path({str(tmp_path)!r})): pass"
+        "from pathlib import Path; from gradsift.runs.opening import locked_run\n"
+        f"with locked_run(Path({str(tmp_path)!r})): pass"
     )
-    with open_run(tmp_path):
+    with locked_run(tmp_path):
         found = subprocess.run(
             [sys.executable, "-c", code], check=False, capture_output=True, text=True
         )
@@ -156,10 +156,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with (
         pytest.raises(RunError, match="is not empty and is not a gradsift run"),
-        open_run(tmp_path),
+        locked_run(tmp_path),
     ):
         pass
-    with pytest.raises(RunError, match="is a file"), open_run(tmp_path / "thesis.tex"):
+    with pytest.raises(RunError, match="is a file"), locked_run(tmp_path / "thesis.tex"):
         pass
     with pytest.raises(RunError, match="is not a gradsift run: it has no config"):
         read_config(tmp_path)

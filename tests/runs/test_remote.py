@@ -19,7 +19,7 @@ from conftest import Write, configure
 from gradsift.errors import BusyError, RunError
 from gradsift.pipeline import run
 from gradsift.runs import remote
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import locked_run
 from gradsift.runs.remote import RemoteFolder
 
 pytest.importorskip("moto", reason="moto, which plays the S3 server, is not installed")
@@ -127,8 +127,8 @@ def test_a_second_machine_is_refused_until_the_first_is_dead(
 ) -> None:
     url = f"{bucket}/run"
     code = (
-        "import sys, time; from gradsift.runs.opening import open_run\n"
-        f"with open_run({url!r}): print('in', flush=True); time.sleep(600)"
+        "import sys, time; from gradsift.runs.opening import locked_run\n"
+        f"with locked_run({url!r}): print('in', flush=True); time.sleep(600)"
     )
     environment = os.environ | {"GRADSIFT_CACHE": str(tmp_path / "another")}
     other = subprocess.Popen(
@@ -137,14 +137,14 @@ def test_a_second_machine_is_refused_until_the_first_is_dead(
     assert other.stdout is not None
     assert other.stdout.readline() == "in\n"
     told = rf"{url} is in use by process {other.pid} on .*last sign"
-    with pytest.raises(BusyError, match=told), open_run(url):
+    with pytest.raises(BusyError, match=told), locked_run(url):
         pass
     other.kill()
     other.communicate()
-    with pytest.raises(BusyError, match="is in use by process"), open_run(url):
+    with pytest.raises(BusyError, match="is in use by process"), locked_run(url):
         pass  # nobody can know yet that it is dead
     monkeypatch.setattr(remote, "LEASE_SECONDS", 0.0)
-    with open_run(url) as folder:
+    with locked_run(url) as folder:
         monkeypatch.setattr(remote, "LEASE_SECONDS", 60.0)
         lock = json.loads(stored(url)[".lock.json"])
         assert lock["process"] == os.getpid()
@@ -158,12 +158,12 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
 ) -> None:
     url = f"{bucket}/run"
     code = (
-        "import os; from gradsift.runs.opening import open_run\n"
-        f"with open_run({url!r}): os._exit(1)"
+        "import os; from gradsift.runs.opening import locked_run\n"
+        f"with locked_run({url!r}): os._exit(1)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
     assert ".lock.json" in stored(url)
-    with caplog.at_level("INFO", "gradsift"), open_run(url):
+    with caplog.at_level("INFO", "gradsift"), locked_run(url):
         pass
     assert "going on in its place" in caplog.text
 
@@ -171,7 +171,7 @@ def test_a_process_of_this_machine_that_died_is_replaced_at_once(
 def test_the_owner_gives_signs_of_life(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.05)
     url = f"{bucket}/run"
-    with open_run(url):
+    with locked_run(url):
         first = json.loads(stored(url)[".lock.json"])
         time.sleep(0.5)
         later = json.loads(stored(url)[".lock.json"])
@@ -185,7 +185,7 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
     monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.05)
     ends: list[int] = []
     monkeypatch.setattr(remote.os, "_exit", ends.append)
-    with caplog.at_level("WARNING", "gradsift"), open_run(f"{bucket}/run"):
+    with caplog.at_level("WARNING", "gradsift"), locked_run(f"{bucket}/run"):
         first = json.loads(stored(f"{bucket}/run")[".lock.json"])
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -208,11 +208,11 @@ def test_signs_of_life_go_on_after_an_error_and_end_when_it_lasts(
 def test_a_store_that_does_not_answer_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(RunError, match=r"cannot reach the run folder .*nosuch"),
-        open_run("nosuch://x"),
+        locked_run("nosuch://x"),
     ):
         pass
     told = r"cannot use the run folder s3://no-such-bucket/run: .*bucket"
-    with pytest.raises(RunError, match=told), open_run("s3://no-such-bucket/run"):
+    with pytest.raises(RunError, match=told), locked_run("s3://no-such-bucket/run"):
         pass
     with pytest.raises(RunError, match="s3://no-such-bucket/run is not a gradsift run"):
         gradsift.explain("s3://no-such-bucket/run", "x")
@@ -220,7 +220,7 @@ def test_a_store_that_does_not_answer_is_told(bucket: str, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
     told = r"cannot use the run folder s3://.*Could not connect"
-    with pytest.raises(RunError, match=told), open_run(f"{bucket}/run"):
+    with pytest.raises(RunError, match=told), locked_run(f"{bucket}/run"):
         pass
     fsspec.filesystem("s3").clear_instance_cache()
 
@@ -236,7 +236,7 @@ def test_a_folder_of_the_store_that_is_no_run_is_refused(bucket: str) -> None:
         gradsift.explain(f"{bucket}/thesis", "x")
     with (
         pytest.raises(RunError, match="thesis is not empty and is not a gradsift run"),
-        open_run(f"{bucket}/thesis"),
+        locked_run(f"{bucket}/thesis"),
     ):
         pass
     assert stored(f"{bucket}/thesis") == {"chapter.tex": b"x"}

@@ -10,9 +10,10 @@ import pytest
 
 import gradsift
 from conftest import Write, configure
-from gradsift.config import NAMES_OF_FILES, Config, PolicyConfig
+from gradsift.config import Config
 from gradsift.errors import ConfigError, RunError
 from gradsift.pipeline import run
+from gradsift.policy_config import NAMES_OF_FILES, PolicyConfig
 from gradsift.runs import layout
 from gradsift.sections import read_yaml
 from gradsift.selection.picks import list_selections, overlap

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsift.config import PolicyConfig
@@ -50,6 +50,7 @@ def test_the_top_with_ties_broken_by_pool_order() -> None:
     assert run([0.5, 0.9, 0.5, 0.1, 0.9], budget="3").rows == [1, 4, 0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, max_size=30), st.data())
 def test_a_smaller_budget_is_a_prefix_of_a_larger(scores: list[float], data: Any) -> None:
     large = data.draw(st.integers(2, len(scores)))

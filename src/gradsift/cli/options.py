@@ -34,6 +34,14 @@ class Warmup(StrEnum):
     none = "none"
 
 
+class WeightKind(StrEnum):
+    """What the weights of picks go by."""
+
+    none = "none"
+    rank = "rank"
+    softmax = "softmax"
+
+
 def _methods() -> list[str]:
     return [*get_args(MethodName)]
 
@@ -77,6 +85,10 @@ IndexFolder = Annotated[
 Budget = Annotated[str | None, typer.Option(help="5%, 2000 or 3Mtok (default: 5%)")]
 Name = Annotated[
     str | None, typer.Option(help="keep these picks beside others (else the unnamed are replaced)")
+]
+Weights = Annotated[
+    WeightKind | None,
+    typer.Option(help="a weight for each pick: by rank, or softmax of the scores (default: none)"),
 ]
 Method = Annotated[
     str | None,
@@ -172,12 +184,14 @@ def parse_targets(targets: list[str]) -> dict[str, list[str]]:
     Raises:
         ConfigError: If a file without a name of its own would join others: is that meant?
     """
+    from gradsift.config import target_name
+
     files: dict[str, list[str]] = {}
     unnamed: set[str] = set()
     for text in targets:
         name, equals, path = text.partition("=")
         if not equals:
-            name, path = Path(text).name.split(".")[0], text
+            name, path = target_name(text), text
             unnamed.add(name)
         files.setdefault(name, []).append(path)
     for name in unnamed:

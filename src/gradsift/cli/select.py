@@ -24,6 +24,7 @@ from gradsift.cli.options import (
     Strict,
     Target,
     WarmupMode,
+    Weights,
     Workers,
     engine_settings,
     resolve_config,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from gradsift.pipeline import RunResult
+    from gradsift.selection.run_result import RunResult
     from gradsift.selection.source_shares import SourceShare
 
 _SOURCES_SHOWN = 8
@@ -52,6 +53,7 @@ def select(
     index: IndexFolder = None,
     budget: Budget = None,
     name: Name = None,
+    weights: Weights = None,
     method: Method = None,
     adapter: Adapter = None,
     warmup: WarmupMode = None,
@@ -68,7 +70,7 @@ def select(
     """Score a pool against target examples and pick the best within a budget."""
     flags = settings_of_flags(model, pool, target, budget, adapter, warmup, memory, seed)
     flags |= {"method": method}
-    flags["policy"] |= {"name": name}
+    flags["policy"] |= {"name": name, "weights": weights and weights.value}
     flags["index"] |= {"path": index}
     flags["engine"] |= engine_settings(engine, ray_address) | {"workers": workers}
     base: dict[str, Any] = {}
@@ -106,7 +108,8 @@ def _is_taken_over(key: str, words: str, taken_over: set[str]) -> bool:
     """Return whether the file decided what these words of a policy say; some say two settings."""
     similarity = "similarity" in taken_over and "Jaccard" in words
     turns = key == "strategy" and "per" in taken_over and "in turn" in words
-    return key in taken_over or similarity or turns
+    softmax = key == "weights" and "temperature" in taken_over and "temperature" in words
+    return key in taken_over or similarity or turns or softmax
 
 
 def _document(

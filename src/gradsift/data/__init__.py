@@ -10,6 +10,7 @@ PUBLIC = {
     "duplicates": ("DedupColumns", "DuplicateFinder", "Refusal", "dedup_columns"),
     "encoded": ("EncodedSet",),
     "encoding": ("Encoded", "Encoder"),
+    "given": ("Data", "keep_given", "keep_targets"),
     "groups": ("GroupEncoder",),
     "sets": ("check_first_rows", "count_rows", "data_sets", "encode_sets", "encoding_stages"),
 }

@@ -64,7 +64,7 @@ def read_json(name: str) -> Iterator[Row]:
         try:
             raw = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except ValueError:
-            raw = _as_json(value)
+            raw = as_json(value)
             yield Row(name, number, raw, unreadable=_NO_VALUE)
         else:
             yield Row(name, number, raw.encode("utf-8", "surrogatepass"))
@@ -86,7 +86,7 @@ def read_parquet(name: str) -> Iterator[Row]:
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(name, number, _as_json(value))
+                    yield Row(name, number, as_json(value))
     except (pa.ArrowException, OverflowError) as error:  # dates beyond Python's
         raise DataError(f"cannot read {name!r} after row {number}: {error}") from error
 
@@ -94,10 +94,10 @@ def read_parquet(name: str) -> Iterator[Row]:
 def read_table(name: str, values: Iterable[dict[str, Any]]) -> Iterator[Row]:
     """Yield the rows of a data set that is read by somebody else."""
     for number, value in enumerate(values, start=1):
-        yield Row(name, number, _as_json(value))
+        yield Row(name, number, as_json(value))
 
 
-def _as_json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
     """Return a value of a table as JSON; what JSON has no form for is null or text."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)

@@ -56,7 +56,12 @@ class LdsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """A whole evaluation, as it stands in `evaluation/config.yaml`."""
+    """A whole evaluation, as it stands in `evaluation/config.yaml`.
+
+    Examples:
+        >>> EvaluationConfig.build({"tests": {"gsm8k": "gsm8k_test.jsonl"}, "seeds": 2}).seeds
+        2
+    """
 
     tests: dict[str, Sources] = setting(..., "held-out examples by target (--test)", min_length=1)
     methods: tuple[str, ...] = setting(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradsift.data.encoded import EncodedSet
+from gradsift.data.given import Data, keep_targets
 from gradsift.data.groups import GroupEncoder
 from gradsift.data.sets import encode_sets, encoding_stages
 from gradsift.errors import translate_os_errors
@@ -33,7 +34,7 @@ from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.opening import open_run
+from gradsift.runs.opening import local_folder, locked_run
 from gradsift.sections import merge
 from gradsift.selection.stages import RunStages
 
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 def evaluate(
     run: str | Path,
     *,
-    tests: Mapping[str, str | Sequence[str]],
+    tests: Mapping[str, Data],
     engine: Mapping[str, Any] | None = None,
     clean: bool = False,
     **settings: Any,
@@ -57,16 +58,18 @@ def evaluate(
     of the run, such as `{"executor": "ray"}`. `clean`: remove what earlier evaluations left that
     this one does not use. Everything else is as in `EvaluationConfig`.
 
-    Example:
+    Examples:
         >>> found = gradsift.evaluate(                           # doctest: +SKIP
         ...     "runs/gsm8k", tests={"gsm8k": "gsm8k_test.jsonl"},
         ...     methods=["gist", "rds"], fine_tuning={"steps": 200})
-        >>> print(found.markdown())                              # doctest: +SKIP
+        >>> print(found.verdicts[0])                             # doctest: +SKIP
+        gsm8k, 5%: ...
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
     """
-    wanted = EvaluationConfig.build(merge({"tests": tests}, settings))
+    folder = local_folder(run, fetch=False) / layout.EVALUATION
+    wanted = EvaluationConfig.build(merge({"tests": keep_targets(tests, folder)}, settings))
     return run_evaluation(run, wanted, engine, clean)
 
 
@@ -87,7 +90,7 @@ def run_evaluation(
     config = check_evaluation(run, settings, engine)
     own = RunStages.of(config)
     contenders = find_contenders(own, settings)
-    with open_run(run) as folder:
+    with locked_run(run) as folder:
         folder.prepare(own.inputs.data_stages.values())
         for contender in contenders:  # whatever cannot be done is said before anything is
             for stages in contender.stages:

@@ -239,6 +239,7 @@ class FineTuner:
             train(
                 model, examples, self._settings,
                 steps=tuning.steps, seed=tuning.seed, label="fine-tuning", progress=False,
+                trackers=self._job.trackers(f"{tuning.label} {self._path(tuning).stem}"),
             )  # fmt: skip
             yield model.eval()
 

@@ -30,7 +30,19 @@ UNCORRECTED = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; the files lie in `path`."""
+    """What an evaluation found; the files lie in `path`.
+
+    `rows`: one for each target, budget and method, losses in nats; `verdicts`: in words.
+
+    Examples:
+        >>> found = gradsift.evaluate(                           # doctest: +SKIP
+        ...     "runs/gsm8k", tests={"gsm8k": "gsm8k_test.jsonl"},
+        ...     methods=["gist", "rds"], fine_tuning={"steps": 200})
+        >>> found.table().column_names[:3]                       # doctest: +SKIP
+        ['target', 'budget', 'method']
+        >>> print(found.markdown())                              # doctest: +SKIP
+        - gsm8k, 5%: ...
+    """
 
     path: Path
     rows: Sequence[Row]

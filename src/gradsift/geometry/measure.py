@@ -24,7 +24,7 @@ from gradsift.report.exhibits import write_exhibits
 from gradsift.report.write import refresh_report
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.opening import locked_run, read_config
 from gradsift.runs.stage import Stage
 from gradsift.selection.stages import RunStages
 
@@ -53,10 +53,10 @@ def measure_geometry(
     that section that differ from the run's. Figures and numbers go into `geometry/` and the report.
     Run it again to go on after a crash.
 
-    Example:
-        >>> found = gradsift.measure_geometry("runs/gsm8k")              # doctest: +SKIP
-        >>> found["gsm8k"]["coupling"]["off_diagonal"]           # doctest: +SKIP
-        {'value': 0.98, 'standard_error': 0.01}
+    Examples:
+        >>> found = gradsift.measure_geometry("runs/gsm8k", examples=8)      # doctest: +SKIP
+        >>> [*found["gsm8k"]]                                                # doctest: +SKIP
+        [...]
 
     Raises:
         GradsiftError: If something has to be mended first; the message says what and how.
@@ -77,7 +77,7 @@ def measure_geometry(
 
     stages = RunStages.of(config)
     inputs, warmup = stages.inputs, stages.inputs.warmup_stage
-    with open_run(run) as folder:
+    with locked_run(run) as folder:
         folder.prepare([*inputs.data_stages.values(), warmup])
         if not folder.facts([warmup]):
             raise RunError(f"{run} holds no adapter; run `gradsift select --method gist` with it")

@@ -29,6 +29,7 @@ from gradsift.types import Checkpoint
 
 if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
+    from gradsift.models.tracking import Trackers
 
 T = TypeVar("T")
 
@@ -179,9 +180,17 @@ class Job:
                 directory, lora = self.path(stage.name), self.config.lora
                 trains = warmup.mode == "train" and warmup.adapter is None
                 do = self.train if trains else self.call
-                work = partial(warm_up, warmup, lora, self.models, self.pool, directory)
+                given = (warmup, lora, self.models, self.pool, directory)
+                work = partial(warm_up, *given, self.trackers(stage.name))
                 do(work, directory)
         return self.checkpoints(stage.name)
+
+    def trackers(self, training: str) -> Trackers:
+        """Return where a training is logged besides, given a name for it."""
+        from gradsift.models.tracking import Trackers, as_folder_name
+
+        place = self.folder.path / layout.TRACKED / as_folder_name(training)
+        return Trackers(self.config.engine.report_to, place)
 
     def pool_pass(self, name: str, part: str = "") -> PoolPass:
         """Return the pass over the pool that the stage of this name keeps; see `PoolPass`."""

@@ -36,6 +36,7 @@ from gradsift.scores.ranking import Ranking
 
 if TYPE_CHECKING:
     from gradsift.models.cache import ModelCache
+    from gradsift.models.tracking import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def normalised_drop(
 
 
 def train_on_target(
-    config: Config, models: ModelCache, target: EncodedSet, directory: Path
+    config: Config, models: ModelCache, target: EncodedSet, directory: Path, trackers: Trackers
 ) -> None:
     """Store in `directory` an adapter trained on a target's own examples, and the log.
 
@@ -121,7 +122,10 @@ def train_on_target(
     own = config.target_path
     examples = target.examples(np.arange(len(target)))
     with models.with_fresh_adapter(_lora(config), own.seed) as model:
-        log = train(model, examples, _training(config), steps=own.steps, seed=own.seed)
+        log = train(
+            model, examples, _training(config),
+            steps=own.steps, seed=own.seed, trackers=trackers,
+        )  # fmt: skip
         if not is_first():
             return
         save_adapter(model, directory)
@@ -135,7 +139,8 @@ def _measure_path(job: Job, target: str) -> None:
     with job.folder.stage(warmup) as todo:
         if todo:
             examples = job.targets[target]
-            job.train(partial(train_on_target, job.config, job.models, examples, adapter), adapter)
+            given = (job.config, job.models, examples, adapter, job.trackers(warmup.name))
+            job.train(partial(train_on_target, *given), adapter)
             _say_how_far(job, target, adapter)
     after = partial(make_loss_measure, job.models, adapter)
     job.pool_pass(losses.name).run(losses, {"": lambda: after})

@@ -39,6 +39,7 @@ PUBLIC = {
     "losses": ("label_logits", "token_losses"),
     "micro_batches": ("first_tokens",),
     "parameters": ("adapter_parameters", "multiplied_parameters"),
+    "tracking": ("Trackers", "as_folder_name"),
     "training": ("steps_per_epoch", "train"),
     "warmup": ("warm_up",),
 }

@@ -22,6 +22,7 @@ from gradsift.models.batches import device_of, group_examples, lengths_of, make_
 from gradsift.models.devices import PlacedArguments, kept_in_place
 from gradsift.models.losses import label_logits, token_losses
 from gradsift.models.micro_batches import MicroBatches
+from gradsift.models.tracking import NOWHERE, Trackers
 from gradsift.progress import track
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,14 @@ def train(  # noqa: PLR0913
     on_epoch: Callable[[int, float, torch.optim.Optimizer], None] = lambda *_: None,
     label: str = "warm-up",
     progress: bool = True,
+    trackers: Trackers = NOWHERE,
 ) -> list[dict[str, int | float]]:
     """Train what requires a gradient with AdamW, linear warm-up and cosine decay; return the log.
 
     For `steps` optimizer steps; the examples are shuffled anew whenever all have been seen.
     `on_epoch` gets the number of each finished epoch, its mean learning rate and the optimizer.
     Of processes that train together each takes its share of every optimizer step's examples, and
-    calls `on_epoch` for itself.
+    calls `on_epoch` for itself. `trackers`: where losses and rates are logged besides.
 
     Raises:
         ModelError: If one example does not fit in memory, or the model has been moved to another
@@ -76,7 +78,7 @@ def train(  # noqa: PLR0913
         watcher = _Watcher(on_epoch, advance, label)
         trainer = _Trainer(
             model=model,  # type: ignore[arg-type]
-            args=_arguments(settings, model, steps, seed, scratch),
+            args=_arguments(settings, model, steps, seed, trackers.arguments(scratch)),
             train_dataset=list(examples),  # type: ignore[arg-type]
             data_collator=lambda batch: {"examples": batch},
             callbacks=[watcher],
@@ -89,6 +91,7 @@ def train(  # noqa: PLR0913
         with MicroBatches(model, *fitting, trainer.accelerator.num_processes) as fits:
             trainer.micro_batches = fits
             trainer.train()
+        trackers.finish()
         # mixed precision is wrapped around the forward pass; measuring is to be without
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.args.fp16:
@@ -114,13 +117,12 @@ def _check_skipped(optimizer: torch.optim.Optimizer, steps: int, label: str) -> 
 
 
 def _arguments(
-    settings: TrainingSettings, model: nn.Module, steps: int, seed: int, scratch: str
+    settings: TrainingSettings, model: nn.Module, steps: int, seed: int, tracked: dict[str, Any]
 ) -> PlacedArguments:
     device = device_of(model)
     dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
     return PlacedArguments(
         device,
-        output_dir=scratch,
         per_device_train_batch_size=settings.batch_size,
         max_steps=steps,
         learning_rate=settings.learning_rate,
@@ -138,7 +140,7 @@ def _arguments(
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # every block has its part in every loss
         disable_tqdm=True,
-        report_to="none",
+        **tracked,
     )
 
 

@@ -19,6 +19,7 @@ from gradsift.executors.processes import is_first
 from gradsift.models.adapters import save_adapter
 from gradsift.models.cache import ModelCache
 from gradsift.models.checkpoints import write_checkpoints
+from gradsift.models.tracking import NOWHERE, Trackers
 from gradsift.models.training import optimizer_state, steps_per_epoch, train
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
@@ -29,7 +30,12 @@ _HARDLY_MOVES = 5e-4  # of a weight; the paper's warm-up could move one by 2e-3
 
 
 def warm_up(
-    warmup: WarmupConfig, lora: LoraConfig, models: ModelCache, pool: EncodedSet, directory: Path
+    warmup: WarmupConfig,
+    lora: LoraConfig,
+    models: ModelCache,
+    pool: EncodedSet,
+    directory: Path,
+    trackers: Trackers = NOWHERE,
 ) -> None:
     """Store in `directory` the adapters at which gradients are measured, and `checkpoints.json`.
 
@@ -51,10 +57,16 @@ def warm_up(
         write_checkpoints(directory, {layout.GIVEN_ADAPTER: 1.0})
         return
     with models.with_fresh_adapter(lora, warmup.seed) as model:
-        _train(warmup, model, pool, directory)
+        _train(warmup, model, pool, directory, trackers)
 
 
-def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: Path) -> None:
+def _train(
+    warmup: WarmupConfig,
+    model: PeftModel,
+    pool: EncodedSet,
+    directory: Path,
+    trackers: Trackers,
+) -> None:
     """Train this fresh adapter and store it after the last epochs; or store just the fresh one."""
     if warmup.mode == "none":
         save_adapter(model, directory / layout.FRESH_ADAPTER)
@@ -87,7 +99,9 @@ def _train(warmup: WarmupConfig, model: PeftModel, pool: EncodedSet, directory: 
             furthest,
         )
     examples = pool.examples(rows)
-    log = train(model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep)
+    log = train(
+        model, examples, warmup, steps=steps, seed=warmup.seed, on_epoch=keep, trackers=trackers
+    )
     if not is_first():
         return
     write_atomically(directory / layout.TRAINING_LOG, json.dumps(log, indent=1).encode())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ _LONGEST_NAME = 80  # characters of an id or a source
 _SCRIPTS = ("figures.js", "examples.js", "page.js")
 
 
-def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
-    """Return the report as one HTML file that loads nothing from anywhere."""
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -41,13 +42,22 @@ def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
         "times": wording.times,
     }
     environment.globals["wording"] = wording
-    return environment.get_template("page.html").render(
-        overview=overview,
-        pages=pages,
-        drawn={page.key: _figures(page) for page in pages},
-        examples={page.key: _examples(page) for page in pages},
-        version=version("gradsift"),
-        **_assets(),
+    return environment
+
+
+def render(overview: Overview, pages: Sequence[TargetPage]) -> str:
+    """Return the report as one HTML file that loads nothing from anywhere."""
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            overview=overview,
+            pages=pages,
+            drawn={page.key: _figures(page) for page in pages},
+            examples={page.key: _examples(page) for page in pages},
+            version=version("gradsift"),
+            **_assets(),
+        )
     )
 
 
@@ -98,7 +108,16 @@ def _assets() -> dict[str, Any]:
         "style": Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         "script": Markup("\n".join(scripts)),
         "plotly": Markup(plotly),
+        "plotly_license": Markup(_license("plotly")),
     }
+
+
+def _license(package: str) -> str:
+    """Return the license that an installed package brings along."""
+    files = distribution(package)
+    text = files.read_text("licenses/LICENSE.txt") or files.read_text("LICENSE.txt")
+    assert text, "who passes its code on passes its license on"
+    return text
 
 
 def _embedded(value: Any) -> Markup:

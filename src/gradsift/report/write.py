@@ -20,7 +20,7 @@ from gradsift.report.page import render
 from gradsift.report.target_page import target_page
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
-from gradsift.runs.opening import open_run, read_config
+from gradsift.runs.opening import locked_run, read_config
 from gradsift.runs.stage import Stage
 from gradsift.selection.picks import Selection, candidates, read_selections
 from gradsift.selection.score_table import read_scores, scores_of
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def write_report(run: str | Path) -> Path:
     """Write `report.html` anew from what a finished run holds, and return its path.
 
-    Example:
+    Examples:
         >>> gradsift.write_report("runs/gsm8k")                        # doctest: +SKIP
         PosixPath('runs/gsm8k/report.html')
 
@@ -43,7 +43,7 @@ def write_report(run: str | Path) -> Path:
     """
     config = read_config(run)
     stages = RunStages.of(config)
-    with open_run(run) as folder:
+    with locked_run(run) as folder:
         folder.prepare(stages)
         job = open_job(stages.inputs, folder)
         fault = folder.find_fault(stages)

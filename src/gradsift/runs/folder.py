@@ -49,7 +49,7 @@ class _Todo:
 
 
 class Run:
-    """An open run folder; use `open_run`.
+    """An open run folder; use `locked_run`.
 
     Where it lies on another file system, `path` is its copy here: what is finished is published,
     and what other machines have finished is fetched.

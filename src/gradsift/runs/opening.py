@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_run(location: str | Path) -> Iterator[Run]:
+def locked_run(location: str | Path) -> Iterator[Run]:
     """Open a run folder, making it if need be, and keep every other process out of it.
 
     `location`: a path, or a URL that fsspec knows (`s3://bucket/run`).
@@ -51,7 +51,8 @@ def _locked(path: Path, is_copy: bool = False) -> Iterator[Path]:
         str(path).encode()
         path.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in path.iterdir()}
-        if not is_copy and names - {layout.LOCK} and not names & {layout.OWNER, layout.MANIFESTS}:
+        others = names - {layout.LOCK, layout.GIVEN}
+        if not is_copy and others and not names & {layout.OWNER, layout.MANIFESTS}:
             raise RunError(
                 f"{path} is not empty and is not a gradsift run; use another --output-dir"
             )
@@ -94,8 +95,9 @@ def local_folder(location: str | Path, fetch: bool = True) -> Path:
     Raises:
         RunError: If it cannot be reached.
     """
-    if not str(location).strip():
-        raise RunError("expected the path or URL of a run folder, found nothing in its place")
+    if not isinstance(location, str | Path) or not str(location).strip():
+        found = repr(location) if location else "nothing in its place"
+        raise RunError(f"expected the path or URL of a run folder, found {found}")
     if not is_remote(location):
         return Path(str(location).removeprefix("file://"))
     remote = RemoteFolder(str(location))

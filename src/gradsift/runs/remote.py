@@ -67,10 +67,10 @@ class RemoteFolder:
         Raises:
             RunError: If fsspec knows no such file system.
         """
-        self.url = url.rstrip("/")
+        self.url: str = url.rstrip("/")
         name = hashlib.sha256(self.url.encode()).hexdigest()[:8]
         stem = re.sub(r"\W+", "-", self.url.partition("://")[2])
-        self.path = path or cache_folder() / f"{stem}-{name}"
+        self.path: Path = path or cache_folder() / f"{stem}-{name}"
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ValueError, ImportError) as error:

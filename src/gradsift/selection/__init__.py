@@ -20,11 +20,11 @@ PUBLIC = {
         "write_selection",
     ),
     "policies": ("Candidates", "check_policy", "describe_policy", "pick", "shorten_policy"),
+    "run_result": ("RunResult", "open_run"),
     "score_table": (
         "describe_rows",
         "read_scores",
         "read_scores_in",
-        "read_table",
         "scores_of",
         "write_scores",
     ),

@@ -42,6 +42,11 @@ class Explanation:
 
     `projected_share`, `loss` and `nearest` are there where the method knows them. `expected_error`:
     of the cosine of two gradients, where scores were read out of an index.
+
+    Examples:
+        >>> found = gradsift.explain("runs/gsm8k", "gsm8k_cot-17")[0]        # doctest: +SKIP
+        >>> found.target, found.position <= found.num_pool                   # doctest: +SKIP
+        ('gsm8k', True)
     """
 
     target: str
@@ -93,8 +98,10 @@ class Explanation:
 def explain(run: str | Path, example_id: str) -> list[Explanation]:
     """Return one explanation per target for the pool example (or examples) of this id.
 
-    Example:
-        >>> print(gradsift.explain("runs/real", "gsm8k_cot-17")[0].text())    # doctest: +SKIP
+    Examples:
+        >>> print(gradsift.explain("runs/gsm8k", "gsm8k_cot-17")[0].text())  # doctest: +SKIP
+        gsm8k_cot-17 (row ..., source gsm8k_cot, ... tokens...)
+        for gsm8k, by gist: ...
 
     Raises:
         RunError: If the folder holds no finished run.

@@ -1,7 +1,8 @@
 """The picks in one schema, whatever schemas the pool has: what every trainer reads.
 
-A line is `{"id": …, "source": …, "score": …, "messages": [{"role": …, "content": …}, …]}`; where
-some pick has tools, every line has `tools`, a list written as JSON.
+A line is `{"id": …, "source": …, "score": …, "messages": [{"role": …, "content": …}, …]}`, with
+`weight` after `score` where picks have weights; where some pick has tools, every line has `tools`,
+a list written as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gradsift.data.conversations import Message
 from gradsift.data.encoded import EncodedSet
 
 _ROWS_AT_ONCE = 8192
+_KEPT = ("id", "source", "score", "weight")
 _OTHER_KEYS = (  # of a turn, beside role and content: what chat templates know
     "name", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning",
     "thinking",
@@ -26,7 +28,9 @@ _OTHER_KEYS = (  # of a turn, beside role and content: what chat templates know
 def write_messages(
     pool: EncodedSet, columns: Mapping[str, str], picks: pa.Table, path: Path
 ) -> None:
-    """Write the picks (`row`, `id`, `source`, `score`) as conversations, a line each, in order.
+    """Write the picks (`row`, `id`, `source`, `score`, `weight` if there) as conversations.
+
+    A line each, in order.
 
     `columns` maps fields to the pool's own columns. `datasets` infers its types from the first
     10 MB of a file, and cannot read a turn whose keys come up later, unless turns already differ
@@ -52,7 +56,8 @@ def _lines(
 ) -> Iterator[dict[str, Any]]:
     for start in range(0, len(picks), _ROWS_AT_ONCE):
         part = picks.slice(start, _ROWS_AT_ONCE)
-        rows, facts = part["row"].to_numpy(), part.select(["id", "source", "score"]).to_pylist()
+        kept = [name for name in _KEPT if name in picks.column_names]
+        rows, facts = part["row"].to_numpy(), part.select(kept).to_pylist()
         found = pool.conversations_with_tools(rows, columns)
         for fact, (messages, tools) in zip(facts, found, strict=True):
             line = fact | {"messages": [_turn(message) for message in messages]}

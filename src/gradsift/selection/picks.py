@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from gradsift.config import PolicyConfig
 from gradsift.data.duplicates import dedup_columns
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import RunError, translate_os_errors
 from gradsift.methods.job import Job
+from gradsift.policy_config import PolicyConfig, WeightKind
 from gradsift.runs import layout
 from gradsift.runs.atomic import write_atomically
 from gradsift.runs.folder import Run
 from gradsift.runs.opening import local_folder, read_config
 from gradsift.scores.ranking import Scores
+from gradsift.selection.card import card, describe_card
 from gradsift.selection.messages import write_messages
-from gradsift.selection.policies import Candidates, Picks, pick
+from gradsift.selection.notebook import as_html, in_words
+from gradsift.selection.policies import Candidates, Picks, pick, shorten_policy
 from gradsift.selection.score_table import projected_shares, read_scores
+from gradsift.selection.weights import pick_weights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-FILES_VERSION = 2  # of the files of a selection
+FILES_VERSION = 3  # of the files of a selection
 _REASONS = layout.reasons("").removeprefix(layout.selection(""))  # how the names of these files end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """The picks for one target, and what they were picked by.
 
-    `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`,
-    `projected_share`, `best` (id of the target example that won), `task` (of that example); the
-    last three are null where the method knows no such thing.
+    `picks` has a row per pick: `rank`, `row`, `id`, `source`, `num_tokens`, `score`, `weight` (if
+    its policy gives any), `projected_share`, `best` (id of the target example that won), `task` (of
+    that example); the last three are null where the method knows no such thing.
     `refused` has a row per example that was passed over: `row`, `id`, `source`, `reason`, `like`.
-    `path` has the picks byte for byte; beside it they lie as messages, for any trainer.
+    `path` has the picks byte for byte; `messages_path` has them as messages, for any trainer.
+
+    Examples:
+        >>> own = gradsift.open_run("runs/gsm8k").selections["gsm8k"]        # doctest: +SKIP
+        >>> own.dataset(weights="rank").column_names                         # doctest: +SKIP
+        ['id', 'source', 'score', 'messages', 'weight']
     """
 
     target: str
     path: Path
     method: str
     policy: PolicyConfig
-    picks: pa.Table = field(repr=False)
-    refused: pa.Table = field(repr=False)
+    picks: pa.Table
+    refused: pa.Table
     shortfall: str | None = None
+    card: Mapping[str, str] = field(default_factory=dict)
+    """What the picks were made from and by, by what it is; see `describe_card`."""
 
     @property
     def key(self) -> str:
@@ -67,6 +82,65 @@ class Selection:
     def num_tokens(self) -> int:
         """How many tokens the picks have."""
         return sum(self.picks["num_tokens"].to_pylist())
+
+    @property
+    def messages_path(self) -> Path:
+        """The file with the picks in one schema."""
+        return self.path.parent.parent / layout.messages(self.key)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the picks as they came, best first: the fields of the pool's own rows."""
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+
+    def weights(
+        self, kind: WeightKind | None = None, temperature: float | None = None
+    ) -> Float[np.ndarray, " pick"]:
+        """Return a weight per pick, of mean 1; by default those of its policy.
+
+        `kind`: `rank`, `softmax` or `none`; `temperature` as `policy.temperature`.
+
+        Raises:
+            ConfigError: If one of them is not allowed.
+        """
+        given = {"weights": kind, "temperature": temperature}
+        policy = PolicyConfig.build(
+            self.policy.model_dump() | {k: v for k, v in given.items() if v is not None}
+        )
+        scores = self.picks["score"].to_numpy()
+        return pick_weights(scores, policy.weights, policy.temperature)
+
+    def dataset(
+        self, weights: WeightKind | None = None, temperature: float | None = None
+    ) -> Dataset:
+        """Return the picks as a `datasets.Dataset`: `messages`, beside `id`, `source`, `score`.
+
+        And `weight`, see `weights`; `tools` where some pick has any. Its `info.description` says
+        what they were picked by.
+
+        Raises:
+            ConfigError: If `weights` or `temperature` is not allowed.
+        """
+        import datasets
+
+        own = self.weights(weights, temperature).tolist()
+        with self.messages_path.open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        rows = [line | {"weight": weight} for line, weight in zip(lines, own, strict=True)]
+        found = datasets.Dataset.from_list(rows)
+        found.info.description = describe_card(self.card)
+        return found
+
+    def __repr__(self) -> str:
+        return in_words(self._title, self.picks, self.path)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title, self.picks, self.messages_path)
+
+    @property
+    def _title(self) -> str:
+        count, tokens = len(self.picks), self.num_tokens
+        by = f"by {self.method}: {shorten_policy(self.policy)}"
+        return f"{count:,} picks for {self.target}, {tokens:,} tokens, {by}"
 
 
 def candidates(pool: EncodedSet, columns: Mapping[str, str]) -> Candidates:
@@ -89,12 +163,17 @@ def write_selection(job: Job, name: str, scores: Scores) -> None:
     winners = scores.winners(policy, rows, own)
     reasons = _describe(job.pool, rows)
     reasons = reasons.add_column(0, "rank", pa.array(np.arange(1, len(rows) + 1)))
-    reasons = reasons.append_column("score", pa.array(rankings[rows, own]))
+    picked = rankings[rows, own]
+    reasons = reasons.append_column("score", pa.array(picked))
+    if policy.weights != "none":
+        weights = pick_weights(picked, policy.weights, policy.temperature)
+        reasons = reasons.append_column("weight", pa.array(weights))
     shares = projected_shares(job.folder.path, job.config.method, name, rows)
     reasons = reasons.append_column("projected_share", shares)
     reasons = _append_winners(reasons, target, winners)
     made_by = {"target": name, "method": job.config.method, "policy": policy.model_dump_json()}
-    reasons = reasons.replace_schema_metadata(made_by | {"shortfall": picks.shortfall or ""})
+    made_by |= {"shortfall": picks.shortfall or "", "card": json.dumps(card(job, name))}
+    reasons = reasons.replace_schema_metadata(made_by)
     key = policy.selection_of(name)
     job.path(layout.SELECTED).mkdir(exist_ok=True)
     write_lines = partial(_write_lines, job.pool.take(rows, ["raw"]))
@@ -118,6 +197,7 @@ def read_selection(run: Path, key: str) -> Selection:
         picks=picks,
         refused=pq.read_table(run / layout.refusals(key)),
         shortfall=made_by["shortfall"] or None,
+        card=json.loads(made_by["card"]),
     )
 
 

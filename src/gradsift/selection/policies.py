@@ -68,7 +68,17 @@ def describe_policy(policy: PolicyConfig) -> dict[str, str]:
             "exact": "repeats of target examples are refused",
             "near": f"examples near those of the target are refused {near}",
         }[policy.decontaminate],
+        **_describe_weights(policy),
     }
+
+
+def _describe_weights(policy: PolicyConfig) -> dict[str, str]:
+    words = {
+        "none": "",
+        "rank": "weights falling by rank",
+        "softmax": f"weights by softmax of the scores (temperature {policy.temperature:g})",
+    }[policy.weights]
+    return {"weights": words} if words else {}
 
 
 def shorten_policy(policy: PolicyConfig) -> str:

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 import evidence_page
+import gradsift
 from gradsift.cli.app import app
 from gradsift.config import Config
 from gradsift.evaluation.config import EvaluationConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HOME = Path(__file__).parents[1]
-PAGES = sorted([*HOME.glob("*.md"), *HOME.glob("docs/*.md"), *HOME.glob("examples/*/*.md")])
+PAGES = sorted([*HOME.glob("*.md"), *HOME.glob("docs/*.md"), *HOME.glob("examples/**/*.md")])
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 _PATH = re.compile(r"`((?:tests|benchmarks|examples|docs)/[\w/.-]+)`")
@@ -86,6 +87,27 @@ def unknown(text: str) -> list[str]:
         if key not in fields and key not in ("md", "parquet", "py"):  # names of files
             found.append(setting)
     return found
+
+
+def test_every_page_has_its_place_on_the_site() -> None:
+    places = re.findall(r'= "([\w-]+\.md)"', (HOME / "zensical.toml").read_text("utf-8"))
+    assert sorted(places) == sorted(page.name for page in HOME.glob("docs/*.md"))
+
+
+def test_every_place_names_the_same_version() -> None:
+    places = {
+        "CITATION.cff": r"^version: (\S+)$", "README.md": r"version = +\{(\S+)\}",
+        "CHANGELOG.md": r"^## (\S+)", "zensical.toml": r'site_dir = "site/(\S+)"',
+    }  # fmt: skip
+    for file, pattern in places.items():
+        found = re.search(pattern, (HOME / file).read_text("utf-8"), re.MULTILINE)
+        assert found, file
+        assert found[1] == gradsift.__version__, file
+
+
+def test_command_line_page_is_made_from_the_code() -> None:
+    made = runpy.run_path(str(HOME / "docs/command_line.py"))
+    assert made["PAGE"].read_text("utf-8") == made["render"](), "run python docs/command_line.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

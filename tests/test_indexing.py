@@ -134,6 +134,7 @@ def test_what_cannot_be_asked_is_said(
         gradsift.index(tmp_path / "small", model=str(base), pool=str(files["pool"]), settings=small)
 
 
+@pytest.mark.slow
 def test_an_index_goes_on_and_can_be_made_in_the_folder_of_a_run(
     base: Path, folder: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def make(base: Path, files: dict[str, Path], folder: Path, **sections: Any) -> P
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_else_is_done_in_its_folder_leaves_an_index_what_it_is(
     base: Path, folder: Path, files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

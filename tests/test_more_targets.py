@@ -99,6 +99,7 @@ def test_a_target_more_is_measured_alone_and_one_less_is_kept(
     assert "selected/t: already done" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_target_whose_file_changed_is_done_again_and_named(
     whole: Config, targets: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_shard_lost_of_one_target_is_measured_for_that_one(
     assert [p for p in shards if p.stat().st_mtime_ns != before[p][1]] == lost
 
 
+@pytest.mark.slow
 def test_a_pass_for_two_targets_that_broke_off_goes_on(
     whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -454,6 +454,7 @@ def test_a_damaged_shard_is_found_by_its_hash_and_measured_again(
     assert again.equals(plain)
 
 
+@pytest.mark.slow
 def test_the_number_of_shards_changes_no_bit(
     base: Path, adapter: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:

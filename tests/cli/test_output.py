@@ -228,6 +228,7 @@ def test_what_is_wrong_is_said_plainly(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_id_or_test_is_told_before_torch_is_loaded(selected: Path) -> None:
     for given, message in (
         (["explain", selected, "nobody"], "has no example 'nobody'"),

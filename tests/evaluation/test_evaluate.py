@@ -199,6 +199,7 @@ def test_more_of_it_trains_only_what_is_new(
     assert (sizes["10%", "gist"], sizes["20", "gist"], sizes["20", "random"]) == (9, 20, 20)
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_the_targets_kind_lowers_its_loss(
     folder: Path, tests: dict[str, str]
 ) -> None:

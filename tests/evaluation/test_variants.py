@@ -61,6 +61,7 @@ def passes(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [name.rpartition("/")[2] for name in stages_done(caplog)]
 
 
+@pytest.mark.slow
 def test_a_variant_is_the_run_with_that_setting(
     folder: Path, tests: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_prediction_is_a_sum_of_similarities_with_a_held_out_example(
         np.testing.assert_allclose(seen["found"]["t", method], sums, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_clean_removes_what_is_not_used(folder: Path, tests: dict[str, str]) -> None:
     evaluate(folder, tests, methods=["gist", "gist:rank=2"], quantiles=3)
     cells, measured = (folder / "evaluation" / name for name in ("cells", "measured"))

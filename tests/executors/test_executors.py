@@ -442,6 +442,7 @@ def test_what_a_worker_finds_wrong_reaches_the_user(
     assert not manifest["complete"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_nothing_is_lost(
     long_config: Config, whole: Path, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_what_stops_one_of_its_methods_is_told_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_compares_fusions_and_shares_what_they_measure(
     config: Config, tmp_path: Path, write: Write
 ) -> None:

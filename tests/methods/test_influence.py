@@ -54,6 +54,7 @@ def stamps(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_the_seed_draws_the_sample_and_a_small_pool_is_all_of_it(
     config: Config, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_adapter_is_small_at_the_scale_of_the_run(config: Config, tmp_path: 
     assert np.mean([e["loss"] for e in log[-5:]]) < np.mean([e["loss"] for e in log[:5]])
 
 
+@pytest.mark.slow
 def test_a_training_that_moves_nothing_is_told(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_training_that_moves_nothing_is_told(
     assert caplog.text.count(told) == 2  # for both targets
 
 
+@pytest.mark.slow
 def test_it_is_trained_on_the_target_alone(
     config: Config, tmp_path: Path, write: Write, pool_rows: Rows
 ) -> None:
@@ -110,6 +112,7 @@ def test_it_is_trained_on_the_target_alone(
     assert one != other
 
 
+@pytest.mark.slow
 def test_how_the_pool_is_cut_changes_no_score(config: Config, tmp_path: Path) -> None:
     one = scores(run(config, tmp_path / "a"))
     engine = config.engine.model_copy(update={"window": 7, "shard_size": 7, "batch_tokens": 90})

@@ -101,6 +101,7 @@ def test_a_run_on_s3_is_the_run_on_disk(
         gradsift.explain(f"{bucket}/none", "x")
 
 
+@pytest.mark.slow
 def test_what_another_machine_removed_or_broke_is_not_kept(
     bucket: str, config: gradsift.Config, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,6 +139,9 @@ def test_results_show_themselves(
     assert repr(opened) == repr(result)
     assert opened.seconds.keys() == result.seconds.keys()
     assert opened.scores(["t/score"]).equals(result.scores(["t/score"]))
+    stage = next(iter(opened.seconds))
+    (tmp_path / "run/manifests" / f"{stage}.json").write_text("{")
+    assert gradsift.open_run(tmp_path / "run").seconds.keys() == opened.seconds.keys() - {stage}
 
 
 def test_picks_as_a_data_set(

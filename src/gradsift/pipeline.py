@@ -45,7 +45,7 @@ from gradsift.selection.picks import (
     write_selection,
 )
 from gradsift.selection.policies import check_policy
-from gradsift.selection.run_result import RunResult
+from gradsift.selection.run_result import RunResult, collect_result
 from gradsift.selection.score_table import write_scores
 from gradsift.selection.stages import RunStages
 from gradsift.types import Budget
@@ -337,14 +337,6 @@ def keep_first_config(folder: Run, config: Config) -> None:
 
 
 def _result(job: Job, stages: RunStages) -> RunResult:
-    path, facts = job.folder.path, job.folder.facts(stages)
-    policy = job.config.policy
-    return RunResult(
-        path=path,
-        method=job.config.method,
-        selections={name: read_selection(path, policy.selection_of(name)) for name in job.targets},
-        num_pool=len(job.pool),
-        num_rejected=(path / layout.REJECTED).read_bytes().count(b"\n"),
-        seconds={name: manifest["seconds"] for name, manifest in facts.items()},
-        peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
-    )
+    path, policy = job.folder.path, job.config.policy
+    found = {name: read_selection(path, policy.selection_of(name)) for name in job.targets}
+    return collect_result(path, job.config.method, found, job.folder.facts(stages))

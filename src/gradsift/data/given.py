@@ -6,14 +6,14 @@ A file is named by what it holds, so that another pool of the same run never tak
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 
-from gradsift.data.readers import as_json
+from gradsift.data.readers import as_json, stored_values
 from gradsift.errors import ConfigError, DataError, shorten
 from gradsift.policy_config import check_file_name
 from gradsift.runs import layout
@@ -21,7 +21,6 @@ from gradsift.runs.atomic import room_for
 
 Data = Any
 """Pool or target: one or more paths, a `datasets.Dataset`, a list of dicts, a table."""
-_ROWS_AT_ONCE = 1024
 _EXPECTED = "paths, a datasets.Dataset, a list of dicts, or a table of pandas or Arrow"
 
 
@@ -78,19 +77,16 @@ def _rows(given: Any, what: str) -> Iterator[Mapping[str, Any]]:
         splits = ", ".join(map(repr, given.keys()))
         raise DataError(f"{what}: expected one split of a data set, found all of {splits}")
     if hasattr(given, "with_format") and hasattr(given, "iter"):  # of `datasets`
-        return _of_tables(given.with_format("arrow").iter(_ROWS_AT_ONCE))
+        return stored_values(given)
     if hasattr(given, "reset_index"):  # of pandas, whose index is no column
         given = given.reset_index(drop=True)
     if hasattr(given, "__arrow_c_stream__"):
-        return _of_tables(pa.RecordBatchReader.from_stream(given))
+        batches = pa.RecordBatchReader.from_stream(given)
+        return (row for batch in batches for row in batch.to_pylist())
     if _is_list(given, Mapping):
         return iter(given)
     found = f"{type(given).__name__}: {shorten(repr(given), 100)}"
     raise DataError(f"{what}: expected {_EXPECTED}, found {found}")
-
-
-def _of_tables(tables: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    return (row for table in tables for row in table.to_pylist())
 
 
 def _is_list(given: Any, kind: Any) -> bool:

@@ -13,19 +13,19 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from fsspec.compression import available_compressions
 
 from gradsift.data.csv_records import SEPARATORS, read_csv
-from gradsift.data.readers import read_json, read_lines, read_parquet, read_table
+from gradsift.data.readers import read_json, read_lines, read_parquet, read_table, stored_values
 from gradsift.data.rows import Row
 from gradsift.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 1024
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")
 _KNOWN = (*_LINES, ".json", *SEPARATORS, ".parquet")
@@ -293,18 +293,13 @@ def _file(name: str) -> Source:
 
 
 def _read_data_set(source: Source) -> Iterator[Row]:
-    """Yield the rows of what `datasets` reads, as they are stored: no picture is decoded.
+    """Yield the rows of what `datasets` reads.
 
     Raises:
         DataError: If they cannot be read, for whatever reason.
     """
     try:
-        values = (
-            value
-            for part in _load(source)
-            for table in part.with_format("arrow").iter(_ROWS_AT_ONCE)
-            for value in table.to_pylist()
-        )
+        values = chain.from_iterable(map(stored_values, _load(source)))
         yield from read_table(source.name, values)
     except DataError:
         raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +37,6 @@ from gradsift.runs.stage import Stage
 from gradsift.scores.alignment import Alignment
 from gradsift.scores.similarity import Directions, PerNorm
 from gradsift.types import Checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

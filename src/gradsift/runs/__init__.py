@@ -11,6 +11,7 @@ PUBLIC = {
     "hashing": ("HASH_THREADS", "hash_tensors"),
     "indexes": ("AskedIndex", "ask_index", "index_settings", "read_index_config", "take_over"),
     "layout": ("*",),
+    "manifests": ("Manifests",),
     "opening": ("local_folder", "locked_run", "read_config"),
     "provenance": ("package_versions", "peak_memory"),
     "remote": ("cache_folder",),

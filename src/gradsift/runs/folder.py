@@ -257,8 +257,7 @@ class Run:
 
     def facts(self, stages: Iterable[Stage]) -> dict[str, dict[str, Any]]:
         """Return the manifests of the complete stages: `seconds`, `peak_memory_bytes` and so on."""
-        manifests = {stage.name: self._manifests.read(stage.name) for stage in stages}
-        return {name: m for name, m in manifests.items() if m and m["complete"]}
+        return self._manifests.complete(stage.name for stage in stages)
 
     def inputs_of(self, name: str) -> dict[str, Any]:
         """Return what a finished stage of this name depended on.

@@ -43,6 +43,20 @@ class Manifests:
         """Return where the manifest of a stage lies."""
         return self._run / layout.manifest(name)
 
+    def complete(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return the manifests of the complete ones of some stages, by name."""
+        found = {name: self.read(name) for name in names}
+        return {
+            name: manifest for name, manifest in found.items() if manifest and manifest["complete"]
+        }
+
+    def of_all_stages(self) -> dict[str, dict[str, Any]]:
+        """Return the manifests of all complete stages, by name; kept configurations are none."""
+        folder = self._run / layout.MANIFESTS
+        paths = sorted(folder.rglob("*.json"))
+        names = (path.relative_to(folder).as_posix().removesuffix(".json") for path in paths)
+        return {name: own for name, own in self.complete(names).items() if "seconds" in own}
+
     def read(self, name: str) -> dict[str, Any] | None:
         """Return what a stage's manifest says; one that is not as it was written is none."""
         path = self.path(name)

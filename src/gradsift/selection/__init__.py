@@ -20,7 +20,7 @@ PUBLIC = {
         "write_selection",
     ),
     "policies": ("Candidates", "check_policy", "describe_policy", "pick", "shorten_policy"),
-    "run_result": ("RunResult", "open_run"),
+    "run_result": ("RunResult", "collect_result", "open_run"),
     "score_table": (
         "describe_rows",
         "read_scores",

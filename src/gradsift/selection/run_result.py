@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from gradsift.data.encoded import EncodedSet
 from gradsift.errors import translate_os_errors
 from gradsift.runs import layout
+from gradsift.runs.manifests import Manifests
 from gradsift.runs.opening import local_folder, read_config
 from gradsift.selection.picks import Selection, list_selections
 from gradsift.selection.score_table import read_table
@@ -69,14 +70,22 @@ def open_run(path: str | Path) -> RunResult:
     """
     config, folder = read_config(path), local_folder(path, fetch=False)
     selections = {selection.key: selection for selection in list_selections(path)}
-    found = [json.loads(file.read_bytes()) for file in (folder / layout.MANIFESTS).rglob("*.json")]
-    done = [manifest for manifest in found if manifest.get("complete") and "seconds" in manifest]
+    return collect_result(folder, config.method, selections, Manifests(folder).of_all_stages())
+
+
+def collect_result(
+    folder: Path,
+    method: str,
+    selections: Mapping[str, Selection],
+    facts: Mapping[str, Mapping[str, Any]],
+) -> RunResult:
+    """Return what a run left, given its selections and what `facts` of its folder says."""
     return RunResult(
         path=folder,
-        method=config.method,
+        method=method,
         selections=selections,
         num_pool=len(EncodedSet(folder / layout.encoded(layout.POOL))),
         num_rejected=(folder / layout.REJECTED).read_bytes().count(b"\n"),
-        seconds={manifest["stage"]: manifest["seconds"] for manifest in done},
-        peak_memory=max(manifest["peak_memory_bytes"] for manifest in done),
+        seconds={name: manifest["seconds"] for name, manifest in facts.items()},
+        peak_memory=max(manifest["peak_memory_bytes"] for manifest in facts.values()),
     )
